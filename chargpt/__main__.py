@@ -1,0 +1,5 @@
+"""``python -m chargpt`` is ``chargpt``."""
+
+from chargpt.cli import main
+
+main()

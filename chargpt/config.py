@@ -1,0 +1,392 @@
+"""The file to edit: what the model is, how it is trained, how it is sampled.
+
+Change a number here and run again, or leave the file alone and give the same name as a flag
+(``d_model`` is ``--d-model``) or as a line of a TOML file (``--config my.toml``). A preset is a
+function at the end of the file; a flag wins over a file, a file over the preset.
+
+``0`` stands for "derive it" where a field says so. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar
+
+from chargpt.errors import UserError
+
+ActivationFunction = Literal[
+    "gelu", "gelu_exact", "relu", "relu_squared", "silu", "tanh", "sigmoid"
+]
+NormPlacement = Literal["pre", "post", "sandwich"]
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Switch = Literal["auto", "on", "off"]
+Parallel = Literal["auto", "none", "dp"]
+Tracker = Literal["none", "tensorboard", "wandb"]
+Unknown = Literal["error", "skip", "replace"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPT2Config:
+    """The shape of a GPT-2 (Radford et al. 2019). The defaults are the preset ``tiny``.
+
+    Raises:
+        UserError: a size that is not positive, a ``d_model`` that ``n_head`` does not divide, a
+            dropout outside [0, 1), an unknown name.
+    """
+
+    block_size: int = 128
+    """Longest context the model sees, in characters."""
+    vocab_size: int = 0
+    """Distinct tokens. 0: as many as the text has."""
+    n_layer: int = 4
+    """Transformer blocks."""
+    n_head: int = 4
+    """Attention heads a block; must divide d_model."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    dropout: float = 0.1
+    """Probability of dropping a value, after the embeddings, the attention weights, the attention
+    output and the feed-forward output."""
+    d_ff: int = 0
+    """Width of the feed-forward hidden layer. 0: 4 × d_model."""
+    activation_function: ActivationFunction = "gelu"
+    """Of the feed-forward layer; gelu is GPT-2's tanh form, gelu_exact the erf form."""
+    norm_placement: NormPlacement = "pre"
+    """LayerNorm before each sublayer (GPT-2), after the residual sum (the original Transformer),
+    or before and after each sublayer (sandwich)."""
+    bias: bool = True
+    """Biases in the linear layers and LayerNorms."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("block_size", "n_layer", "n_head", "d_model"):
+            _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        for name in ("vocab_size", "d_ff"):
+            _check(
+                getattr(self, name) >= 0, self, name, "give a positive number, or 0 to derive it"
+            )
+        if self.d_model % self.n_head:
+            divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+            nearest = min(divisors, key=lambda h: abs(h - self.n_head))
+            raise UserError(
+                f"n_head is {self.n_head}, which does not divide d_model {self.d_model}: "
+                f"give --n-head {nearest}, or a d_model that is a multiple of {self.n_head}"
+            )
+        _check(0 <= self.dropout < 1, self, "dropout", "give a number from 0 up to, not with, 1")
+        if self.d_ff == 0:
+            object.__setattr__(self, "d_ff", 4 * self.d_model)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`; a ``d_ff`` that follows ``d_model`` still does."""
+        if self.d_ff == 4 * self.d_model:
+            changes.setdefault("d_ff", 0)
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """How texts are read and split.
+
+    Raises:
+        UserError: a fraction outside (0, 1), an empty encoding.
+    """
+
+    encoding: str = "utf-8"
+    """Of the text files. A byte-order mark in the file is honoured."""
+    document_separator: str = ""
+    """Text between documents in a file, e.g. '\\n' for one document a line. Empty: a file is one
+    document."""
+    validation_fraction: float = 0.1
+    """Share held out for validation: the last characters, or the last documents."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(self.encoding != "", self, "encoding", "give a name such as utf-8 or latin-1")
+        _check(
+            0 < self.validation_fraction < 1,
+            self,
+            "validation_fraction",
+            "give a share between 0 and 1, such as 0.1",
+        )
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)
+
+
+BUDGETS = ("steps", "epochs", "minutes")
+DEFAULT_MINUTES = 3.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How a model is trained. The defaults are the preset ``tiny``.
+
+    A *step* is one optimizer update: ``batch_size × gradient_accumulation_steps`` sequences of
+    ``block_size`` characters.
+
+    Raises:
+        UserError: more than one of steps, epochs, minutes, or a number outside its range.
+    """
+
+    batch_size: int = 32
+    """Sequences in one forward and backward pass (over all GPUs)."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes a step."""
+    steps: int | None = None
+    """Budget: optimizer steps. Give one of steps, epochs, minutes."""
+    epochs: float | None = None
+    """Budget: passes over the training part."""
+    minutes: float | None = None
+    """Budget: minutes of training; evaluations come on top. With no budget at all: 3."""
+    learning_rate: float = 4e-3
+    """Peak of the schedule: linear warm-up, then a cosine."""
+    learning_rate_floor: float = 0.1
+    """Where the cosine ends, as a share of learning_rate."""
+    warmup_fraction: float = 0.02
+    """Share of the budget spent warming up."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient."""
+    beta2: float = 0.99
+    """AdamW's memory of the squared gradient."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    eval_interval: int = 0
+    """Steps between evaluations over the whole validation part. 0: once an epoch, but no more often
+    than every 25 steps or than keeps evaluation cheap, and at least every 250 where it is."""
+    patience: int = 5
+    """Stop after this many evaluations in a row without a better one; 0: never."""
+    log_interval: int = 10
+    """Steps between lines in metrics.jsonl."""
+    sample_length: int = 100
+    """Characters of sample written at each evaluation; 0: none."""
+    seed: int = 1337
+    """Of the initial weights, the batches, dropout and the samples."""
+    device: Device = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    precision: Precision = "auto"
+    """auto takes bf16 where the hardware multiplies it fast, then fp16 on CUDA, then fp32."""
+    compile: Switch = "auto"
+    """torch.compile; auto is on for CUDA, off elsewhere. Falls back to eager."""
+    parallel: Parallel = "auto"
+    """Over several GPUs in this process (dp: torch.nn.DataParallel); auto uses all there are."""
+    track: Tracker = "none"
+    """Send the metrics to a tracker as well."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are both budgets: give one of them")
+        if not given:
+            object.__setattr__(self, "minutes", DEFAULT_MINUTES)
+        for name in given:
+            _check(getattr(self, name) > 0, self, name, "give a positive number")
+        for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
+            _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        for name in ("eval_interval", "patience", "sample_length", "seed"):
+            _check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
+        for name in ("weight_decay", "grad_clip"):
+            _check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
+        _check(self.learning_rate > 0, self, "learning_rate", "give a positive number")
+        for name in ("learning_rate_floor", "warmup_fraction"):
+            _check(0 <= getattr(self, name) <= 1, self, name, "give a share from 0 to 1")
+        for name in ("beta1", "beta2"):
+            _check(
+                0 <= getattr(self, name) < 1, self, name, "give a number from 0 up to, not with, 1"
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`; a budget among them replaces the budget that was there."""
+        if changes.keys() & set(BUDGETS):
+            changes = dict.fromkeys(BUDGETS) | changes
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """How text is drawn from a model.
+
+    Raises:
+        UserError: a number outside its range.
+    """
+
+    prompt: str = ""
+    """Text to continue; empty: start as a document starts."""
+    max_new_tokens: int = 500
+    """Characters to write at most."""
+    temperature: float = 0.8
+    """Below 1 plays safe, above 1 is wild, 0 always takes the likeliest character."""
+    top_k: int = 0
+    """Draw among the k likeliest characters only; 0: all."""
+    top_p: float = 1.0
+    """Draw among the likeliest characters that together hold this probability."""
+    num_samples: int = 1
+    """Texts to write, each with its own random numbers."""
+    seed: int = 1337
+    """The same seed writes the same text."""
+    stop: tuple[str, ...] = ()
+    """End the text before any of these strings. May be given several times."""
+    unknown: Unknown = "error"
+    """What to do with prompt characters that the model has never seen."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("max_new_tokens", "num_samples"):
+            _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        for name in ("top_k", "seed"):
+            _check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
+        _check(
+            0 <= self.temperature < math.inf,
+            self,
+            "temperature",
+            "give 0 (greedy) or more, e.g. 0.8",
+        )
+        _check(0 < self.top_p <= 1, self, "top_p", "give a share above 0 and up to 1")
+        _check(all(self.stop), self, "stop", "give strings that are not empty")
+
+
+# --- presets: each says everything that sets it apart, so that nothing leaks from one to another
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A model and the way to train it, which go together."""
+
+    model: GPT2Config
+    train: TrainConfig
+
+
+def tiny() -> Preset:
+    """0.81 M parameters: a laptop's three minutes. The default."""
+    return Preset(
+        model=GPT2Config(block_size=128, n_layer=4, n_head=4, d_model=128, dropout=0.1),
+        train=TrainConfig(batch_size=32, learning_rate=4e-3, minutes=3.0),
+    )
+
+
+def baby() -> Preset:
+    """10.7 M parameters, the shape of nanoGPT's Shakespeare model: a GPU's three minutes."""
+    return Preset(
+        model=GPT2Config(block_size=256, n_layer=6, n_head=6, d_model=384, dropout=0.2),
+        train=TrainConfig(batch_size=64, learning_rate=1e-3, steps=5000),
+    )
+
+
+def gpt2() -> Preset:
+    """85 M parameters with a character vocabulary (124 M with GPT-2's own): for a large text."""
+    return Preset(
+        model=GPT2Config(block_size=1024, n_layer=12, n_head=12, d_model=768, dropout=0.1),
+        train=TrainConfig(
+            batch_size=12,
+            gradient_accumulation_steps=8,
+            learning_rate=6e-4,
+            beta2=0.95,
+            epochs=3.0,
+        ),
+    )
+
+
+PRESETS: Mapping[str, Callable[[], Preset]] = types.MappingProxyType(
+    {"tiny": tiny, "baby": baby, "gpt2": gpt2}
+)
+
+
+# --- checks
+
+
+ConfigT = TypeVar("ConfigT", GPT2Config, DataConfig, TrainConfig, SampleConfig)
+
+
+def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Build a configuration from plain values, such as a saved ``config.json``.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one), a value of the wrong type or range.
+    """
+    check_names(values, [field.name for field in dataclasses.fields(cls)])
+    return cls(**values)
+
+
+def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that is not `known`, naming the nearest that is.
+
+    Raises:
+        UserError: the first unknown name.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``": did you mean …?"`` for the nearest known word, or else the choice of words."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    if near:
+        return f": did you mean {near[0]}?"
+    return f": known are {', '.join(known)}"
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag for a field: ``d_model`` is ``--d-model``."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(good: bool, config: object, name: str, remedy: str) -> None:
+    if not good:
+        raise UserError(f"{name} is {getattr(config, name)!r}: {remedy} ({flag(name)})")
+
+
+def _check_types(config: Any) -> None:
+    """Refuse values of the wrong type: TOML and JSON come without a type checker."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        good = _as_type(value, hint)
+        if good is _WRONG:
+            raise UserError(
+                f"{field.name} is {value!r}: give {_describe(hint)} ({flag(field.name)})"
+            )
+        object.__setattr__(config, field.name, good)
+
+
+_WRONG = object()
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    """Return `value` as the type `hint`, where JSON's and TOML's types allow it, else _WRONG."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value if value in arguments else _WRONG
+    if origin is types.UnionType:
+        kinds = (_as_type(value, kind) for kind in arguments)
+        return next((good for good in kinds if good is not _WRONG), _WRONG)
+    if origin is tuple:
+        good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        return tuple(value) if good else _WRONG
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, float) and math.isnan(value):
+        return _WRONG
+    return value if type(value) is hint else _WRONG
+
+
+def _describe(hint: Any) -> str:
+    """Return what a person is to give for the type `hint`."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is types.UnionType:
+        return _describe(typing.get_args(hint)[0])
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return words.get(hint, "a list of texts")

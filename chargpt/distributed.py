@@ -1,0 +1,64 @@
+"""Several GPUs behind one small seam: the rest of the package never asks how many there are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from chargpt.config import Parallel
+from chargpt.errors import UserError
+from chargpt.seeding import derive_seed
+
+
+class ParallelChoice(NamedTuple):
+    """The GPUs that share each batch; none: the model's own device does it all."""
+
+    device_ids: list[int]
+    reason: str
+
+
+def choose_parallel(wish: Parallel, device: torch.device, batch_size: int) -> ParallelChoice:
+    """Return which GPUs to use, in one process.
+
+    Args:
+        wish: ``dp`` insists on several GPUs, ``auto`` takes what is there.
+        device: the model's device.
+        batch_size: sequences in a batch, at least one a GPU.
+
+    Raises:
+        UserError: ``dp`` without two GPUs, or a batch smaller than their number.
+    """
+    n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if wish == "dp" and n_gpus < 2:
+        raise UserError(
+            f"parallel is 'dp', which needs two GPUs or more, and there are {n_gpus} to use: "
+            "give --parallel auto"
+        )
+    if wish == "dp" and batch_size < n_gpus:
+        raise UserError(
+            f"batch_size is {batch_size}, fewer than the {n_gpus} GPUs that are to share it: "
+            f"give --batch-size {n_gpus} or more, or --parallel none"
+        )
+    if wish == "none" or n_gpus < 2 or batch_size < n_gpus:
+        return ParallelChoice([], "one device")
+    return ParallelChoice(list(range(n_gpus)), f"each batch is shared by {n_gpus} GPUs")
+
+
+def parallelize(model: nn.Module, choice: ParallelChoice) -> nn.Module:
+    """Return a module that computes what `model` does, on the chosen GPUs.
+
+    The parameters stay those of `model`, which is what is saved and sampled.
+    """
+    if not choice.device_ids:
+        return model
+    return nn.DataParallel(model, device_ids=choice.device_ids)
+
+
+def seed_dropout(seed: int, choice: ParallelChoice) -> None:
+    """Seed torch's default generators, each GPU that shares a batch differently."""
+    torch.manual_seed(seed)
+    for number in choice.device_ids[1:]:
+        with torch.cuda.device(number):
+            torch.cuda.manual_seed(derive_seed(seed, number))

@@ -1,0 +1,185 @@
+"""GPT-2: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), section 2.3.
+
+    ids ─► token + position embedding ─► n_layer × Block ─► LayerNorm ─► head ─► logits
+
+A block adds to the residual stream twice: attention, the one place where positions see each
+other, then a feed-forward network that acts on each position by itself.
+
+Shapes: B batch, T time, C = d_model, H heads, D = C / H head size, F = d_ff, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chargpt.attention import causal_attention
+from chargpt.config import ActivationFunction, GPT2Config
+from chargpt.dropout import Dropout
+from chargpt.errors import UserError
+
+INIT_STD = 0.02
+
+ACTIVATIONS: dict[ActivationFunction, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_exact": F.gelu,
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention: H small attentions side by side, projected back to C."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout_p = config.dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.projection = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        q, k, v = self.split_heads(self.qkv(x))  # 3 × (B, H, T, D)
+        y = causal_attention(q, k, v, dropout_p=self.dropout_p if self.training else 0.0)
+        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+        out: Tensor = self.projection(y)
+        return out
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, T, 3C) to queries, keys and values, each (B, H, T, D)."""
+        B, T, C3 = qkv.shape
+        heads = qkv.view(B, T, 3, self.n_head, C3 // (3 * self.n_head))  # (B, T, 3, H, D)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
+        return q, k, v
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation function between them."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.projection = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        hidden = self.activation(self.expand(x))  # (B, T, F)
+        out: Tensor = self.projection(hidden)  # (B, T, C)
+        return out
+
+
+class Residual(nn.Module):
+    """A sublayer with its LayerNorms, dropout and residual connection.
+
+    =========  ==============================  =====================================
+    pre        x + f(norm(x))                  GPT-2
+    post       norm(x + f(x))                  Vaswani et al. 2017
+    sandwich   x + norm(f(norm(x)))            Ding et al. 2021 (CogView), section 2.4
+    =========  ==============================  =====================================
+    """
+
+    def __init__(self, sublayer: nn.Module, config: GPT2Config) -> None:
+        super().__init__()
+
+        def norm_if(wanted: bool) -> nn.Module:
+            return layer_norm(config) if wanted else nn.Identity()
+
+        placement = config.norm_placement
+        self.norm = norm_if(placement in ("pre", "sandwich"))
+        self.sublayer = sublayer
+        self.sublayer_norm = norm_if(placement == "sandwich")
+        self.dropout = Dropout(config.dropout)
+        self.sum_norm = norm_if(placement == "post")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        update = self.dropout(self.sublayer_norm(self.sublayer(self.norm(x))))
+        out: Tensor = self.sum_norm(x + update)
+        return out
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.attention = Residual(CausalSelfAttention(config), config)
+        self.feed_forward = Residual(FeedForward(config), config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        out: Tensor = self.feed_forward(self.attention(x))
+        return out
+
+
+class GPT2(nn.Module):
+    """A decoder-only transformer over token ids.
+
+    Args:
+        config: the shape; its ``vocab_size`` must be known (not 0).
+
+    Raises:
+        UserError: the vocabulary size is 0.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        if config.vocab_size == 0:
+            raise UserError("vocab_size is 0: give the number of distinct tokens, e.g. 65")
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.block_size, config.d_model)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = layer_norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head.weight = self.token_embedding.weight  # tied: Press & Wolf 2017
+        self.apply(_init_weights)
+        # Each block adds to the residual stream twice; its variance must not grow with depth.
+        for name, weight in self.named_parameters():
+            if name.endswith("projection.weight"):
+                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * config.n_layer))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits for the token after each position.
+
+        Args:
+            ids: token ids, (B, T) with T ≤ block_size.
+
+        Returns:
+            Unnormalised log-probabilities, (B, T, V).
+
+        Raises:
+            UserError: T is larger than block_size.
+        """
+        T = ids.size(1)
+        if self.config.block_size < T:
+            raise UserError(f"{T} tokens do not fit block_size {self.config.block_size}: crop them")
+        positions = torch.arange(T, device=ids.device)  # (T,)
+        x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, C)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)  # (B, T, C)
+        logits: Tensor = self.head(self.final_norm(x))  # (B, T, V)
+        return logits
+
+
+def layer_norm(config: GPT2Config) -> nn.LayerNorm:
+    """Return a LayerNorm (Ba et al. 2016) over the last axis, of size C."""
+    return nn.LayerNorm(config.d_model, eps=1e-5, bias=config.bias)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,181 @@
+"""Everything decided before the first step, and the lines that tell the user why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import chargpt
+from chargpt import checkpoint
+from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
+from chargpt.data import Corpus, Windows, load_corpus
+from chargpt.distributed import choose_parallel, parallelize
+from chargpt.errors import UserError
+from chargpt.hardware import choose_device, choose_precision, describe_device
+from chargpt.metrics import count_parameters, human_count
+from chargpt.model import GPT2
+from chargpt.optim import adamw
+from chargpt.seeding import INIT, derive_seed
+from chargpt.tokenizer import CharTokenizer
+from chargpt.training import Trainer, restore_last
+
+# What may differ when a run goes on: how long, how often, and on what; nothing that it learns.
+FREE_ON_RESUME = {
+    *BUDGETS,
+    *("eval_interval", "patience", "log_interval", "sample_length"),
+    *("device", "precision", "compile", "parallel", "track"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A trainer ready for its first step."""
+
+    trainer: Trainer
+    corpus: Corpus
+    config: dict[str, Any]
+    """What config.json will hold."""
+    lines: list[str]
+    """For the user: what was found, what was decided, and why."""
+
+
+def make_plan(
+    sources: Sequence[str],
+    *,
+    model: GPT2Config,
+    training: TrainConfig,
+    data: DataConfig,
+    out: Path,
+    resuming: bool,
+) -> Plan:
+    """Read the text, choose the hardware and build the trainer; nothing is written.
+
+    Args:
+        sources: see `chargpt.data.load_corpus`.
+        model: the shape; a ``vocab_size`` of 0 follows the text.
+        training: how to train.
+        data: how to read and split.
+        out: the run folder.
+        resuming: put the trainer where the run in `out` stopped.
+
+    Raises:
+        UserError: anything that cannot work, found before the first step.
+    """
+    device, why_device = choose_device(training.device)
+    precision = choose_precision(training.precision, device)
+    parallel = choose_parallel(training.parallel, device, training.batch_size)
+    corpus = load_corpus(sources, data)
+    model = _with_vocabulary(model, corpus.tokenizer)
+    windows = Windows(corpus.train, model.block_size, training.seed)
+    torch.manual_seed(derive_seed(training.seed, INIT))
+    gpt2 = GPT2(model).to(device)
+    trainer = Trainer(
+        model=gpt2,
+        forward=parallelize(gpt2, parallel),
+        optimizer=adamw(gpt2, training),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
+        windows=windows,
+        validation=corpus.validation,
+        config=training,
+        precision=precision,
+        parallel=parallel,
+        out=out,
+    )
+    config = _config_dict(trainer, corpus, data)
+    lines = [
+        f"text       {corpus.summary()}",
+        f"model      {human_count(count_parameters(gpt2))} parameters; {_settings(model)}",
+        f"training   {_settings(training)}",
+        f"data       {_settings(data)}",
+        f"device     {describe_device(device)} ({why_device})",
+        f"precision  {precision.name} ({precision.reason})",
+        f"budget     {_describe_budget(trainer)}",
+    ]
+    if parallel.device_ids:
+        lines.append(f"parallel   {parallel.reason}")
+    if resuming:
+        lines += _check_resumed(checkpoint.read_config(out), config)
+        restore_last(trainer)
+        lines.append(f"resuming   after step {trainer.state.step:,}")
+    return Plan(trainer=trainer, corpus=corpus, config=config, lines=lines)
+
+
+def _with_vocabulary(config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config:
+    if config.vocab_size not in (0, tokenizer.vocab_size):
+        raise UserError(
+            f"vocab_size is {config.vocab_size}, but the text has {tokenizer.vocab_size} distinct "
+            "tokens: leave out --vocab-size"
+        )
+    return config.replace(vocab_size=tokenizer.vocab_size)
+
+
+def _config_dict(trainer: Trainer, corpus: Corpus, data: DataConfig) -> dict[str, Any]:
+    return {
+        "format": checkpoint.FORMAT,
+        "model": asdict(trainer.model.config),
+        "train": asdict(trainer.config),
+        "data": {
+            **asdict(data),
+            "sources": list(corpus.sources),
+            "sha256": corpus.sha256,
+            "characters": corpus.n_characters,
+            "documents": corpus.n_documents,
+        },
+        "environment": {
+            "chargpt": chargpt.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": describe_device(trainer.device),
+            "precision": trainer.precision.name,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _check_resumed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each harmless difference between a run and the way it is to go on.
+
+    Raises:
+        UserError: a difference in the model, the data, or how it learns.
+    """
+    learning = [name for name in now["train"] if name not in FREE_ON_RESUME]
+    data = ["sha256", "document_separator", "validation_fraction"]
+    for part, names in (("model", list(now["model"])), ("train", learning), ("data", data)):
+        for name in names:
+            was, wish = before[part].get(name), now[part][name]
+            if was != wish:
+                raise UserError(
+                    f"{name} was {was!r} in this run and cannot become {wish!r}: leave it as it "
+                    "was, or train anew with another --out"
+                )
+    return [
+        f"resuming   {name} was {was}, is {now['environment'][name]}: losses may differ slightly"
+        for name, was in before["environment"].items()
+        if now["environment"].get(name) != was
+    ]
+
+
+def _settings(config: GPT2Config | TrainConfig | DataConfig) -> str:
+    """Return every setting as ``name value``, but budgets that are not in force."""
+    values = {name: value for name, value in asdict(config).items() if value is not None}
+    return ", ".join(
+        f"{name} {value!r}" if value == "" or str(value).isspace() else f"{name} {value}"
+        for name, value in values.items()
+    )
+
+
+def _describe_budget(trainer: Trainer) -> str:
+    tokens = f"{trainer.tokens_per_step:,} tokens a step"
+    every = f"evaluation every {trainer.eval_interval:,} steps"
+    if trainer.total_steps is None:
+        return f"{trainer.config.minutes:g} minutes of training, {tokens}, {every}"
+    seen = trainer.total_steps * trainer.tokens_per_step / len(trainer.windows.tokens)
+    return f"{trainer.total_steps:,} steps, {tokens} ({seen:.1f} epochs), {every}"

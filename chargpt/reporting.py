@@ -1,0 +1,229 @@
+"""What a run tells: a progress line on stderr, metrics.jsonl, samples.txt, perhaps a tracker.
+
+On a terminal the line moves; elsewhere plain lines are printed, one every ten seconds or so.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from chargpt.config import Tracker
+from chargpt.errors import UserError
+from chargpt.metrics import bits_per_char, human_count, human_time
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+PLAIN_INTERVAL_SECONDS = 10.0
+RATE_MEMORY = 20  # steps over which the speed shown is averaged
+
+
+class TrackerClient(Protocol):
+    """Where metrics go besides the metrics file."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Send named values of a step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class Reporter:
+    """Tells the user and the run folder how training goes.
+
+    Args:
+        out: the run folder, which exists.
+        quiet: tell only the run folder.
+        track: a further place for the metrics.
+        write_sample: writes a sample with the model as it is now; None: no samples.
+        resumed_step: forget what metrics.jsonl says of later steps.
+
+    Raises:
+        UserError: the tracker is not installed.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        quiet: bool = False,
+        track: Tracker = "none",
+        write_sample: Callable[[], str] | None = None,
+        resumed_step: int = 0,
+    ) -> None:
+        self.out = out
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._write_sample = write_sample
+        self._tracker = make_tracker(track, out)
+        self._metrics = _open_metrics(out / METRICS, resumed_step)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._marks: list[tuple[float, float, float]] = []  # (train seconds, tokens, progress)
+        self._last_line = -PLAIN_INTERVAL_SECONDS
+        self._val_loss: float | None = None
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress line."""
+        (self._bar.console if self._bar else self.console).print(escape(text))
+
+    def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
+        """Show a step; with `log`, also write it down.
+
+        Args:
+            values: step, loss, tokens, train_seconds and more, by name.
+            progress: share of the budget spent.
+            log: add a line to metrics.jsonl.
+        """
+        self._marks.append((values["train_seconds"], values["tokens"], progress))
+        del self._marks[:-RATE_MEMORY]
+        line, rate = self._line(values, progress)
+        if log:
+            self._record(values | {"tokens_per_second": rate and round(rate)}, "train")
+        if self.console.is_terminal and not self.console.quiet:
+            self._show(line, progress)
+        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"{progress:4.0%}  {line}")
+
+    def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
+        """Show and write down a loss over the whole validation part, and perhaps a sample."""
+        self._val_loss = val_loss
+        self._record({"step": step, "val_loss": val_loss}, "validation")
+        best = "  (best so far)" if is_best else ""
+        self.note(
+            f"step {step:,}: validation loss {val_loss:.4f} = "
+            f"{bits_per_char(val_loss):.3f} bits/char{best}"
+        )
+        if self._write_sample is not None:
+            sample = self._write_sample()
+            with (self.out / SAMPLES).open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"--- step {step}, validation loss {val_loss:.4f}\n{sample}\n")
+            self.note("    " + sample.strip().replace("\n", "\n    "))
+
+    def close(self) -> None:
+        """Take the progress line away and close the files."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._metrics.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def _line(self, values: dict[str, Any], progress: float) -> tuple[str, float | None]:
+        seconds, tokens, before = self._marks[0]
+        passed = values["train_seconds"] - seconds
+        rate = (values["tokens"] - tokens) / passed if passed > 0 else None
+        parts = [f"step {values['step']:,}"]
+        if values["loss"] is not None:
+            parts.append(f"loss {values['loss']:.3f}")
+        if self._val_loss is not None:
+            parts.append(f"val {self._val_loss:.3f}")
+        if rate is not None:
+            parts.append(f"{human_count(rate)} tokens/s")
+        if passed > 0 and progress > before:
+            left = max(0.0, 1 - progress) * passed / (progress - before)
+            parts.append(f"{human_time(left)} left")
+        return "  ".join(parts), rate
+
+    def _show(self, line: str, progress: float) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                BarColumn(20),
+                TextColumn("{task.percentage:3.0f}%  {task.description}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=1.0)
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, description=line, completed=min(progress, 1.0))
+
+    def _record(self, values: dict[str, Any], split: str) -> None:
+        self._metrics.write(json.dumps({"split": split} | values) + "\n")
+        self._metrics.flush()
+        if self._tracker is not None:
+            numbers = {
+                f"{split}/{k}": v for k, v in values.items() if k != "step" and v is not None
+            }
+            self._tracker.log(numbers, values["step"])
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    rows: list[dict[str, Any]] = []
+    if (run / METRICS).exists():
+        for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _open_metrics(path: Path, resumed_step: int) -> Any:
+    kept = [row for row in read_metrics(path.parent) if row["step"] <= resumed_step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+# --- trackers
+
+
+def make_tracker(track: Tracker, out: Path) -> TrackerClient | None:
+    """Return a client for the tracker.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if track == "none":
+        return None
+    try:
+        return _TensorBoard(out) if track == "tensorboard" else _WandB(out)
+    except ImportError as error:
+        raise UserError(
+            f"track is {track!r}, which is not installed: pip install 'chargpt[{track}]'"
+        ) from error
+
+
+class _TensorBoard:
+    """Event files in the run folder's ``tensorboard/``."""
+
+    def __init__(self, out: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(out / "tensorboard"))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A Weights & Biases run named as the run folder."""
+
+    def __init__(self, out: Path) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(project="chargpt", name=out.name, dir=str(out))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def print_result(text: str) -> None:
+    """Print a result, on stdout, as text that any terminal encoding can show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))

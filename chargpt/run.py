@@ -1,0 +1,228 @@
+"""A run, from a text to a run folder: ``chargpt train`` in Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from chargpt import checkpoint
+from chargpt.baselines import unigram_nats
+from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
+from chargpt.errors import TrainingError, UserError
+from chargpt.generation import generate_text
+from chargpt.hardware import CompileChoice, choose_compile, describe_device
+from chargpt.metrics import bits_per_char, count_parameters
+from chargpt.model import GPT2
+from chargpt.planning import Plan, make_plan
+from chargpt.plotting import plot_loss
+from chargpt.reporting import Reporter
+from chargpt.seeding import own_random_state
+from chargpt.summary import Summary, verdict
+from chargpt.tokenizer import CharTokenizer
+from chargpt.training import StopReason, Trainer, fit, trial_step
+
+SUMMARY = "summary.json"
+
+
+class TrainResult(NamedTuple):
+    """The best model of a run, and how it came about."""
+
+    model: GPT2
+    tokenizer: CharTokenizer
+    summary: Summary
+    run: Path
+
+
+def train(
+    texts: str | Sequence[str] = "tiny-shakespeare",
+    *,
+    model: GPT2Config | None = None,
+    training: TrainConfig | None = None,
+    data: DataConfig | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train a GPT-2 on text and leave a run folder.
+
+    Args:
+        texts: files, folders, globs, "-" or names of data sets; see `chargpt.data.load_corpus`.
+        model: its shape; default: the preset ``tiny``. ``vocab_size`` 0 follows the text.
+        training: budget, optimizer, device; default: the preset ``tiny``.
+        data: encoding, documents, split.
+        out: the run folder; default: a new one below ``runs/``.
+        resume: go on with the run in `out`, if there is one.
+        quiet: print nothing.
+
+    Returns:
+        The best model found, in evaluation mode, with its tokenizer, summary and run folder.
+
+    Raises:
+        UserError: anything wrong with texts, configuration or `out`; nothing has been written.
+        TrainingError: training cannot go on; what was learned is in the run folder.
+    """
+    sources = (texts,) if isinstance(texts, str) else tuple(texts)
+    model, training, data = model or tiny().model, training or tiny().train, data or DataConfig()
+    folder = Path(out) if out is not None else free_folder(sources)
+    resuming = _check_folder(folder, resume)
+    with own_random_state():
+        plan = make_plan(
+            sources, model=model, training=training, data=data, out=folder, resuming=resuming
+        )
+        return _carry_out(plan, resuming=resuming, quiet=quiet)
+
+
+def free_folder(sources: Sequence[str]) -> Path:
+    """Return a run folder named after the text, that does not exist yet."""
+    name = Path(sources[0]).stem if len(sources) == 1 else "texts"
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "text"
+    candidates = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in range(1, 1_000_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _check_folder(folder: Path, resume: bool) -> bool:
+    """Return whether there is a run to go on with.
+
+    Raises:
+        UserError: the folder is taken, or cannot be written.
+    """
+    has_run = (folder / checkpoint.CONFIG).exists()
+    if has_run and not resume:
+        raise UserError(
+            f"{folder} already holds a run: give another --out, or --resume to go on with it"
+        )
+    if not has_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is in use by something else: give another --out")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{existing} is not writable: give another --out")
+    return has_run
+
+
+# --- the run itself
+
+
+def _carry_out(plan: Plan, *, resuming: bool, quiet: bool) -> TrainResult:
+    trainer, out = plan.trainer, plan.trainer.out
+    out.mkdir(parents=True, exist_ok=True)
+    reporter = None
+    try:
+        reporter = Reporter(
+            out,
+            quiet=quiet,
+            track=trainer.config.track,
+            write_sample=_sampler(plan) if trainer.config.sample_length else None,
+            resumed_step=trainer.state.step,
+        )
+        checkpoint.write_json(out / checkpoint.CONFIG, plan.config)
+        checkpoint.write_text(out / checkpoint.TOKENIZER, plan.corpus.tokenizer.to_json())
+        for line in [*plan.lines, f"run        {out}"]:
+            reporter.note(line)
+        _compile(trainer, reporter)
+        stop_reason = fit(trainer, reporter)
+    except Exception as error:
+        if not resuming and not (out / "last").exists():
+            shutil.rmtree(out)  # nothing was learned: leave nothing behind
+        if _is_out_of_memory(error):
+            raise _out_of_memory(trainer) from error
+        raise
+    finally:
+        if reporter is not None:
+            reporter.close()
+    return _finish(plan, stop_reason)
+
+
+def _compile(trainer: Trainer, reporter: Reporter) -> None:
+    """Compile the model if that is wished for and works here; a trial step finds out."""
+    choice = choose_compile(trainer.config.compile, trainer.device)
+    if trainer.parallel.device_ids:
+        choice = CompileChoice(False, "not over several GPUs in one process")
+    if not choice.on:
+        reporter.note(f"compile    off ({choice.reason})")
+        return
+    start = time.perf_counter()
+    eager = trainer.forward
+    try:
+        trainer.forward = cast(Callable[[Tensor], Tensor], torch.compile(trainer.model))
+        trial_step(trainer)
+        reporter.note(f"compile    on ({choice.reason})")
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        trainer.forward = eager
+        first_line = str(error).strip().partition("\n")[0][:200]
+        reporter.note(f"compile    failed, going on without ({type(error).__name__}: {first_line})")
+    seconds = time.perf_counter() - start
+    trainer.state.compile_seconds += seconds
+    trainer.state.train_seconds += seconds
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _out_of_memory(trainer: Trainer) -> TrainingError:
+    config, shape = trainer.config, trainer.model.config
+    half = max(1, config.batch_size // 2)
+    steps = config.gradient_accumulation_steps * (config.batch_size // half)
+    return TrainingError(
+        f"out of memory on {describe_device(trainer.device)}: halve the batch with --batch-size "
+        f"{half} --gradient-accumulation-steps {steps}, which learns the same, or lower "
+        f"--block-size ({shape.block_size}), --n-layer ({shape.n_layer}) or --d-model "
+        f"({shape.d_model})"
+    )
+
+
+def _sampler(plan: Plan) -> Callable[[], str]:
+    config = SampleConfig(
+        max_new_tokens=plan.trainer.config.sample_length, seed=plan.trainer.config.seed
+    )
+    return lambda: "".join(generate_text(plan.trainer.model, plan.corpus.tokenizer, config))
+
+
+def _finish(plan: Plan, stop_reason: StopReason) -> TrainResult:
+    trainer = plan.trainer
+    summary = _summarize(plan, stop_reason)
+    checkpoint.write_json(trainer.out / SUMMARY, asdict(summary))
+    plot_loss(trainer.out)
+    best = checkpoint.load(trainer.out, device=trainer.device)
+    return TrainResult(best.model, best.tokenizer, summary, trainer.out)
+
+
+def _summarize(plan: Plan, stop_reason: StopReason) -> Summary:
+    trainer, state = plan.trainer, plan.trainer.state
+    tokens = state.step * trainer.tokens_per_step
+    stepping = state.train_seconds - state.compile_seconds
+    best = state.best_val_loss
+    corpus = plan.corpus
+    guess = unigram_nats(corpus.train, corpus.validation, corpus.tokenizer.vocab_size)
+    return Summary(
+        verdict=verdict(state, guess, stop_reason),
+        val_loss=best,
+        bits_per_char=None if best is None else bits_per_char(best),
+        best_step=state.best_step,
+        final_val_loss=state.val_loss,
+        train_loss=state.train_loss,
+        steps=state.step,
+        tokens=tokens,
+        train_seconds=round(state.train_seconds, 3),
+        eval_seconds=round(state.eval_seconds, 3),
+        compile_seconds=round(state.compile_seconds, 3),
+        tokens_per_second=round(tokens / stepping, 1) if stepping > 0 else 0.0,
+        n_params=count_parameters(trainer.model),
+        stop_reason=stop_reason,
+        skipped_steps=state.skipped_steps,
+        device=describe_device(trainer.device),
+        precision=trainer.precision.name,
+    )

@@ -1,0 +1,151 @@
+"""How good is this model? Its loss on a text, beside what cheap methods reach on the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy.typing as npt
+
+from chargpt.baselines import Baseline, baselines
+from chargpt.checkpoint import Which, load, read_config
+from chargpt.config import DataConfig, Device, Unknown, from_dict
+from chargpt.data import (
+    Corpus,
+    decode,
+    encode_documents,
+    load_corpus,
+    read_sources,
+    split_documents,
+)
+from chargpt.errors import UserError
+from chargpt.evaluation import evaluate
+from chargpt.hardware import choose_device
+from chargpt.metrics import bits_per_char, perplexity
+from chargpt.tokenizer import CharTokenizer
+
+Split = Literal["validation", "train"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scorecard:
+    """A model's loss on a text, in nats a character, and the baselines', in bits."""
+
+    text: str
+    """What was read."""
+    n_tokens: int
+    nats_per_char: float
+    bits_per_char: float
+    perplexity: float
+    baselines: tuple[Baseline, ...]
+    note: str
+    """Why baselines are missing; empty if none are."""
+
+
+def score_run(
+    run: str | Path,
+    files: Sequence[str] = (),
+    *,
+    split: Split = "validation",
+    which: Which = "best",
+    device: Device = "auto",
+    encoding: str | None = None,
+    unknown: Unknown = "error",
+    with_baselines: bool = True,
+) -> Scorecard:
+    """Evaluate a trained model over a whole text, in fp32.
+
+    Args:
+        run: its run folder.
+        files: texts to evaluate on (see `chargpt.data.read_sources`); none: a split of the text
+            that the run was trained on, read again from where it was.
+        split: which one.
+        which: the checkpoint.
+        device: where to compute.
+        encoding: of the files; default: as in training.
+        unknown: what to do with characters that the model has never seen.
+        with_baselines: compute what cheap methods reach.
+
+    Raises:
+        UserError: no such run, the text is gone or has changed, or a character is unknown.
+    """
+    data = read_config(Path(run))["data"]
+    config = from_dict(DataConfig, {name: data[name] for name in DataConfig.__dataclass_fields__})
+    model, tokenizer = load(run, which=which, device=choose_device(device).device)
+    note, corpus = "", None
+    try:
+        corpus = _training_corpus(data, config)
+    except UserError as error:
+        if not files:
+            raise
+        note = f"no baselines: {error}"
+    if files:
+        tokens = _read_tokens(files, tokenizer, config, encoding or config.encoding, unknown)
+        name = ", ".join(files)
+    else:
+        assert corpus is not None
+        tokens = corpus.validation if split == "validation" else corpus.train
+        name = f"{split} part of {', '.join(corpus.sources)}"
+    loss = evaluate(model, tokens, model.config.block_size)
+    rows = _baselines(corpus, tokens, split if not files else None) if with_baselines else ()
+    return Scorecard(
+        text=name,
+        n_tokens=len(tokens),
+        nats_per_char=loss,
+        bits_per_char=bits_per_char(loss),
+        perplexity=perplexity(loss),
+        baselines=rows,
+        note=note,
+    )
+
+
+def _training_corpus(data: dict[str, Any], config: DataConfig) -> Corpus:
+    """Read the text of a run again.
+
+    Raises:
+        UserError: it is gone, came from standard input, or has changed.
+    """
+    sources = data["sources"]
+    if "-" in sources:
+        raise UserError("the run read its text from standard input: name a file to evaluate on")
+    try:
+        corpus = load_corpus(sources, config)
+    except UserError as error:
+        raise UserError(f"the run's text cannot be read again: {error}") from error
+    if corpus.sha256 != data["sha256"]:
+        raise UserError(
+            f"{', '.join(sources)} has changed since the run: name a file to evaluate on"
+        )
+    return corpus
+
+
+def _read_tokens(
+    files: Sequence[str],
+    tokenizer: CharTokenizer,
+    config: DataConfig,
+    encoding: str,
+    unknown: Unknown,
+) -> npt.NDArray[Any]:
+    documents: list[str] = []
+    for raw in read_sources(files):
+        for text in split_documents(decode(raw, encoding), config.document_separator):
+            try:
+                known = tokenizer.encode(text, unknown=unknown)
+            except UserError as error:
+                raise UserError(f"{raw.name}: {error}") from error
+            documents.append(tokenizer.decode(known))
+    tokens = encode_documents(documents, tokenizer)
+    if len(tokens) < 2:
+        raise UserError(f"{', '.join(files)}: less than two known characters: give a longer text")
+    return tokens
+
+
+def _baselines(
+    corpus: Corpus | None, tokens: npt.NDArray[Any], split: Split | None
+) -> tuple[Baseline, ...]:
+    """Return what cheap methods make of `tokens`, where these are not what they learn from."""
+    if corpus is None or split == "train":
+        return ()
+    return tuple(baselines(corpus.train, tokens, corpus.tokenizer))

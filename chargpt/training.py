@@ -1,0 +1,359 @@
+"""The training loop: a step, and what happens between steps.
+
+A run depends on its configuration, its data and its `TrainState`, and on nothing else: batches and
+dropout are drawn from (seed, step), evaluation draws nothing. What is told to the user goes through
+a `Reporter`; what is kept goes through the run folder.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chargpt import checkpoint
+from chargpt.config import TrainConfig
+from chargpt.data import Windows
+from chargpt.distributed import ParallelChoice, seed_dropout
+from chargpt.errors import TrainingError
+from chargpt.evaluation import evaluate
+from chargpt.hardware import PrecisionChoice
+from chargpt.model import GPT2
+from chargpt.optim import learning_rate
+from chargpt.reporting import Reporter
+from chargpt.seeding import DROPOUT, derive_seed
+
+StopReason = Literal["budget", "patience", "interrupted", "terminated"]
+MAX_SKIPPED_IN_A_ROW = 50  # the loss scale halves each time: 2^16 is gone long before
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where a run is; with weights and optimizer, all that its future depends on."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    train_seconds: float = 0.0
+    """Spent in steps, compilation included."""
+    compile_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    train_loss: float | None = None
+    """Of the last step, nats a token, with dropout."""
+    val_loss: float | None = None
+    """Of the last evaluation, nats a token."""
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evaluated_step: int | None = None
+    evaluations_since_best: int = 0
+    skipped_steps: int = 0
+    """Steps whose fp16 gradient overflowed, so that no update was made."""
+    skipped_in_a_row: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """State of the fp16 gradient scaler."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A model and everything needed to make it better."""
+
+    model: GPT2
+    forward: Callable[[Tensor], Tensor]
+    """The model as it is called: perhaps compiled, perhaps over several GPUs."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    windows: Windows
+    validation: npt.NDArray[Any]
+    """Token ids, (m,)."""
+    config: TrainConfig
+    precision: PrecisionChoice
+    parallel: ParallelChoice
+    out: Path
+    """The run folder."""
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.token_embedding.weight.device
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Windows that one optimizer step learns from."""
+        return self.config.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Characters that one optimizer step learns from."""
+        return self.sequences_per_step * self.windows.block_size
+
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the run; None where the clock decides."""
+        if self.config.steps is not None:
+            return self.config.steps
+        if self.config.epochs is not None:
+            sequences = self.config.epochs * self.windows.per_epoch
+            return max(1, round(sequences / self.sequences_per_step))
+        return None
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent."""
+        if self.total_steps is not None:
+            return self.state.step / self.total_steps
+        assert self.config.minutes is not None
+        return self.state.train_seconds / (60 * self.config.minutes)
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between evaluations; see ``TrainConfig.eval_interval``."""
+        if self.config.eval_interval:
+            return self.config.eval_interval
+        epoch = self.windows.per_epoch / self.sequences_per_step
+        # A forward pass is a third of a step: ten times that keeps evaluation below a tenth.
+        cheap = 10 / 3 * len(self.validation) / self.tokens_per_step
+        return round(max(25, min(250, epoch), cheap))
+
+
+class StepResult(NamedTuple):
+    """What a step saw."""
+
+    loss: float
+    """Nats a token, over all the step's sequences, with dropout."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    skipped: bool
+
+
+class NonFiniteError(TrainingError):
+    """The loss or the gradient is not a number; the weights have not been touched."""
+
+
+def train_step(trainer: Trainer) -> StepResult:
+    """Make one optimizer update.
+
+    Raises:
+        NonFiniteError: loss or gradient is not finite, and no loss scaling is on that could mend
+            it; the weights are those before the step.
+    """
+    config, scaler = trainer.config, trainer.scaler
+    lr = _set_learning_rate(trainer)
+    loss = torch.zeros((), device=trainer.device)
+    for micro_step in range(config.gradient_accumulation_steps):
+        micro_loss = _micro_loss(trainer, micro_step) / config.gradient_accumulation_steps
+        scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
+        loss += micro_loss.detach()
+    scaler.unscale_(trainer.optimizer)
+    limit = config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
+    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    if not finite and not scaler.is_enabled():
+        trainer.optimizer.zero_grad()
+        raise NonFiniteError(f"loss {float(loss)}, gradient norm {float(grad_norm)}")
+    scaler.step(trainer.optimizer)  # makes no update if the scaled gradient overflowed
+    scaler.update()
+    trainer.optimizer.zero_grad()
+    return StepResult(float(loss), float(grad_norm), lr, skipped=not finite)
+
+
+def _micro_loss(trainer: Trainer, micro_step: int) -> Tensor:
+    """Return the mean loss of one batch in nats a token, a scalar."""
+    config, step = trainer.config, trainer.state.step
+    first = step * trainer.sequences_per_step + micro_step * config.batch_size
+    inputs, targets = trainer.windows.batch(first, config.batch_size)  # (B, T) each
+    seed_dropout(derive_seed(config.seed, DROPOUT, step, micro_step), trainer.parallel)
+    with trainer.precision.autocast(trainer.device):
+        logits = trainer.forward(inputs.to(trainer.device))  # (B, T, V)
+    targets = targets.to(trainer.device).flatten()  # (B × T,)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets)
+
+
+def trial_step(trainer: Trainer) -> None:
+    """Go forward and backward once, changing nothing, so that lazy compilation happens."""
+    trainer.model.train()
+    trainer.scaler.scale(_micro_loss(trainer, 0)).backward()  # type: ignore[no-untyped-call]
+    trainer.optimizer.zero_grad()
+
+
+def _set_learning_rate(trainer: Trainer) -> float:
+    state = trainer.state
+    if trainer.total_steps is not None:
+        at_end = (state.step + 1) / trainer.total_steps
+    else:
+        at_end = trainer.progress * (1 + 1 / max(1, state.step))
+    lr = learning_rate(at_end, trainer.config)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+# --- the loop
+
+
+def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
+    """Train until the budget is spent, nothing improves any more, or somebody stops it.
+
+    Returns:
+        Why it ended. The best and the last state are in the run folder.
+
+    Raises:
+        TrainingError: the loss is not finite; the last good state is in the run folder.
+    """
+    state = trainer.state
+    trainer.model.train()
+    with _Interrupts() as interrupts:
+        while trainer.progress < 1:
+            _timed_step(trainer, reporter)
+            if interrupts.received:
+                save_last(trainer)
+                return interrupts.received
+            if state.step % trainer.eval_interval == 0:
+                _evaluate_and_save(trainer, reporter)
+                if 0 < trainer.config.patience <= state.evaluations_since_best:
+                    return "patience"
+        if state.evaluated_step != state.step:
+            _evaluate_and_save(trainer, reporter)
+    return "budget"
+
+
+def _timed_step(trainer: Trainer, reporter: Reporter) -> None:
+    state = trainer.state
+    start = time.perf_counter()
+    try:
+        result = train_step(trainer)
+    except NonFiniteError as error:
+        save_last(trainer)
+        raise TrainingError(
+            f"step {state.step + 1} stopped before its update ({error}); the state before it is in "
+            f"{trainer.out / 'last'}: try a lower --learning-rate than "
+            f"{trainer.config.learning_rate:g}, or --precision fp32"
+        ) from error
+    state.train_seconds += time.perf_counter() - start
+    state.step += 1
+    state.train_loss = result.loss if not result.skipped else state.train_loss
+    _count_skipped(trainer, result)
+    reporter.step(
+        {
+            "step": state.step,
+            "loss": result.loss if not result.skipped else None,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm if not result.skipped else None,
+            "tokens": state.step * trainer.tokens_per_step,
+            "train_seconds": round(state.train_seconds, 3),
+        },
+        progress=trainer.progress,
+        log=state.step % trainer.config.log_interval == 0,
+    )
+
+
+def _count_skipped(trainer: Trainer, result: StepResult) -> None:
+    state = trainer.state
+    state.skipped_steps += result.skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
+    if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        save_last(trainer)
+        raise TrainingError(
+            f"{MAX_SKIPPED_IN_A_ROW} steps in a row overflowed fp16 and were skipped: "
+            "try --precision bf16 or fp32, or a lower --learning-rate"
+        )
+
+
+def _evaluate_and_save(trainer: Trainer, reporter: Reporter) -> None:
+    state = trainer.state
+    start = time.perf_counter()
+    state.val_loss = evaluate(
+        trainer.model,
+        trainer.validation,
+        trainer.windows.block_size,
+        batch_size=trainer.config.batch_size,
+        autocast=trainer.precision.autocast(trainer.device),
+    )
+    state.eval_seconds += time.perf_counter() - start
+    state.evaluated_step = state.step
+    is_best = state.best_val_loss is None or state.val_loss < state.best_val_loss
+    if is_best:
+        state.best_val_loss, state.best_step = state.val_loss, state.step
+    state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
+    if is_best:
+        weights = checkpoint.model_tensors(trainer.model)
+        checkpoint.save_checkpoint(
+            trainer.out,
+            "best",
+            {checkpoint.MODEL: weights},
+            {"step": state.step, "val_loss": state.val_loss},
+        )
+    save_last(trainer)
+    reporter.evaluation(step=state.step, val_loss=state.val_loss, is_best=is_best)
+
+
+def save_last(trainer: Trainer) -> None:
+    """Write everything needed to go on from here."""
+    trainer.state.scaler = trainer.scaler.state_dict()
+    parts = {
+        checkpoint.MODEL: checkpoint.model_tensors(trainer.model),
+        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(trainer.optimizer, trainer.model),
+    }
+    checkpoint.save_checkpoint(trainer.out, "last", parts, asdict(trainer.state))
+
+
+def restore_last(trainer: Trainer) -> None:
+    """Put a trainer where `save_last` left the run in its folder.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it does not fit the model.
+    """
+    folder = checkpoint.find_checkpoint(trainer.out, "last")
+    checkpoint.load_model_tensors(trainer.model, checkpoint.read_tensors(folder / checkpoint.MODEL))
+    tensors = checkpoint.read_tensors(folder / checkpoint.OPTIMIZER)
+    checkpoint.load_optimizer_tensors(trainer.optimizer, trainer.model, tensors)
+    trainer.state = TrainState(**checkpoint.read_state(folder))
+    if trainer.scaler.is_enabled() and trainer.state.scaler:
+        trainer.scaler.load_state_dict(trainer.state.scaler)
+
+
+class _Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into a wish; the second one ends the program at once."""
+
+    _REASONS: ClassVar[dict[int, StopReason]] = {
+        signal.SIGINT: "interrupted",
+        signal.SIGTERM: "terminated",
+    }
+
+    def __init__(self) -> None:
+        self.received: StopReason | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+            for number in self._REASONS:
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = self._REASONS[number]
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
