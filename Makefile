@@ -1,0 +1,39 @@
+# make train   set up and train on Tiny Shakespeare
+# make test    set up and run the tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+ARGS   ?=
+
+.PHONY: train test test-slow check clean
+
+train: $(VENV)/installed
+	$(BIN)/chargpt train $(ARGS)
+
+# One thread a process: the models are tiny, and two processes share two cores.
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("chargpt needs Python 3.11 or newer, and $(PYTHON) is %s.%s: give make PYTHON=…" % sys.version_info[:2])'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned requirements into $(VENV) (once)"
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps -e .
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PIP) install -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
