@@ -65,12 +65,9 @@ def load(run: str | Path, *, which: Which = "best", device: str | torch.device =
     folder = Path(run)
     config = from_dict(GPT2Config, read_config(folder)["model"])
     tokenizer = CharTokenizer.from_json(_read_text(folder / TOKENIZER))
-    try:
-        checkpoint = find_checkpoint(folder, which)
-    except UserError:
-        if which == "last":
-            raise
-        checkpoint = find_checkpoint(folder, "last")
+    if not _candidates(folder, which):
+        which = "last"
+    checkpoint = find_checkpoint(folder, which)
     with own_random_state():
         model = GPT2(config).to(device)
     load_model_tensors(model, read_tensors(checkpoint / MODEL))
@@ -193,14 +190,18 @@ def find_checkpoint(run: Path, which: Which) -> Path:
     Raises:
         UserError: there is none, or every one is damaged.
     """
-    candidates = [_new(run, which), run / which, _old(run, which)]
-    there = [folder for folder in candidates if folder.is_dir()]
+    there = _candidates(run, which)
     whole = next((folder for folder in there if _is_whole(folder)), None)
     if whole is not None:
         return whole
     if there:
         raise UserError(f"{run / which} is damaged (its SHA-256 sums differ): train again")
     raise UserError(f"{run} has no checkpoint {which!r}: train it, or let it train longer")
+
+
+def _candidates(run: Path, which: Which) -> list[Path]:
+    """Return the folders that may hold the checkpoint, newest first."""
+    return [f for f in (_new(run, which), run / which, _old(run, which)) if f.is_dir()]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Targets are the inputs shifted by one, here and nowhere else.
 from __future__ import annotations
 
 import codecs
+import difflib
 import glob
 import hashlib
 import sys
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from chargpt import datasets
-from chargpt.config import DataConfig, did_you_mean
+from chargpt.config import DataConfig
 from chargpt.errors import UserError
 from chargpt.tokenizer import CharTokenizer
 
@@ -151,9 +152,10 @@ def _find_files(source: str) -> list[Path]:
     siblings = [*datasets.NAMES]
     if path.parent.is_dir():
         siblings += [str(path.parent / sibling.name) for sibling in path.parent.iterdir()]
-    near = did_you_mean(source, siblings)
-    hint = near if near.startswith(": did") else f", or a data set ({', '.join(datasets.NAMES)})"
-    raise UserError(f"{source}: no such file; give a text file, a folder, a glob, -{hint}")
+    near = difflib.get_close_matches(source, siblings, n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]}?" if near else "give a text file, a folder, a pattern, "
+    hint += "" if near else f"- for standard input, or a data set ({', '.join(datasets.NAMES)})"
+    raise UserError(f"{source}: no such file; {hint}")
 
 
 def _is_visible(file: Path, folder: Path) -> bool:

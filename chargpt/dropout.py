@@ -1,17 +1,24 @@
 """Dropout (Srivastava et al. 2014), with masks that are cheap on a CPU.
 
 PyTorch draws one serial random number a value on the CPU, which takes longer than the layer it
-follows. Here one 64-bit draw decides four values. On a GPU PyTorch's own dropout is used.
+follows. Here a fixed table of random 64-bit words is drawn once; a mask takes a stretch of it, maps
+each word to another by w -> a w + c with fresh random a (odd) and c, and lets each word decide four
+values. That is arithmetic on whole vectors. On a GPU PyTorch's own dropout is used.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_LANES = 4  # 16-bit numbers in a 64-bit draw
+_LANES = 4  # 16-bit numbers in a word
 _LEVELS = 1 << 16
+_WORDS = 1 << 18  # of the table that one map serves: 2 MB stay in the cache
+_OFFSETS = 1 << 16  # where a stretch may begin, so that no two masks line up
+_TABLE_SEED = 0x5EED
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -29,14 +36,13 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if p == 0.0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     dropped = round(p * _LEVELS)
-    draws = torch.empty(-(-x.numel() // _LANES), dtype=torch.int64)
-    draws.random_(torch.iinfo(torch.int64).min, None)  # None: up to the largest, all 64 bits
-    lanes = draws.view(torch.int16)[: x.numel()].view(x.shape)
-    keep = (lanes >= dropped - _LEVELS // 2).to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
-    return x * keep
+    lanes = _random_lanes(x.numel()).view(x.shape)
+    keep = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.ge(lanes, dropped - _LEVELS // 2, out=keep)
+    return x * keep.mul_(_LEVELS / (_LEVELS - dropped))
 
 
 class Dropout(nn.Module):
@@ -57,3 +63,28 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         """Show p where the module is printed."""
         return f"p={self.p}"
+
+
+def _random_lanes(n: int) -> Tensor:
+    """Return `n` uniform 16-bit numbers, int16, shape (n,)."""
+    words = torch.empty(-(-n // _LANES), dtype=torch.int64)
+    chunks = torch.split(words, _WORDS)
+    draws = _random_words(3 * len(chunks), None).view(-1, 3).tolist()
+    for chunk, (a, c, start) in zip(chunks, draws, strict=True):
+        offset = start % _OFFSETS
+        stretch = _table()[offset : offset + len(chunk)]
+        torch.mul(stretch, a | 1, out=chunk).add_(c)  # modulo 2^64; odd: no two words become one
+    return words.view(torch.int16)[:n]
+
+
+@functools.cache
+def _table() -> Tensor:
+    """Return the words that every mask is made of, int64; the same in every process."""
+    return _random_words(_WORDS + _OFFSETS, torch.Generator().manual_seed(_TABLE_SEED))
+
+
+def _random_words(n: int, generator: torch.Generator | None) -> Tensor:
+    """Return `n` random 64-bit words, int64."""
+    words = torch.empty(n, dtype=torch.int64)
+    # None: up to the largest, so that all 64 bits are random
+    return words.random_(torch.iinfo(torch.int64).min, None, generator=generator)

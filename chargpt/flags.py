@@ -108,10 +108,12 @@ def parse(commands: Mapping[str, Any], arguments: Sequence[str]) -> Any:
 
 def _one_line(box: str, verb: str, commands: Mapping[str, Any], arguments: Sequence[str]) -> str:
     """Turn tyro's framed message into one line: what is wrong, and what to do."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    lines = lines[1:]  # the frame's title
+    # A title, then paragraphs between rules; frames and rules are plain dashes on a plain terminal.
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    lines = ["" if set(line) <= set("─-╰╯+") else line for line in lines]
+    lines = lines[next((i for i, line in enumerate(lines) if line), 0) :]
     end = lines.index("") if "" in lines else len(lines)
-    message = " ".join(lines[:end]).strip().rstrip(".")
+    message = " ".join(lines[:end]).rstrip(".")
     if not verb:
         word = arguments[0] if arguments else ""
         near = difflib.get_close_matches(word, commands, n=1)

@@ -39,8 +39,9 @@ def filter_logits(
     """
     if temperature == 0:
         top_k, temperature = 1, 1.0
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
-    logits = logits / temperature
+    # From the largest down: dividing by a tiny temperature gives -inf at worst, never inf or NaN.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
     if 0 < top_k < logits.size(-1):
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)

@@ -77,6 +77,8 @@ def train(
         plan = make_plan(
             sources, model=model, training=training, data=data, out=folder, resuming=resuming
         )
+        if resume and not resuming:
+            plan.lines.append(f"resuming   nothing to resume in {folder}: starting from step 0")
         return _carry_out(plan, resuming=resuming, quiet=quiet)
 
 

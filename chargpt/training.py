@@ -215,17 +215,23 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     trainer.model.train()
     with _Interrupts() as interrupts:
         while trainer.progress < 1:
+            if _evaluation_is_due(trainer):
+                _evaluate_and_save(trainer, reporter)
+                if 0 < trainer.config.patience <= state.evaluations_since_best:
+                    return "patience"
             _timed_step(trainer, reporter)
             if interrupts.received:
                 save_last(trainer)
                 return interrupts.received
-            if state.step % trainer.eval_interval == 0:
-                _evaluate_and_save(trainer, reporter)
-                if 0 < trainer.config.patience <= state.evaluations_since_best:
-                    return "patience"
         if state.evaluated_step != state.step:
             _evaluate_and_save(trainer, reporter)
     return "budget"
+
+
+def _evaluation_is_due(trainer: Trainer) -> bool:
+    """Return whether the step just made, perhaps before an interruption, is one to evaluate."""
+    step = trainer.state.step
+    return step > 0 and step % trainer.eval_interval == 0 and trainer.state.evaluated_step != step
 
 
 def _timed_step(trainer: Trainer, reporter: Reporter) -> None:

@@ -1,0 +1,262 @@
+"""Every message, every derived value, the budgets and the presets."""
+
+import dataclasses
+import inspect
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from chargpt.config import (
+    PRESETS,
+    DataConfig,
+    GPT2Config,
+    Preset,
+    SampleConfig,
+    TrainConfig,
+    baby,
+    flag,
+    from_dict,
+    gpt2,
+    tiny,
+)
+from chargpt.errors import UserError
+
+CLASSES: tuple[type[Any], ...] = (GPT2Config, DataConfig, TrainConfig, SampleConfig)
+AT_LEAST_1 = "give a whole number of at least 1"
+AT_LEAST_0 = "give a whole number of at least 0"
+DERIVE = "give a positive number, or 0 to derive it"
+BELOW_1 = "give a number from 0 up to, not with, 1"
+SHARE = "give a share from 0 to 1"
+
+OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
+    (GPT2Config, "block_size", 0, AT_LEAST_1),
+    (GPT2Config, "n_layer", 0, AT_LEAST_1),
+    (GPT2Config, "n_head", 0, AT_LEAST_1),
+    (GPT2Config, "d_model", -4, AT_LEAST_1),
+    (GPT2Config, "vocab_size", -1, DERIVE),
+    (GPT2Config, "d_ff", -1, DERIVE),
+    (GPT2Config, "dropout", 1.0, BELOW_1),
+    (GPT2Config, "dropout", -0.1, BELOW_1),
+    (DataConfig, "encoding", "", "give a name such as utf-8 or latin-1"),
+    (DataConfig, "validation_fraction", 0.0, "give a share between 0 and 1, such as 0.1"),
+    (DataConfig, "validation_fraction", 1.0, "give a share between 0 and 1, such as 0.1"),
+    (TrainConfig, "batch_size", 0, AT_LEAST_1),
+    (TrainConfig, "gradient_accumulation_steps", 0, AT_LEAST_1),
+    (TrainConfig, "log_interval", 0, AT_LEAST_1),
+    (TrainConfig, "steps", 0, "give a positive number"),
+    (TrainConfig, "epochs", 0.0, "give a positive number"),
+    (TrainConfig, "minutes", -1.0, "give a positive number"),
+    (TrainConfig, "eval_interval", -1, AT_LEAST_0),
+    (TrainConfig, "patience", -1, AT_LEAST_0),
+    (TrainConfig, "sample_length", -1, AT_LEAST_0),
+    (TrainConfig, "seed", -1, AT_LEAST_0),
+    (TrainConfig, "weight_decay", -0.1, "give a number of at least 0"),
+    (TrainConfig, "grad_clip", -1.0, "give a number of at least 0"),
+    (TrainConfig, "learning_rate", 0.0, "give a positive number"),
+    (TrainConfig, "learning_rate_floor", 1.1, SHARE),
+    (TrainConfig, "warmup_fraction", -0.1, SHARE),
+    (TrainConfig, "beta1", 1.0, BELOW_1),
+    (TrainConfig, "beta2", -0.1, BELOW_1),
+    (SampleConfig, "max_new_tokens", 0, AT_LEAST_1),
+    (SampleConfig, "num_samples", 0, AT_LEAST_1),
+    (SampleConfig, "top_k", -1, AT_LEAST_0),
+    (SampleConfig, "seed", -1, AT_LEAST_0),
+    (SampleConfig, "temperature", -0.1, "give 0 (greedy) or more, e.g. 0.8"),
+    (SampleConfig, "temperature", math.inf, "give 0 (greedy) or more, e.g. 0.8"),
+    (SampleConfig, "top_p", 0.0, "give a share above 0 and up to 1"),
+    (SampleConfig, "top_p", 1.1, "give a share above 0 and up to 1"),
+    (SampleConfig, "stop", ("a", ""), "give strings that are not empty"),
+]
+WRONG_TYPE: list[tuple[type[Any], str, Any, str]] = [
+    (GPT2Config, "n_layer", True, "give a whole number"),
+    (GPT2Config, "n_layer", 2.0, "give a whole number"),
+    (GPT2Config, "n_layer", "2", "give a whole number"),
+    (GPT2Config, "n_layer", None, "give a whole number"),
+    (GPT2Config, "n_layer", [2], "give a whole number"),
+    (GPT2Config, "dropout", "0.1", "give a number"),
+    (GPT2Config, "dropout", False, "give a number"),
+    (GPT2Config, "dropout", math.nan, "give a number"),
+    (GPT2Config, "bias", 1, "give true or false"),
+    (GPT2Config, "bias", "true", "give true or false"),
+    (GPT2Config, "norm_placement", "before", "give one of pre, post, sandwich"),
+    (GPT2Config, "norm_placement", ["pre"], "give one of pre, post, sandwich"),
+    (DataConfig, "encoding", 8, "give a text"),
+    (TrainConfig, "steps", 1.5, "give a whole number"),
+    (TrainConfig, "steps", True, "give a whole number"),
+    (TrainConfig, "epochs", math.nan, "give a number"),
+    (TrainConfig, "precision", "fp8", "give one of auto, fp32, bf16, fp16"),
+    (SampleConfig, "stop", "a", "give a list of texts"),
+    (SampleConfig, "stop", ["a", 1], "give a list of texts"),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "value", "remedy"), OUT_OF_RANGE + WRONG_TYPE)
+def test_a_bad_value_is_named_with_its_remedy(
+    cls: type[Any], name: str, value: object, remedy: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        cls(**{name: value})
+    assert str(caught.value) == f"{name} is {value!r}: {remedy} ({flag(name)})"
+
+
+def test_every_number_is_checked() -> None:
+    """A field added without a rule shows up here."""
+    ruled = {(cls, name) for cls, name, *_ in OUT_OF_RANGE}
+    for cls in CLASSES:
+        for field in dataclasses.fields(cls):
+            if any(word in str(field.type) for word in ("int", "float")):
+                assert (cls, field.name) in ruled, field.name
+
+
+@pytest.mark.parametrize(
+    ("n_head", "d_model", "nearest"), [(5, 128, 4), (7, 12, 6), (200, 128, 128), (3, 7, 1)]
+)
+def test_heads_must_divide_the_width(n_head: int, d_model: int, nearest: int) -> None:
+    with pytest.raises(UserError) as caught:
+        GPT2Config(n_head=n_head, d_model=d_model)
+    assert str(caught.value) == (
+        f"n_head is {n_head}, which does not divide d_model {d_model}: give --n-head {nearest}, "
+        f"or a d_model that is a multiple of {n_head}"
+    )
+    GPT2Config(n_head=nearest, d_model=d_model)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(GPT2Config, "dropout"), (TrainConfig, "epochs"), (SampleConfig, "temperature")],
+)
+def test_a_whole_number_will_do_for_a_number(cls: type[Any], name: str) -> None:
+    value = 0 if name == "dropout" else 2
+    stored = getattr(cls(**{name: value}), name)
+    assert stored == value
+    assert type(stored) is float
+
+
+def test_a_list_will_do_for_stop() -> None:
+    assert SampleConfig(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+# --- derived values
+
+
+def test_d_ff_follows_d_model_until_it_is_given() -> None:
+    assert GPT2Config(d_model=64).d_ff == 256
+    assert GPT2Config(d_model=64).replace(d_model=32).d_ff == 128
+    assert GPT2Config(d_model=64).replace(n_layer=1).d_ff == 256
+    explicit = GPT2Config(d_model=64, d_ff=100)
+    assert explicit.d_ff == 100
+    assert explicit.replace(d_model=32).d_ff == 100
+    assert explicit.replace(d_ff=0).d_ff == 256
+    assert GPT2Config(d_model=64).replace(d_model=32, d_ff=50).d_ff == 50
+
+
+@pytest.mark.parametrize("cls", [GPT2Config, DataConfig, TrainConfig])
+def test_replace_checks_and_leaves_the_original_alone(cls: type[Any]) -> None:
+    original = cls()
+    names = [field.name for field in dataclasses.fields(cls)]
+    assert original.replace() == original
+    with pytest.raises(UserError):
+        original.replace(**{names[0]: b"?"})
+    with pytest.raises(TypeError):
+        original.replace(no_such_name=1)
+    assert original == cls()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(original, names[0], None)
+
+
+# --- budgets
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "epochs", "minutes"),
+    [
+        ({}, None, None, 3.0),
+        ({"steps": 5}, 5, None, None),
+        ({"epochs": 1.5}, None, 1.5, None),
+        ({"minutes": 1}, None, None, 1.0),
+    ],
+)
+def test_one_budget(given: dict[str, Any], steps: Any, epochs: Any, minutes: Any) -> None:
+    direct = TrainConfig(**given)
+    replaced = TrainConfig(steps=7).replace(**given) if given else TrainConfig()
+    for config in (direct, replaced, direct.replace(batch_size=4)):
+        assert (config.steps, config.epochs, config.minutes) == (steps, epochs, minutes)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"steps": 5, "minutes": 1.0}, "steps and minutes"),
+        ({"epochs": 1.0, "minutes": 1.0}, "epochs and minutes"),
+    ],
+)
+def test_two_budgets_are_refused(given: dict[str, Any], names: str) -> None:
+    for make in (TrainConfig, TrainConfig().replace):
+        with pytest.raises(UserError) as caught:
+            make(**given)
+        assert str(caught.value) == f"{names} are both budgets: give one of them"
+
+
+# --- presets
+
+
+def test_the_defaults_are_the_preset_tiny() -> None:
+    assert tiny() == Preset(model=GPT2Config(), train=TrainConfig())
+
+
+def test_presets_stand_alone() -> None:
+    """None is built from another, or from a shared value: editing one leaves the others."""
+    assert dict(PRESETS) == {"tiny": tiny, "baby": baby, "gpt2": gpt2}
+    for make in PRESETS.values():
+        assert inspect.getclosurevars(make).globals.keys() == {
+            "Preset",
+            "GPT2Config",
+            "TrainConfig",
+        }
+        assert make() == make()
+        text = inspect.getsource(make)
+        for name in ("block_size", "n_layer", "n_head", "d_model", "dropout"):
+            assert f"{name}=" in text
+    with pytest.raises(TypeError):
+        PRESETS["tiny"] = baby  # type: ignore[index]
+
+
+# --- from plain values
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(part for make in PRESETS.values() for part in (make().model, make().train)),
+        DataConfig(document_separator="\n"),
+        SampleConfig(stop=("a", "b")),
+    ],
+)
+def test_a_saved_configuration_comes_back(config: Any) -> None:
+    saved = json.dumps(dataclasses.asdict(config))
+    assert from_dict(type(config), json.loads(saved)) == config
+
+
+def test_an_unknown_name_brings_the_nearest() -> None:
+    with pytest.raises(UserError) as caught:
+        from_dict(GPT2Config, {"n_layer": 2, "n_heads": 4})
+    assert str(caught.value) == "unknown setting 'n_heads': did you mean n_head?"
+    with pytest.raises(UserError) as caught:
+        from_dict(DataConfig, {"zzz": 4})
+    assert str(caught.value) == (
+        "unknown setting 'zzz': known are encoding, document_separator, validation_fraction"
+    )
+
+
+def test_importing_the_configuration_does_not_import_torch() -> None:
+    program = (
+        "import sys, chargpt.config; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,243 @@
+"""The model against two other GPT-2s, and what its weights, dropout and mask must be."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from twin import HF_ACTIVATIONS, as_hf, hf_names, hugging_face, reference_logits, shake
+
+from chargpt.attention import causal_attention
+from chargpt.config import PRESETS, GPT2Config
+from chargpt.errors import UserError
+from chargpt.metrics import count_parameters
+from chargpt.model import ACTIVATIONS, GPT2
+
+VOCAB = 11
+DROPOUT_PLACES = ("embeddings", "weights", "attention", "feed_forward")  # in the order of one block
+
+
+def config(**changes: Any) -> GPT2Config:
+    """A model too small to wait for, with d_ff other than 4 × d_model."""
+    small: dict[str, Any] = {
+        "block_size": 7,
+        "vocab_size": VOCAB,
+        "n_layer": 2,
+        "n_head": 3,
+        "d_model": 12,
+        "d_ff": 20,
+        "dropout": 0.0,
+    }
+    return GPT2Config(**small | changes)
+
+
+def some_ids(seed: int, *shape: int, vocab_size: int = VOCAB) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
+    targets = some_ids(2, *logits.shape[:2])
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# --- another's GPT-2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", HF_ACTIVATIONS)
+def test_logits_and_gradients_equal_hugging_faces(activation: str, bias: bool) -> None:
+    pytest.importorskip("transformers")
+    shape = config(activation_function=activation, bias=bias)
+    model = shake(GPT2(shape)).eval()
+    twin = hugging_face(model)
+    ids = some_ids(1, 3, 7)
+    ours, theirs = model(ids), twin(ids).logits
+    assert ours.std() > 0.5  # the comparison is not one of zeros
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+    loss_of(ours).backward()
+    loss_of(theirs).backward()
+    their_gradients = {name: p.grad for name, p in twin.named_parameters()}
+    for name, theirs_name in hf_names(shape.n_layer, bias).items():
+        gradient = as_hf(name, model.get_parameter(name).grad)
+        torch.testing.assert_close(gradient, their_gradients[theirs_name], rtol=1e-4, atol=1e-5)
+
+
+# --- the formulas
+
+
+@pytest.mark.parametrize(
+    ("placement", "activation", "bias"),
+    [
+        *itertools.product(("pre", "post", "sandwich"), ("gelu",), (True, False)),
+        *itertools.product(("pre",), sorted(ACTIVATIONS.keys() - {"gelu"}), (True,)),
+        ("post", "relu_squared", True),
+        ("sandwich", "sigmoid", True),
+    ],
+)
+def test_logits_and_gradients_equal_the_formulas(
+    placement: str, activation: str, bias: bool
+) -> None:
+    shape = config(norm_placement=placement, activation_function=activation, bias=bias)
+    model = shake(GPT2(shape).double()).eval()
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    ids = some_ids(1, 2, 6)
+    logits, expected = model(ids), reference_logits(shape, weights, ids)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+    loss_of(logits).backward()
+    loss_of(expected).backward()
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, weight.grad, rtol=1e-8, atol=1e-10
+        )
+
+
+# --- causality
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+def test_a_token_changes_no_logit_before_it(
+    backend: str, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "chargpt.model.causal_attention",
+        lambda q, k, v, dropout_p: causal_attention(q, k, v, backend=backend),
+    )
+    model = shake(GPT2(config(norm_placement=placement))).eval()
+    ids = some_ids(1, 2, 7)
+    with torch.no_grad():
+        logits = model(ids)
+        for changed in range(7):
+            others = ids.clone()
+            others[:, changed] = (others[:, changed] + 1) % VOCAB
+            new = model(others)
+            assert torch.equal(new[:, :changed], logits[:, :changed])
+            for later in range(changed, 7):
+                assert not torch.equal(new[:, later], logits[:, later])
+
+
+# --- initial weights
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_initial_weights(placement: str) -> None:
+    torch.manual_seed(0)
+    model = GPT2(config(n_layer=3, d_model=96, d_ff=0, vocab_size=65, norm_placement=placement))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            gain = "norm" in name and name.endswith(".weight")
+            assert (parameter == float(gain)).all(), name
+            continue
+        std = 0.02 / math.sqrt(2 * 3) if "projection" in name else 0.02
+        n = parameter.numel()
+        assert abs(parameter.std().item() / std - 1) < 5 / math.sqrt(2 * n), name
+        assert abs(parameter.mean().item()) < 5 * std / math.sqrt(n), name
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_the_initial_loss_is_near_that_of_a_uniform_guess(placement: str) -> None:
+    torch.manual_seed(0)
+    shape = PRESETS["tiny"]().model.replace(vocab_size=65, norm_placement=placement)
+    model = GPT2(shape).eval()
+    ids, targets = some_ids(1, 8, 64, vocab_size=65), some_ids(2, 8, 64, vocab_size=65)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).item()
+    assert abs(loss - math.log(65)) < 0.1
+
+
+def test_the_head_is_the_token_embedding() -> None:
+    model = GPT2(config())
+    assert model.head.weight is model.token_embedding.weight
+    assert "head.weight" not in dict(model.named_parameters())
+    assert model.double().head.weight is model.token_embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "published"),
+    [("gpt2", 50257, 124_439_808), ("tiny", 65, 818_048), ("baby", 65, 10_770_816)],
+)
+def test_number_of_parameters(preset: str, vocab_size: int, published: int) -> None:
+    shape = PRESETS[preset]().model.replace(vocab_size=vocab_size)
+    with torch.device("meta"):
+        model = GPT2(shape)
+    C, F4 = shape.d_model, 4 * shape.d_model
+    norm = 2 * C
+    attention = C * 3 * C + 3 * C + C * C + C
+    feed_forward = C * F4 + F4 + F4 * C + C
+    block = 2 * norm + attention + feed_forward
+    formula = (vocab_size + shape.block_size) * C + shape.n_layer * block + norm
+    assert count_parameters(model) == formula == published
+
+
+# --- dropout
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("place", DROPOUT_PLACES)
+def test_dropout_acts_where_it_should_while_training(
+    place: str, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dropout of one place drops all, the others nothing: the logits say where it stands."""
+    shape = config(dropout=0.3, norm_placement=placement, n_layer=2)
+    calls = itertools.cycle(DROPOUT_PLACES[1:])
+    seen = []
+
+    def fake(x: torch.Tensor, p: float) -> torch.Tensor:
+        seen.append(next(calls) if seen else "embeddings")
+        assert p == 0.3
+        return x * 0.0 if seen[-1] == place else x
+
+    monkeypatch.setattr("chargpt.dropout.dropout", fake)
+    monkeypatch.setattr("chargpt.attention.dropout", fake)
+    model = shake(GPT2(shape).double()).train()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    ids = some_ids(1, 2, 7)
+    expected = reference_logits(shape, weights, ids, zeroed=place)
+    torch.testing.assert_close(model(ids).detach(), expected, rtol=1e-10, atol=1e-10)
+    assert len(seen) == 1 + 3 * 2
+    model.eval()(ids)
+    assert len(seen) == 1 + 3 * 2  # none in evaluation
+
+
+def test_dropout_follows_torchs_seed_and_rests_in_evaluation() -> None:
+    model = shake(GPT2(config(dropout=0.5)))
+    plain = shake(GPT2(config()))
+    ids = some_ids(1, 2, 7)
+
+    def trained(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model.train()(ids).detach()
+
+    assert torch.equal(trained(1), trained(1))
+    assert not torch.equal(trained(1), trained(2))
+    state = torch.get_rng_state()
+    assert torch.equal(model.eval()(ids), plain.train()(ids))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- what it refuses
+
+
+def test_errors() -> None:
+    with pytest.raises(UserError) as caught:
+        GPT2(config(vocab_size=0))
+    assert str(caught.value) == "vocab_size is 0: give the number of distinct tokens, e.g. 65"
+    with pytest.raises(UserError) as caught:
+        GPT2(config())(some_ids(1, 1, 8))
+    assert str(caught.value) == "8 tokens do not fit block_size 7: crop them"
+
+
+def test_a_short_context_is_the_start_of_a_long_one() -> None:
+    model = shake(GPT2(config())).eval()
+    ids = some_ids(1, 2, 7)
+    with torch.no_grad():
+        logits = model(ids)
+        for length in range(1, 8):
+            torch.testing.assert_close(
+                model(ids[:, :length]), logits[:, :length], rtol=0, atol=1e-5
+            )
