@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -186,17 +186,18 @@ class TrainConfig:
         _check_types(self)
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} are both budgets: give one of them")
+            raise UserError(f"{' and '.join(given)} are budgets that exclude each other: give one")
         if not given:
             object.__setattr__(self, "minutes", DEFAULT_MINUTES)
         for name in given:
             _check(getattr(self, name) > 0, self, name, "give a positive number")
         for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
             _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
-        for name in ("eval_interval", "patience", "sample_length", "seed"):
+        for name in ("eval_interval", "patience", "sample_length"):
             _check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
         for name in ("weight_decay", "grad_clip"):
             _check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
+        _check_seed(self)
         _check(self.learning_rate > 0, self, "learning_rate", "give a positive number")
         for name in ("learning_rate_floor", "warmup_fraction"):
             _check(0 <= getattr(self, name) <= 1, self, name, "give a share from 0 to 1")
@@ -207,7 +208,7 @@ class TrainConfig:
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`; a budget among them replaces the budget that was there."""
-        if changes.keys() & set(BUDGETS):
+        if any(changes.get(name) is not None for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
         return dataclasses.replace(self, **changes)
 
@@ -243,16 +244,15 @@ class SampleConfig:
         _check_types(self)
         for name in ("max_new_tokens", "num_samples"):
             _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
-        for name in ("top_k", "seed"):
-            _check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
-        _check(
-            0 <= self.temperature < math.inf,
-            self,
-            "temperature",
-            "give 0 (greedy) or more, e.g. 0.8",
-        )
+        _check_seed(self)
+        _check(self.top_k >= 0, self, "top_k", "give a whole number of at least 0")
+        _check(self.temperature >= 0, self, "temperature", "give 0 (greedy) or more, e.g. 0.8")
         _check(0 < self.top_p <= 1, self, "top_p", "give a share above 0 and up to 1")
         _check(all(self.stop), self, "stop", "give strings that are not empty")
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)
 
 
 # --- presets: each says everything that sets it apart, so that nothing leaks from one to another
@@ -267,7 +267,7 @@ class Preset:
 
 
 def tiny() -> Preset:
-    """0.81 M parameters: a laptop's three minutes. The default."""
+    """0.82 M parameters: a laptop's three minutes. The default."""
     return Preset(
         model=GPT2Config(block_size=128, n_layer=4, n_head=4, d_model=128, dropout=0.1),
         train=TrainConfig(batch_size=32, learning_rate=4e-3, minutes=3.0),
@@ -275,7 +275,7 @@ def tiny() -> Preset:
 
 
 def baby() -> Preset:
-    """10.7 M parameters, the shape of nanoGPT's Shakespeare model: a GPU's three minutes."""
+    """10.8 M parameters, the shape of nanoGPT's Shakespeare model: a GPU's three minutes."""
     return Preset(
         model=GPT2Config(block_size=256, n_layer=6, n_head=6, d_model=384, dropout=0.2),
         train=TrainConfig(batch_size=64, learning_rate=1e-3, steps=5000),
@@ -283,7 +283,7 @@ def baby() -> Preset:
 
 
 def gpt2() -> Preset:
-    """85 M parameters with a character vocabulary (124 M with GPT-2's own): for a large text."""
+    """86 M parameters with a character vocabulary (124 M with GPT-2's own): for a large text."""
     return Preset(
         model=GPT2Config(block_size=1024, n_layer=12, n_head=12, d_model=768, dropout=0.1),
         train=TrainConfig(
@@ -348,6 +348,10 @@ def _check(good: bool, config: object, name: str, remedy: str) -> None:
         raise UserError(f"{name} is {getattr(config, name)!r}: {remedy} ({flag(name)})")
 
 
+def _check_seed(config: TrainConfig | SampleConfig) -> None:
+    _check(0 <= config.seed < 2**63, config, "seed", "give a whole number from 0 to 2^63 - 1")
+
+
 def _check_types(config: Any) -> None:
     """Refuse values of the wrong type: TOML and JSON come without a type checker."""
     hints = typing.get_type_hints(type(config))
@@ -375,10 +379,8 @@ def _as_type(value: Any, hint: Any) -> Any:
     if origin is tuple:
         good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         return tuple(value) if good else _WRONG
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, float) and math.isnan(value):
-        return _WRONG
+    if hint is float and type(value) in (int, float):
+        return float(value) if abs(value) <= sys.float_info.max else _WRONG  # no NaN, no infinity
     return value if type(value) is hint else _WRONG
 
 

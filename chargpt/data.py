@@ -118,12 +118,22 @@ def read_sources(sources: Sequence[str]) -> list[RawText]:
         raise UserError(f"no text: give a file, or a data set ({', '.join(datasets.NAMES)})")
     raw_texts: list[RawText] = []
     for source in sources:
+        if not source:
+            raise UserError("the name of a text is empty: give a file, or - for standard input")
         if source == STANDARD_INPUT:
             raw_texts.append(RawText("standard input", sys.stdin.buffer.read()))
         elif source in datasets.NAMES:
             raw_texts.append(RawText(source, datasets.load_dataset(source)))
         else:
-            raw_texts += [RawText(str(path), _read_file(path)) for path in _find_files(source)]
+            try:
+                paths = _find_files(source)
+            except OSError as error:  # such as a text given for a name
+                shown = source if len(source) <= 60 else source[:60] + "…"
+                raise UserError(
+                    f"{shown}: cannot be looked up ({error.strerror}): give a text file, a folder, "
+                    "a glob, or -"
+                ) from error
+            raw_texts += [RawText(str(path), _read_file(path)) for path in paths]
     for raw in raw_texts:
         if not raw.data:
             raise UserError(
@@ -145,7 +155,7 @@ def _find_files(source: str) -> list[Path]:
         return [path]
     if any(character in source for character in "*?["):
         matches = (Path(match) for match in glob.glob(str(path), recursive=True))
-        files = sorted(match for match in matches if match.is_file())
+        files = sorted({match for match in matches if match.is_file()})  # ** can match twice
         if files:
             return files
         raise UserError(f"{source}: no file matches this pattern; check it with ls")
@@ -186,12 +196,15 @@ def decode(raw: RawText, encoding: str) -> str:
         raise UserError(
             f"unknown encoding {encoding!r}: give --encoding utf-8, latin-1, cp1252, utf-16, …"
         ) from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        if not isinstance(error, UnicodeDecodeError):  # the codec of domain names, and the like
+            raise UserError(f"{raw.name} is not {codec} ({error}): give --encoding") from error
         if b"\0" in raw.data[:8192]:
             raise UserError(f"{raw.name} is a binary file: give plain text") from error
-        line = raw.data.count(b"\n", 0, error.start) + 1
+        start = error.start + len(raw.data) - len(error.object)  # utf-8-sig leaves out its mark
+        line = raw.data.count(b"\n", 0, start) + 1
         raise UserError(
-            f"{raw.name}: byte 0x{raw.data[error.start]:02x} at offset {error.start} (line {line}) "
+            f"{raw.name}: byte 0x{raw.data[start]:02x} at offset {start} (line {line}) "
             f"is not {codec}: give --encoding, e.g. --encoding latin-1 or cp1252"
         ) from error
     if "\0" in text[:8192]:
@@ -266,7 +279,7 @@ class Windows:
     """Training sequences by number: sequence `i` is a pure function of (seed, i).
 
     An epoch is the text cut into disjoint windows of T tokens, from a random start, in a random
-    order, so that it visits every character once (but for less than T at each end).
+    order, so that it visits every character once (but for less than 2 T at the ends).
 
     Args:
         tokens: the training part, (n,).
@@ -292,7 +305,7 @@ class Windows:
         # One window is given up so that the start may vary over a whole block.
         self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
         slack = len(tokens) - 1 - self.per_epoch * block_size
-        self._starts = min(slack, block_size - 1) + 1
+        self._starts = slack + 1
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def batch(self, first: int, count: int) -> Batch:
@@ -311,7 +324,8 @@ class Windows:
     def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the start of every window of an epoch, in the order of training."""
         # The raw stream of a counter-based generator stays the same from numpy to numpy.
-        draws = np.random.Philox(key=[self.seed, epoch]).random_raw(self.per_epoch + 1)
+        key = np.array([self.seed, epoch], dtype=np.uint64)
+        draws = np.random.Philox(key=key).random_raw(self.per_epoch + 1)
         shift = int(draws[0] % np.uint64(self._starts))
         return shift + np.argsort(draws[1:], kind="stable") * self.block_size
 

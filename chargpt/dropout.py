@@ -38,7 +38,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    dropped = round(p * _LEVELS)
+    dropped = min(round(p * _LEVELS), _LEVELS - 1)  # something is always kept
     lanes = _random_lanes(x.numel()).view(x.shape)
     keep = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.ge(lanes, dropped - _LEVELS // 2, out=keep)

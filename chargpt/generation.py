@@ -119,7 +119,7 @@ def next_logits(model: GPT2, ids: Sequence[int]) -> Tensor:
     """
     device = model.token_embedding.weight.device
     with evaluating(model):
-        logits: Tensor = model(torch.tensor([ids], device=device))  # (1, T, V)
+        logits: Tensor = model(torch.tensor([[int(i) for i in ids]], device=device))  # (1, T, V)
     return logits[0, -1].float().cpu()
 
 

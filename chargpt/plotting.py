@@ -21,8 +21,9 @@ def plot_loss(run: Path) -> Path:
     rows = read_metrics(run)
     train = _series(rows, "train", "loss")
     validation = _series(rows, "validation", "val_loss")
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 4), dpi=120)
+    figure.set_layout_engine("none")  # whatever the user's matplotlib settings say
+    axes = figure.add_axes((0.1, 0.13, 0.87, 0.79))
     axes.plot(*train, color="0.75", linewidth=1, label="training (with dropout)")
     axes.plot(*validation, color="C0", marker="o", markersize=4, label="validation")
     if validation[0]:

@@ -126,6 +126,8 @@ class CharTokenizer:
             fields = json.loads(text)
             version, characters = fields["format"], fields["characters"]
             end_of_text = bool(fields["end_of_text"])
+            if not all(isinstance(character, str) for character in characters):
+                raise TypeError("a character is not a text")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"not a tokenizer file ({error!r}): train the model again") from error
         if version != FORMAT:

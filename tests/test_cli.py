@@ -90,7 +90,7 @@ MISTAKES: list[tuple[list[str], str]] = [
         ["train", "text.txt", "--dropout", "1"],
         "dropout is 1.0: give a number from 0 up to, not wit",
     ),
-    (["train", "text.txt", "--steps", "5", "--minutes", "1"], "steps and minutes are both budgets"),
+    (["train", "text.txt", "--steps", "5", "--minutes", "1"], "steps and minutes are budgets that"),
     (
         ["train", "text.txt", "--precision", "fp16"],
         "precision is 'fp16', which CPUs multiply 50 to",

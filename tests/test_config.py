@@ -27,6 +27,7 @@ from chargpt.errors import UserError
 
 CLASSES: tuple[type[Any], ...] = (GPT2Config, DataConfig, TrainConfig, SampleConfig)
 AT_LEAST_1 = "give a whole number of at least 1"
+SEED = "give a whole number from 0 to 2^63 - 1"
 AT_LEAST_0 = "give a whole number of at least 0"
 DERIVE = "give a positive number, or 0 to derive it"
 BELOW_1 = "give a number from 0 up to, not with, 1"
@@ -53,7 +54,7 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
     (TrainConfig, "eval_interval", -1, AT_LEAST_0),
     (TrainConfig, "patience", -1, AT_LEAST_0),
     (TrainConfig, "sample_length", -1, AT_LEAST_0),
-    (TrainConfig, "seed", -1, AT_LEAST_0),
+    (TrainConfig, "seed", -1, SEED),
     (TrainConfig, "weight_decay", -0.1, "give a number of at least 0"),
     (TrainConfig, "grad_clip", -1.0, "give a number of at least 0"),
     (TrainConfig, "learning_rate", 0.0, "give a positive number"),
@@ -64,9 +65,9 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
     (SampleConfig, "max_new_tokens", 0, AT_LEAST_1),
     (SampleConfig, "num_samples", 0, AT_LEAST_1),
     (SampleConfig, "top_k", -1, AT_LEAST_0),
-    (SampleConfig, "seed", -1, AT_LEAST_0),
+    (SampleConfig, "seed", 2**63, SEED),
     (SampleConfig, "temperature", -0.1, "give 0 (greedy) or more, e.g. 0.8"),
-    (SampleConfig, "temperature", math.inf, "give 0 (greedy) or more, e.g. 0.8"),
+    (SampleConfig, "temperature", math.inf, "give a number"),
     (SampleConfig, "top_p", 0.0, "give a share above 0 and up to 1"),
     (SampleConfig, "top_p", 1.1, "give a share above 0 and up to 1"),
     (SampleConfig, "stop", ("a", ""), "give strings that are not empty"),
@@ -88,6 +89,7 @@ WRONG_TYPE: list[tuple[type[Any], str, Any, str]] = [
     (TrainConfig, "steps", 1.5, "give a whole number"),
     (TrainConfig, "steps", True, "give a whole number"),
     (TrainConfig, "epochs", math.nan, "give a number"),
+    (TrainConfig, "minutes", 10**400, "give a number"),
     (TrainConfig, "precision", "fp8", "give one of auto, fp32, bf16, fp16"),
     (SampleConfig, "stop", "a", "give a list of texts"),
     (SampleConfig, "stop", ["a", 1], "give a list of texts"),
@@ -198,7 +200,7 @@ def test_two_budgets_are_refused(given: dict[str, Any], names: str) -> None:
     for make in (TrainConfig, TrainConfig().replace):
         with pytest.raises(UserError) as caught:
             make(**given)
-        assert str(caught.value) == f"{names} are both budgets: give one of them"
+        assert str(caught.value) == f"{names} are budgets that exclude each other: give one"
 
 
 # --- presets

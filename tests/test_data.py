@@ -108,13 +108,19 @@ def test_a_data_set_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert text_of(load_corpus(["tiny"])) == TEXT
 
 
+GIVE = (
+    r"give a text file, a folder, a pattern, - for standard input, "
+    r"or a data set \(tiny-shakespeare\)$"
+)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("texts/c.txt", r"texts/c\.txt: no such file; give .*: did you mean texts/[ab]\.txt\?$"),
-        ("tiny-shakespear", r"tiny-shakespear: no such file; .*did you mean tiny-shakespeare\?$"),
-        ("zzzzzz", r"zzzzzz: no such file; give .*, or a data set \(tiny-shakespeare\)$"),
-        ("no/where/x", r"no/where/x: no such file; give a text file, a folder, a glob, -, or"),
+        ("texts/c.txt", r"texts/c\.txt: no such file; did you mean texts/[ab]\.txt\?$"),
+        ("tiny-shakespear", r"tiny-shakespear: no such file; did you mean tiny-shakespeare\?$"),
+        ("zzzzzz", r"zzzzzz: no such file; " + GIVE),
+        ("no/where/x", r"no/where/x: no such file; " + GIVE),
         ("texts/*.csv", r"texts/\*\.csv: no file matches this pattern; check it with ls$"),
         ("empty", "empty is a folder without files: put some text files there$"),
         ("hollow.txt", "hollow.txt is empty: give a text with at least some thousand characters$"),
@@ -146,12 +152,10 @@ def test_an_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_corpus(["texts/a.txt"])
 
 
-@pytest.mark.xfail(strict=True, reason="glob names it once for each way that ** can match")
 def test_a_file_that_a_pattern_matches_twice(folder: Path) -> None:
     assert len(read_sources(["texts/**/**/d.md"])) == 1
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="the file system's own limit on names")
 def test_a_text_given_for_a_file(folder: Path) -> None:
     with pytest.raises(UserError):
         load_corpus(["To be, or not to be, that is the question: " * 10])
@@ -208,11 +212,10 @@ NOT_OF = "give --encoding, e.g. --encoding latin-1 or cp1252"
             "base64",
             "unknown encoding 'base64': give --encoding utf-8, latin-1, cp1252, utf-16, …",
         ),
-        pytest.param(
+        (
             codecs.BOM_UTF8 + b"a\n\xff",
             "utf-8",
             f"t: byte 0xff at offset 5 (line 2) is not utf-8-sig: {NOT_OF}",
-            marks=pytest.mark.xfail(strict=True, reason="the codec counts from after the mark"),
         ),
     ],
 )
@@ -378,7 +381,6 @@ def test_every_start_comes_up() -> None:
     assert {int(start) for start in first} == set(range(5))
 
 
-@pytest.mark.xfail(strict=True, reason="the start varies over a block, the rest can be longer")
 @pytest.mark.parametrize(("n", "block_size"), [(29, 10), (99, 10), (1023, 256)])
 def test_no_character_is_left_out_for_ever(n: int, block_size: int) -> None:
     windows = Windows(numbered(n), block_size, seed=0)
@@ -395,8 +397,7 @@ def test_the_smallest_text(dtype: type) -> None:
     assert targets.tolist() == [[1, 2, 3, 4]] * 3
 
 
-@pytest.mark.xfail(strict=True, reason="the pair becomes float64, then overflows")
-@pytest.mark.parametrize("seed", [2**63, 2**64 - 1, 2**64])
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 2])
 def test_large_seeds(seed: int) -> None:
     one, other = (Windows(numbered(1000), 10, s).batch(0, 99).inputs for s in (seed, seed + 1))
     assert not torch.equal(one, other)

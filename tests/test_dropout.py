@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from chargpt.dropout import Dropout, dropout
+from chargpt.dropout import Dropout, _random_words, dropout
+from chargpt.dropout import _table as dropout_table
 
 LANES = 4  # values decided by one 64-bit draw
 N = 1 << 18
@@ -47,6 +48,56 @@ def test_positions_are_independent(p: float) -> None:
     lanes = torch.corrcoef(kept.view(-1, LANES).t())
     off_diagonal = lanes - torch.eye(LANES, dtype=lanes.dtype)
     assert off_diagonal.abs().max() < 5 / math.sqrt(N / LANES)
+
+
+def test_positions_are_independent_from_mask_to_mask() -> None:
+    """Masks are maps of one table: were they to begin at one place of it, two positions whose words
+    agree in some bits would always be dropped together, and this would find 1.0."""
+    torch.manual_seed(0)
+    n_masks, n = 400, 4096
+    kept = torch.stack([dropout(torch.ones(n), 0.5) for _ in range(n_masks)])
+    correlation = torch.corrcoef(kept.t()).fill_diagonal_(0)
+    assert correlation.abs().max() < 7 / math.sqrt(n_masks)  # of 8 million pairs
+    between_masks = torch.corrcoef(kept).fill_diagonal_(0)
+    assert between_masks.abs().max() < 6 / math.sqrt(n)
+
+
+def test_a_long_mask_does_not_repeat() -> None:
+    """More values than one map of the table serves."""
+    served = 1 << 20
+    kept = mask(0.5, n=2 * served + 5).double()
+    first, second, rest = kept.split(served)
+    for part in (first, second):
+        assert abs(part.mean().item() - 0.5) < 5 * 0.5 / math.sqrt(served)
+    agreement = (first == second).double().mean().item()
+    assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(served)
+    assert len(rest) == 5
+
+
+def test_the_first_mask_of_a_process_may_be_drawn_anywhere() -> None:
+    """What is made once must not depend on torch's seed, nor on the mode it is made in."""
+    expected = mask(0.5, n=999, seed=7)
+    dropout_table.cache_clear()
+    torch.manual_seed(123)
+    with torch.inference_mode():
+        again = mask(0.5, n=999, seed=7)
+    assert torch.equal(again, expected)
+    x = torch.ones(999, requires_grad=True)
+    torch.manual_seed(7)
+    dropout(x, 0.5).sum().backward()
+    assert torch.equal(x.grad != 0, expected)
+
+
+def test_even_the_worst_map_keeps_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multiplier of 0 would make all words one; it is never even."""
+    draw = _random_words
+
+    def zeros(n: int, generator: torch.Generator | None) -> torch.Tensor:
+        return draw(n, generator) if generator else torch.zeros(n, dtype=torch.int64)
+
+    monkeypatch.setattr("chargpt.dropout._random_words", zeros)
+    test_rate_of_each_lane(0.5)
+    test_positions_are_independent(0.5)
 
 
 def test_masks_follow_torchs_seed() -> None:
@@ -107,7 +158,6 @@ def test_module_drops_only_while_training(p: float, training: bool) -> None:
     assert repr(layer) == f"Dropout(p={p})"
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="p that rounds up to 1")
 def test_largest_p() -> None:
     """A configuration may ask for any p below 1."""
     assert dropout(torch.ones(64), 1 - 1e-7).isfinite().all()

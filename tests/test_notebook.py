@@ -45,6 +45,15 @@ def with_picture(cells: dict[str, Any]) -> list[str]:
     ]
 
 
+def with_complaint(cells: dict[str, Any]) -> list[str]:
+    return [
+        name
+        for name, cell in cells.items()
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+
+
 def text_at_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the notebook's own text where no network is needed for it, else a made-up play."""
     for network in ("download", "package index"):
@@ -54,7 +63,7 @@ def text_at_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     except chargpt.UserError:
         rng = random.Random(0)
         words = ["thou", "art", "a", "king", "no", "more", *string.ascii_letters, "$3", "_{", "&c."]
-        lines = (" ".join(rng.choices(words, k=6)) for _ in range(4000))
+        lines = (" ".join(rng.choices(words, k=6)) for _ in range(1000))
         path = folder / "play.txt"
         path.write_text("".join(f"{PROMPT}{line}\n\n" for line in lines), encoding="utf-8")
         return str(path)
@@ -89,9 +98,9 @@ def test_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     execute(notebook, tmp_path, monkeypatch)
 
     assert with_picture(cells) == PICTURES
-    for name, cell in cells.items():
-        assert not [o for o in cell.outputs if o.get("name") == "stderr"], name
-        assert ": False" not in printed(cell), name  # "as the module computes it: True"
+    assert with_complaint(cells) == []
+    for by_hand in ("tokenizer", "attention", "block", "gpt2"):
+        assert printed(cells[by_hand]).rstrip().endswith(": True"), by_hand
     untrained = re.search(
         r"untrained: ([\d.]+) .* ln \d+ = ([\d.]+)", printed(cells["untrained-loss"])
     )
@@ -103,25 +112,23 @@ def test_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for sample in samples:
         options, _, written = sample.partition("\n")
         assert written.startswith(PROMPT), options
-        assert len(written.removeprefix(PROMPT).rstrip("\n")) > 100, options
+        assert len(written) >= len(PROMPT) + 200, options
     [run] = (tmp_path / "runs").iterdir()
-    assert chargpt.load(run).model.config.vocab_size == len(chargpt.load(run).tokenizer.characters)
+    model, tokenizer = chargpt.load(run)
+    assert chargpt.sample(model, tokenizer, prompt=PROMPT, max_new_tokens=1).startswith(PROMPT)
 
 
 def test_committed_copy_shows_a_whole_run() -> None:
     cells = code_cells(read_notebook())
     assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1))
     assert with_picture(cells) == PICTURES
-    for name, cell in cells.items():
-        for output in cell.outputs:
-            assert output.output_type != "error", name
-            assert output.get("name") != "stderr", name
+    assert with_complaint(cells) == []
     assert printed(cells["verdict"]).startswith("val ")
 
 
 def test_committed_copy_is_small_and_names_no_folder_of_its_author() -> None:
     content = NOTEBOOK.read_text(encoding="utf-8")
     assert len(content) < 400_000
-    found = re.search(r"(/home/|/Users/|/root/|/tmp/|/work/|[A-Z]:\\\\)[\w.-]*", content)
+    found = re.search(r"(/home/|/Users/|/root/|/tmp/|/work/|\b[A-Z]:\\\\)[\w.-]*", content)
     assert found is None, found
     assert read_notebook().metadata.kernelspec.name == "python3"

@@ -1,5 +1,6 @@
 import json
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import chargpt
+import chargpt.run
 from chargpt import training
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.errors import TrainingError
@@ -19,6 +21,15 @@ from chargpt.planning import make_plan
 from chargpt.reporting import Reporter, read_metrics
 from chargpt.run import TrainResult, train
 from chargpt.training import NonFiniteError, Trainer, fit, train_step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Drawing loss.png takes longer than these runs; test_run.py looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chargpt.run, "plot_loss", lambda _: None)
+        yield
+
 
 DETERMINED = QUICK.replace(gradient_accumulation_steps=2)
 

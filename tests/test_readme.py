@@ -1,0 +1,80 @@
+"""The README's commands and code run as they stand, only shorter."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import words
+
+from chargpt import cli, data, datasets
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the README speaks of, and a short Tiny Shakespeare."""
+    monkeypatch.chdir(tmp_path)
+    text = "Once upon a time\n" + words(5000)
+    Path("my.txt").write_text(text)
+    Path("names.txt").write_text("\n".join(["anna", "otto", "eve", "ada"] * 400))
+    for block in blocks("toml"):
+        Path("my.toml").write_text(block)
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda _: text.encode())
+    assert datasets.NAMES == ("tiny-shakespeare",)
+    return tmp_path
+
+
+def shortened(command: str) -> list[str]:
+    """Replace the budget of a training command by two small steps."""
+    arguments = shlex.split(command, comments=True)[1:]
+    if arguments[0] != "train":
+        return [*arguments, "--max-new-tokens", "20"] if arguments[0] == "sample" else arguments
+    budget = ("--minutes", "--steps", "--epochs")
+    kept = [
+        a for a, before in zip(arguments, ["", *arguments], strict=False) if before not in budget
+    ]
+    kept = [a for a in kept if a not in budget]
+    small = ["--batch-size", "1", "--block-size", "32", "--device", "cpu"]
+    return [*kept, *small, "--steps", "2", "--sample-length", "0"]
+
+
+def test_every_command_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("chargpt ")]
+    assert len(commands) >= 8
+    for command in commands:
+        if "--resume" in command:
+            continue
+        with pytest.raises(SystemExit) as stop:
+            cli.main(shortened(command))
+        assert stop.value.code == 0, (command, capsys.readouterr().err)
+
+
+def test_every_make_target_exists() -> None:
+    makefile = (README.parent / "Makefile").read_text()
+    targets = re.findall(r"^make ([\w-]+)", "\n".join(blocks("bash")), re.M)
+    assert targets == ["train", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_the_python_runs_from_top_to_bottom(folder: Path) -> None:
+    namespace: dict[str, Any] = {}
+    assert blocks("python")
+    for block in blocks("python"):
+        exec(block.replace("minutes=1", "minutes=0.01"), namespace)
+    assert namespace["logits"].shape == (1, 5, namespace["tokenizer"].vocab_size)
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text("utf-8"))
+    assert links
+    for link in links:
+        assert (README.parent / link).exists(), link
