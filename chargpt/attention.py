@@ -59,8 +59,13 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
         q: queries, (B, H, T, D).
         k: keys, (B, H, S, D).
     """
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
-    weights: Tensor = scores.masked_fill(~_visible(q, k), float("-inf")).softmax(dim=-1)
+    hidden = torch.zeros(q.size(-2), k.size(-2), dtype=q.dtype, device=q.device)
+    hidden.masked_fill_(~_visible(q, k), float("-inf"))  # (T, S)
+    # One call scales, multiplies and masks: each pass over (B, H, T, S) costs as much as a product.
+    scores = torch.baddbmm(
+        hidden, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5
+    )  # (B × H, T, S)
+    weights: Tensor = scores.softmax(dim=-1).view(*q.shape[:2], *hidden.shape)  # (B, H, T, S)
     return weights
 
 

@@ -26,11 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from chargpt.config import GPT2Config, from_dict
+from chargpt.config import GPT2Config
 from chargpt.errors import UserError
 from chargpt.model import GPT2
 from chargpt.seeding import own_random_state
 from chargpt.tokenizer import CharTokenizer
+from chargpt.validation import from_dict
 
 FORMAT = 1
 CONFIG, TOKENIZER, STATE, MANIFEST = "config.json", "tokenizer.json", "state.json", "manifest.json"

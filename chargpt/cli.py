@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from chargpt import __version__, flags
-from chargpt.config import PRESETS, Device, SampleConfig, Unknown, from_dict
+from chargpt.config import PRESETS, Device, SampleConfig, Unknown
 from chargpt.errors import TrainingError, UserError
+from chargpt.validation import from_dict
 
 Which = Literal["best", "last"]
 EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143

@@ -10,15 +10,13 @@ function at the end of the file; a flag wins over a file, a file over the preset
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import sys
 import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from chargpt.errors import UserError
+from chargpt.validation import check, check_seed, check_types
 
 ActivationFunction = Literal[
     "gelu", "gelu_exact", "relu", "relu_squared", "silu", "tanh", "sigmoid"
@@ -65,13 +63,11 @@ class GPT2Config:
     """Biases in the linear layers and LayerNorms."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("block_size", "n_layer", "n_head", "d_model"):
-            _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+            check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         for name in ("vocab_size", "d_ff"):
-            _check(
-                getattr(self, name) >= 0, self, name, "give a positive number, or 0 to derive it"
-            )
+            check(getattr(self, name) >= 0, self, name, "give a positive number, or 0 to derive it")
         if self.d_model % self.n_head:
             divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             nearest = min(divisors, key=lambda h: abs(h - self.n_head))
@@ -79,7 +75,7 @@ class GPT2Config:
                 f"n_head is {self.n_head}, which does not divide d_model {self.d_model}: "
                 f"give --n-head {nearest}, or a d_model that is a multiple of {self.n_head}"
             )
-        _check(0 <= self.dropout < 1, self, "dropout", "give a number from 0 up to, not with, 1")
+        check(0 <= self.dropout < 1, self, "dropout", "give a number from 0 up to, not with, 1")
         if self.d_ff == 0:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
 
@@ -107,9 +103,9 @@ class DataConfig:
     """Share held out for validation: the last characters, or the last documents."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self.encoding != "", self, "encoding", "give a name such as utf-8 or latin-1")
-        _check(
+        check_types(self)
+        check(self.encoding != "", self, "encoding", "give a name such as utf-8 or latin-1")
+        check(
             0 < self.validation_fraction < 1,
             self,
             "validation_fraction",
@@ -183,26 +179,26 @@ class TrainConfig:
     """Send the metrics to a tracker as well."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are budgets that exclude each other: give one")
         if not given:
             object.__setattr__(self, "minutes", DEFAULT_MINUTES)
         for name in given:
-            _check(getattr(self, name) > 0, self, name, "give a positive number")
+            check(getattr(self, name) > 0, self, name, "give a positive number")
         for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
-            _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+            check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         for name in ("eval_interval", "patience", "sample_length"):
-            _check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
+            check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
         for name in ("weight_decay", "grad_clip"):
-            _check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
-        _check_seed(self)
-        _check(self.learning_rate > 0, self, "learning_rate", "give a positive number")
+            check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
+        check_seed(self)
+        check(self.learning_rate > 0, self, "learning_rate", "give a positive number")
         for name in ("learning_rate_floor", "warmup_fraction"):
-            _check(0 <= getattr(self, name) <= 1, self, name, "give a share from 0 to 1")
+            check(0 <= getattr(self, name) <= 1, self, name, "give a share from 0 to 1")
         for name in ("beta1", "beta2"):
-            _check(
+            check(
                 0 <= getattr(self, name) < 1, self, name, "give a number from 0 up to, not with, 1"
             )
 
@@ -241,14 +237,14 @@ class SampleConfig:
     """What to do with prompt characters that the model has never seen."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("max_new_tokens", "num_samples"):
-            _check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
-        _check_seed(self)
-        _check(self.top_k >= 0, self, "top_k", "give a whole number of at least 0")
-        _check(self.temperature >= 0, self, "temperature", "give 0 (greedy) or more, e.g. 0.8")
-        _check(0 < self.top_p <= 1, self, "top_p", "give a share above 0 and up to 1")
-        _check(all(self.stop), self, "stop", "give strings that are not empty")
+            check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        check_seed(self)
+        check(self.top_k >= 0, self, "top_k", "give a whole number of at least 0")
+        check(self.temperature >= 0, self, "temperature", "give 0 (greedy) or more, e.g. 0.8")
+        check(0 < self.top_p <= 1, self, "top_p", "give a share above 0 and up to 1")
+        check(all(self.stop), self, "stop", "give strings that are not empty")
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`."""
@@ -299,96 +295,3 @@ def gpt2() -> Preset:
 PRESETS: Mapping[str, Callable[[], Preset]] = types.MappingProxyType(
     {"tiny": tiny, "baby": baby, "gpt2": gpt2}
 )
-
-
-# --- checks
-
-
-ConfigT = TypeVar("ConfigT", GPT2Config, DataConfig, TrainConfig, SampleConfig)
-
-
-def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a configuration from plain values, such as a saved ``config.json``.
-
-    Raises:
-        UserError: an unknown name (with the nearest known one), a value of the wrong type or range.
-    """
-    check_names(values, [field.name for field in dataclasses.fields(cls)])
-    return cls(**values)
-
-
-def check_names(names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name that is not `known`, naming the nearest that is.
-
-    Raises:
-        UserError: the first unknown name.
-    """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise UserError(f"unknown setting {name!r}{did_you_mean(name, known)}")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``": did you mean …?"`` for the nearest known word, or else the choice of words."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    if near:
-        return f": did you mean {near[0]}?"
-    return f": known are {', '.join(known)}"
-
-
-def flag(name: str) -> str:
-    """Return the command-line flag for a field: ``d_model`` is ``--d-model``."""
-    return "--" + name.replace("_", "-")
-
-
-def _check(good: bool, config: object, name: str, remedy: str) -> None:
-    if not good:
-        raise UserError(f"{name} is {getattr(config, name)!r}: {remedy} ({flag(name)})")
-
-
-def _check_seed(config: TrainConfig | SampleConfig) -> None:
-    _check(0 <= config.seed < 2**63, config, "seed", "give a whole number from 0 to 2^63 - 1")
-
-
-def _check_types(config: Any) -> None:
-    """Refuse values of the wrong type: TOML and JSON come without a type checker."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        good = _as_type(value, hint)
-        if good is _WRONG:
-            raise UserError(
-                f"{field.name} is {value!r}: give {_describe(hint)} ({flag(field.name)})"
-            )
-        object.__setattr__(config, field.name, good)
-
-
-_WRONG = object()
-
-
-def _as_type(value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`, where JSON's and TOML's types allow it, else _WRONG."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value if value in arguments else _WRONG
-    if origin is types.UnionType:
-        kinds = (_as_type(value, kind) for kind in arguments)
-        return next((good for good in kinds if good is not _WRONG), _WRONG)
-    if origin is tuple:
-        good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-        return tuple(value) if good else _WRONG
-    if hint is float and type(value) in (int, float):
-        return float(value) if abs(value) <= sys.float_info.max else _WRONG  # no NaN, no infinity
-    return value if type(value) is hint else _WRONG
-
-
-def _describe(hint: Any) -> str:
-    """Return what a person is to give for the type `hint`."""
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    if typing.get_origin(hint) is types.UnionType:
-        return _describe(typing.get_args(hint)[0])
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return words.get(hint, "a list of texts")

@@ -23,16 +23,9 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
-from chargpt.config import (
-    BUDGETS,
-    PRESETS,
-    DataConfig,
-    GPT2Config,
-    TrainConfig,
-    check_names,
-    from_dict,
-)
+from chargpt.config import BUDGETS, PRESETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.errors import UserError
+from chargpt.validation import check_names, from_dict
 
 RUN_CONFIGS = {"model": GPT2Config, "training": TrainConfig, "data": DataConfig}
 

@@ -8,18 +8,19 @@ characters: learned positions are absolute, so the window is read afresh for eve
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chargpt.config import SampleConfig, check_names
+from chargpt.config import SampleConfig
 from chargpt.errors import UserError
 from chargpt.evaluation import evaluating
 from chargpt.model import GPT2
 from chargpt.seeding import SAMPLE, derive_seed
 from chargpt.tokenizer import CharTokenizer
+from chargpt.validation import check_names
 
 
 def filter_logits(
@@ -210,5 +211,5 @@ def sample(
         UserError: a field out of range, or a prompt character that the model has never seen.
     """
     check_names(changes, [field.name for field in fields(SampleConfig)])
-    config = replace(config or SampleConfig(), **changes)
+    config = (config or SampleConfig()).replace(**changes)
     return config.prompt + "".join(generate_text(model, tokenizer, config))

@@ -88,17 +88,7 @@ def make_plan(
         out=out,
     )
     config = _config_dict(trainer, corpus, data)
-    lines = [
-        f"text       {corpus.summary()}",
-        f"model      {human_count(count_parameters(gpt2))} parameters; {_settings(model)}",
-        f"training   {_settings(training)}",
-        f"data       {_settings(data)}",
-        f"device     {describe_device(device)} ({why_device})",
-        f"precision  {precision.name} ({precision.reason})",
-        f"budget     {_describe_budget(trainer)}",
-    ]
-    if parallel.device_ids:
-        lines.append(f"parallel   {parallel.reason}")
+    lines = _describe(trainer, corpus, data, why_device)
     if resuming:
         lines += _check_resumed(checkpoint.read_config(out), config)
         restore_last(trainer)
@@ -161,6 +151,22 @@ def _check_resumed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name, was in before["environment"].items()
         if now["environment"].get(name) != was
     ]
+
+
+def _describe(trainer: Trainer, corpus: Corpus, data: DataConfig, why_device: str) -> list[str]:
+    model, precision = trainer.model, trainer.precision
+    lines = [
+        f"text       {corpus.summary()}",
+        f"model      {human_count(count_parameters(model))} parameters; {_settings(model.config)}",
+        f"training   {_settings(trainer.config)}",
+        f"data       {_settings(data)}",
+        f"device     {describe_device(trainer.device)} ({why_device})",
+        f"precision  {precision.name} ({precision.reason})",
+        f"budget     {_describe_budget(trainer)}",
+    ]
+    if trainer.parallel.device_ids:
+        lines.append(f"parallel   {trainer.parallel.reason}")
+    return lines
 
 
 def _settings(config: GPT2Config | TrainConfig | DataConfig) -> str:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from chargpt.baselines import Baseline, baselines
 from chargpt.checkpoint import Which, load, read_config
-from chargpt.config import DataConfig, Device, Unknown, from_dict
+from chargpt.config import DataConfig, Device, Unknown
 from chargpt.data import (
     Corpus,
     decode,
@@ -25,6 +25,7 @@ from chargpt.evaluation import evaluate
 from chargpt.hardware import choose_device
 from chargpt.metrics import bits_per_char, perplexity
 from chargpt.tokenizer import CharTokenizer
+from chargpt.validation import from_dict
 
 Split = Literal["validation", "train"]
 

@@ -8,14 +8,11 @@ a `Reporter`; what is kept goes through the run folder.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -29,12 +26,13 @@ from chargpt.distributed import ParallelChoice, seed_dropout
 from chargpt.errors import TrainingError
 from chargpt.evaluation import evaluate
 from chargpt.hardware import PrecisionChoice
+from chargpt.interrupts import Interruption, Interrupts
 from chargpt.model import GPT2
 from chargpt.optim import learning_rate
 from chargpt.reporting import Reporter
 from chargpt.seeding import DROPOUT, derive_seed
 
-StopReason = Literal["budget", "patience", "interrupted", "terminated"]
+StopReason = Literal["budget", "patience"] | Interruption
 MAX_SKIPPED_IN_A_ROW = 50  # the loss scale halves each time: 2^16 is gone long before
 
 
@@ -213,7 +211,7 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     """
     state = trainer.state
     trainer.model.train()
-    with _Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         while trainer.progress < 1:
             if _evaluation_is_due(trainer):
                 _evaluate_and_save(trainer, reporter)
@@ -327,39 +325,3 @@ def restore_last(trainer: Trainer) -> None:
     trainer.state = TrainState(**checkpoint.read_state(folder))
     if trainer.scaler.is_enabled() and trainer.state.scaler:
         trainer.scaler.load_state_dict(trainer.state.scaler)
-
-
-class _Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a wish; the second one ends the program at once."""
-
-    _REASONS: ClassVar[dict[int, StopReason]] = {
-        signal.SIGINT: "interrupted",
-        signal.SIGTERM: "terminated",
-    }
-
-    def __init__(self) -> None:
-        self.received: StopReason | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-            for number in self._REASONS:
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._restore()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = self._REASONS[number]
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

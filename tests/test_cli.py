@@ -299,7 +299,7 @@ def test_standard_input_is_a_text(
 def test_names_one_a_line_are_documents_that_end(chargpt: Any) -> None:
     write("names.txt", "\n".join(["anna", "otto", "eve", "ada"] * 300))
     outcome = chargpt(
-        "train", "names.txt", "--document-separator", r"\n", *SHAPE, "--steps", "200",
+        "train", "names.txt", "--document-separator", r"\n", *SHAPE, "--steps", "300",
         "--batch-size", "8", "--learning-rate", "1e-2", "--device", "cpu", "--sample-length", "0",
     )  # fmt: skip
     assert outcome.code == 0

@@ -18,12 +18,11 @@ from chargpt.config import (
     SampleConfig,
     TrainConfig,
     baby,
-    flag,
-    from_dict,
     gpt2,
     tiny,
 )
 from chargpt.errors import UserError
+from chargpt.validation import flag, from_dict
 
 CLASSES: tuple[type[Any], ...] = (GPT2Config, DataConfig, TrainConfig, SampleConfig)
 AT_LEAST_1 = "give a whole number of at least 1"

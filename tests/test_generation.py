@@ -14,6 +14,7 @@ from chargpt.generation import (
     filter_logits,
     generate,
     generate_text,
+    next_logits,
     sample_next,
     until_stop,
 )
@@ -144,6 +145,13 @@ def test_end_of_text_ends_and_is_not_yielded(model: chargpt.GPT2) -> None:
     first = ids.index(end)
     stopped = list(generate(model, [1], max_new_tokens=20, temperature=0, end_id=end))
     assert stopped == ids[:first]
+
+
+def test_ids_may_come_straight_from_the_tokenizer(model: chargpt.GPT2) -> None:
+    ids = CharTokenizer("abcdefghij\n").encode("abc")
+    assert torch.equal(next_logits(model, ids.tolist()), next_logits(model, ids))
+    tokens = list(generate(model, ids, max_new_tokens=3, temperature=0))
+    assert tokens == greedy(model, [1, 2, 3], 3)
 
 
 def test_an_empty_prompt_of_ids_is_an_error(model: chargpt.GPT2) -> None:
