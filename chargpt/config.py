@@ -132,7 +132,7 @@ class TrainConfig:
         UserError: more than one of steps, epochs, minutes, or a number outside its range.
     """
 
-    batch_size: int = 32
+    batch_size: int = 8
     """Sequences in one forward and backward pass (over all GPUs)."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes a step."""
@@ -142,11 +142,11 @@ class TrainConfig:
     """Budget: passes over the training part."""
     minutes: float | None = None
     """Budget: minutes of training; evaluations come on top. With no budget at all: 3."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     """Peak of the schedule: linear warm-up, then a cosine."""
     learning_rate_floor: float = 0.1
     """Where the cosine ends, as a share of learning_rate."""
-    warmup_fraction: float = 0.02
+    warmup_fraction: float = 0.1
     """Share of the budget spent warming up."""
     weight_decay: float = 0.1
     """AdamW's decoupled decay, on matrices only."""
@@ -266,7 +266,7 @@ def tiny() -> Preset:
     """0.82 M parameters: a laptop's three minutes. The default."""
     return Preset(
         model=GPT2Config(block_size=128, n_layer=4, n_head=4, d_model=128, dropout=0.1),
-        train=TrainConfig(batch_size=32, learning_rate=4e-3, minutes=3.0),
+        train=TrainConfig(batch_size=8, learning_rate=6e-3, warmup_fraction=0.1, minutes=3.0),
     )
 
 
@@ -274,7 +274,9 @@ def baby() -> Preset:
     """10.8 M parameters, the shape of nanoGPT's Shakespeare model: a GPU's three minutes."""
     return Preset(
         model=GPT2Config(block_size=256, n_layer=6, n_head=6, d_model=384, dropout=0.2),
-        train=TrainConfig(batch_size=64, learning_rate=1e-3, steps=5000),
+        train=TrainConfig(
+            batch_size=64, learning_rate=1e-3, warmup_fraction=0.02, eval_interval=250, steps=5000
+        ),
     )
 
 
@@ -287,6 +289,7 @@ def gpt2() -> Preset:
             gradient_accumulation_steps=8,
             learning_rate=6e-4,
             beta2=0.95,
+            warmup_fraction=0.02,
             epochs=3.0,
         ),
     )
