@@ -66,7 +66,7 @@ def load(run: str | Path, *, which: Which = "best", device: str | torch.device =
     folder = Path(run)
     config = from_dict(GPT2Config, read_config(folder)["model"])
     tokenizer = CharTokenizer.from_json(_read_text(folder / TOKENIZER))
-    if not _candidates(folder, which):
+    if not has_checkpoint(folder, which):
         which = "last"
     checkpoint = find_checkpoint(folder, which)
     with own_random_state():
@@ -203,6 +203,11 @@ def find_checkpoint(run: Path, which: Which) -> Path:
 def _candidates(run: Path, which: Which) -> list[Path]:
     """Return the folders that may hold the checkpoint, newest first."""
     return [f for f in (_new(run, which), run / which, _old(run, which)) if f.is_dir()]
+
+
+def has_checkpoint(run: Path, which: Which) -> bool:
+    """Return whether there is a checkpoint of this name, whole or not."""
+    return bool(_candidates(run, which))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

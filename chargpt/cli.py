@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -274,11 +275,12 @@ def _eval(command: Eval) -> int:
         print(json.dumps({**asdict(card), "baselines": rows}))
         return 0
     print(f"{card.text}: {card.n_tokens:,} tokens")
-    print(f"{'':24}{'nats/char':>10}{'bits/char':>10}{'perplexity':>12}")
     model_row = (f"{command.run} ({command.which})", card.bits_per_char)
-    for name, bits in (model_row, *card.baselines):
-        nats = bits * 0.6931471805599453
-        print(f"{name:24}{nats:10.4f}{bits:10.4f}{2**bits:12.2f}")
+    rows_of_table = (model_row, *card.baselines)
+    width = max(len(name) for name, _ in rows_of_table)
+    print(f"{'':{width}}{'nats/char':>11}{'bits/char':>11}{'perplexity':>12}")
+    for name, bits in rows_of_table:
+        print(f"{name:{width}}{bits * math.log(2):11.4f}{bits:11.4f}{2**bits:12.2f}")
     if card.note:
         print(f"chargpt: {card.note}", file=sys.stderr)
     return 0

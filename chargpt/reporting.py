@@ -6,7 +6,6 @@ On a terminal the line moves; elsewhere plain lines are printed, one every ten s
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -221,9 +220,3 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def print_result(text: str) -> None:
-    """Print a result, on stdout, as text that any terminal encoding can show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))

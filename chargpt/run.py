@@ -91,7 +91,7 @@ def free_folder(sources: Sequence[str]) -> Path:
 
 
 def _check_folder(folder: Path, resume: bool) -> bool:
-    """Return whether there is a run to go on with.
+    """Return whether there is a run to go on with, stopped after its first checkpoint.
 
     Raises:
         UserError: the folder is taken, or cannot be written.
@@ -106,7 +106,7 @@ def _check_folder(folder: Path, resume: bool) -> bool:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise UserError(f"{existing} is not writable: give another --out")
-    return has_run
+    return has_run and checkpoint.has_checkpoint(folder, "last")
 
 
 # --- the run itself

@@ -59,10 +59,10 @@ def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopRe
     )
     if state.val_loss is not None and state.val_loss > best + OVERFIT_NATS:
         parts.append(f"overfitting since step {state.best_step:,}: best kept; more text would help")
-    elif stop_reason == "patience":
-        parts.append("no longer improving")
-    elif stop_reason == "budget":
-        parts.append("still improving when its time was up: a longer budget would help")
-    else:
+    elif stop_reason in ("interrupted", "terminated"):
         parts.append(f"{stop_reason} at step {state.step:,}: best and last are kept")
+    elif stop_reason == "patience" or state.best_step != state.evaluated_step:
+        parts.append("no longer improving")
+    else:
+        parts.append("still improving when its time was up: a longer budget would help")
     return "; ".join(parts)

@@ -284,6 +284,18 @@ def test_resume_without_a_run_begins_one(chargpt: Any) -> None:
     assert "nothing to resume in new: starting from step 0" in outcome.err
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    assert chargpt("train", "text.txt", "--out", "run", *SHORT).code == 0
+    for name in ("best", "last", "summary.json"):
+        path = Path("run", name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = chargpt("train", "--out", "run", "--resume")
+    assert again.code == 0
+    assert "nothing to resume in run: starting from step 0" in again.err
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 4
+
+
 def test_standard_input_is_a_text(
     chargpt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -159,7 +159,9 @@ def test_training_several_files_makes_documents(tmp_path: Path, text_file: Path)
 
 
 def state(best: float, last: float, step: int = 100, best_step: int = 100) -> TrainState:
-    return TrainState(step=step, best_step=best_step, best_val_loss=best, val_loss=last)
+    return TrainState(
+        step=step, evaluated_step=step, best_step=best_step, best_val_loss=best, val_loss=last
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,7 @@ def state(best: float, last: float, step: int = 100, best_step: int = 100) -> Tr
         (state(1.467, 1.467), "budget", "still improving when its time was up: a longer budget"),
         (state(1.467, 1.7, 300, 175), "budget", "overfitting since step 175: best kept; more text"),
         (state(1.467, 1.47, 300, 175), "patience", "no longer improving"),
+        (state(1.467, 1.47, 300, 275), "budget", "no longer improving"),
         (state(1.467, 1.467), "interrupted", "interrupted at step 100: best and last are kept"),
         (state(3.3, 3.3), "budget", "no better than guessing by letter frequency: train longer"),
     ],
