@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chargpt.config import Parallel
 from chargpt.errors import UserError
+from chargpt.hardware import PrecisionChoice
 from chargpt.seeding import derive_seed
 
 
@@ -46,14 +47,33 @@ def choose_parallel(wish: Parallel, device: torch.device, batch_size: int) -> Pa
     return ParallelChoice(list(range(n_gpus)), f"each batch is shared by {n_gpus} GPUs")
 
 
-def parallelize(model: nn.Module, choice: ParallelChoice) -> nn.Module:
+class _Replica(nn.Module):
+    """A model that enters autocast by itself: DataParallel's threads do not know its type."""
+
+    def __init__(self, model: nn.Module, precision: PrecisionChoice) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with self.precision.autocast(ids.device):
+            logits: Tensor = self.model(ids)
+        return logits
+
+
+def parallelize(model: nn.Module, choice: ParallelChoice, precision: PrecisionChoice) -> nn.Module:
     """Return a module that computes what `model` does, on the chosen GPUs.
 
     The parameters stay those of `model`, which is what is saved and sampled.
+
+    Args:
+        model: maps ids (B, T) to logits (B, T, V).
+        choice: the GPUs, each of which gets a share of B.
+        precision: of the matrix products.
     """
     if not choice.device_ids:
         return model
-    return nn.DataParallel(model, device_ids=choice.device_ids)
+    return nn.DataParallel(_Replica(model, precision), device_ids=choice.device_ids)
 
 
 def seed_dropout(seed: int, choice: ParallelChoice) -> None:

@@ -77,7 +77,7 @@ def make_plan(
     gpt2 = GPT2(model).to(device)
     trainer = Trainer(
         model=gpt2,
-        forward=parallelize(gpt2, parallel),
+        forward=parallelize(gpt2, parallel, precision),
         optimizer=adamw(gpt2, training),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
         windows=windows,

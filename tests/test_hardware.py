@@ -1,5 +1,6 @@
 """Automatic choices and the seam to several GPUs; CUDA is mocked at its boundary only."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from chargpt import distributed, hardware
 from chargpt.distributed import ParallelChoice, choose_parallel, parallelize, seed_dropout
 from chargpt.errors import UserError
-from chargpt.hardware import choose_compile, choose_device, choose_precision
+from chargpt.hardware import PrecisionChoice, choose_compile, choose_device, choose_precision
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -126,9 +127,18 @@ def test_one_device_is_the_model_itself_and_several_wrap_it(
 
     monkeypatch.setattr(distributed.nn, "DataParallel", data_parallel)
     model = nn.Linear(2, 2)
-    assert parallelize(model, ParallelChoice([], "")) is model
-    parallelize(model, ParallelChoice([0, 1], ""))
-    assert wrapped == [(model, [0, 1])]
+    bf16 = PrecisionChoice("bf16", "")
+    assert parallelize(model, ParallelChoice([], ""), bf16) is model
+    parallelize(model, ParallelChoice([0, 1], ""), bf16)
+    replica, device_ids = wrapped[0]
+    assert device_ids == [0, 1]
+    assert [p is q for p, q in zip(replica.parameters(), model.parameters(), strict=True)] == [
+        True,
+        True,
+    ]
+    # In a thread of its own, as DataParallel runs it, where autocast's type is back to fp16.
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(replica, torch.ones(1, 2)).result().dtype == torch.bfloat16
 
 
 def test_each_gpu_drops_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
