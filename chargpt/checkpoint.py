@@ -2,8 +2,8 @@
 
     config.json       format version, model, training, data, environment
     tokenizer.json    the vocabulary
-    best/             model.safetensors, of the lowest validation loss
-    last/             model.safetensors, optimizer.safetensors, state.json: where to go on
+    best/             model.safetensors of the lowest validation loss, state.json, manifest.json
+    last/             the same and optimizer.safetensors: where to go on
     metrics.jsonl  summary.json  samples.txt  loss.png
 
 A checkpoint is a folder with a manifest of SHA-256 sums. It is written beside the one it replaces,
@@ -91,6 +91,9 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(
             f"{run} has format {config.get('format')}, this chargpt reads {FORMAT}: upgrade chargpt"
         )
+    for part in ("model", "train", "data", "environment"):
+        if not isinstance(config.get(part), dict):
+            raise UserError(f"{run / CONFIG} has no part {part!r}: the run is damaged")
     return config
 
 
@@ -130,15 +133,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ten
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors
 ) -> None:
-    """Give an optimizer of the same kind the state that `optimizer_tensors` returned."""
+    """Give an optimizer of the same kind the state that `optimizer_tensors` returned.
+
+    Raises:
+        UserError: the state is of another model.
+    """
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, _, entry = full_name.rpartition("/")
+        if name not in parameters or (value.dim() and value.shape != parameters[name].shape):
+            raise UserError(f"the optimizer does not fit the model at {full_name}: train again")
         parameter = parameters[name]
         # AdamW's step counter stays where the optimizer keeps it: on the CPU unless fused.
         scalar_on_cpu = value.dim() == 0 and not optimizer.defaults.get("fused")
         device = torch.device("cpu") if scalar_on_cpu else parameter.device
-        optimizer.state[parameter][entry] = value.to(device)
+        optimizer.state[parameter][entry] = value.to(device, copy=True)  # not a view of the file
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -206,8 +215,9 @@ def _candidates(run: Path, which: Which) -> list[Path]:
 
 
 def has_checkpoint(run: Path, which: Which) -> bool:
-    """Return whether there is a checkpoint of this name, whole or not."""
-    return bool(_candidates(run, which))
+    """Return whether there is a checkpoint of this name; one half written for the first is none."""
+    new, *finished = (_new(run, which), run / which, _old(run, which))
+    return any(folder.is_dir() for folder in finished) or _is_whole(new)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -245,7 +255,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    _write_durably(part, text.encode("utf-8", "surrogatepass"))
+    _write_durably(part, text.encode())
     part.replace(path)  # atomic
     _sync_folder(path.parent)
 
@@ -274,7 +284,7 @@ def _to_bytes(tensors: Tensors) -> bytes:
 
 
 def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _read_text(path: Path) -> str:

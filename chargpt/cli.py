@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, field, make_dataclass
@@ -194,10 +195,11 @@ def _train(command: Any) -> int:
     print(result.summary.verdict)
     reason = result.summary.stop_reason
     if reason in ("interrupted", "terminated"):
-        print(f"kept in {result.run}; go on with --out {result.run} --resume", file=sys.stderr)
+        folder = shlex.quote(str(result.run))
+        print(f"kept in {folder}; go on with --out {folder} --resume", file=sys.stderr)
         return EXIT_INTERRUPTED if reason == "interrupted" else EXIT_TERMINATED
     _print_sample(result)
-    print(f"more: chargpt sample {result.run} --prompt '…'", file=sys.stderr)
+    print(f"more: chargpt sample {shlex.quote(str(result.run))} --prompt '…'", file=sys.stderr)
     return 0
 
 
@@ -206,11 +208,13 @@ def _base(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, 
     saved = command.out / "config.json" if command.resume and command.out else None
     if command.resume and command.out is None:
         raise UserError("--resume needs the run to go on with: give --out FOLDER")
+    if saved is not None and not saved.is_file() and not command.texts:
+        raise UserError(f"{command.out} holds no run to go on with: check --out, or name a text")
     if saved is None or not saved.is_file():
         return flags.preset(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
     if chosen is not None:
-        raise UserError("--preset is for a new run; this one goes on as it began: leave it out")
-    return flags.saved(saved), command.texts or flags.saved_sources(saved)
+        raise UserError("a preset is for a new run; this one goes on as it began: leave it out")
+    return flags.saved(command.out), command.texts or flags.saved_sources(command.out)
 
 
 def _unescaped(given: dict[str, Any]) -> dict[str, Any]:

@@ -127,10 +127,10 @@ def read_sources(sources: Sequence[str]) -> list[RawText]:
         else:
             try:
                 paths = _find_files(source)
-            except OSError as error:  # such as a text given for a name
+            except (OSError, RuntimeError) as error:  # a text given for a name, ~ of nobody
                 shown = source if len(source) <= 60 else source[:60] + "…"
                 raise UserError(
-                    f"{shown}: cannot be looked up ({error.strerror}): give a text file, a folder, "
+                    f"{shown}: cannot be looked up ({error}): give a text file, a folder, "
                     "a glob, or -"
                 ) from error
             raw_texts += [RawText(str(path), _read_file(path)) for path in paths]
@@ -230,7 +230,7 @@ def encode_documents(documents: Sequence[str], tokenizer: CharTokenizer) -> npt.
     ends = np.array([] if end is None else [end], dtype=tokenizer.dtype)
     # Joined before encoding: 32,000 names are one call, not 32,000.
     ids = tokenizer.encode("".join(documents))
-    boundaries = np.cumsum([len(document) for document in documents])
+    boundaries = np.cumsum([len(document) for document in documents], dtype=np.int64)
     return np.insert(ids, boundaries, ends[0]) if ends.size else ids
 
 

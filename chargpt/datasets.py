@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +99,9 @@ def cache_dir() -> Path:
     """Return $CHARGPT_CACHE_DIR, or the user's cache folder of this system."""
     if chosen := os.environ.get(CACHE_DIR_VARIABLE):
         return Path(chosen).expanduser()
-    import pooch  # here, for a quick `import chargpt`
+    import platformdirs  # here, for a quick `import chargpt`
 
-    return Path(pooch.os_cache("chargpt"))
+    return Path(platformdirs.user_cache_dir("chargpt"))
 
 
 def _from_data_dir(dataset: Dataset) -> bytes:
@@ -119,7 +120,9 @@ def _from_cache(dataset: Dataset) -> bytes:
 
 
 def _download(dataset: Dataset) -> bytes:
-    import pooch  # here, for a quick `import chargpt`
+    with warnings.catch_warnings():  # of tqdm, which pooch asks for in notebooks without widgets
+        warnings.simplefilter("ignore")
+        import pooch  # here, for a quick `import chargpt`
 
     # Into memory: what reaches the disk has been checked first. Not as a stream, which pooch
     # leaves open after an HTTP error. What requests raises is an OSError.

@@ -24,7 +24,7 @@ def choose_parallel(wish: Parallel, device: torch.device, batch_size: int) -> Pa
     """Return which GPUs to use, in one process.
 
     Args:
-        wish: ``dp`` insists on several GPUs, ``auto`` takes what is there.
+        wish: ``dp`` wants all GPUs; ``auto`` and ``none`` are one device.
         device: the model's device.
         batch_size: sequences in a batch, at least one a GPU.
 
@@ -32,18 +32,19 @@ def choose_parallel(wish: Parallel, device: torch.device, batch_size: int) -> Pa
         UserError: ``dp`` without two GPUs, or a batch smaller than their number.
     """
     n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if wish == "dp" and n_gpus < 2:
+    if wish != "dp":
+        more = f"; --parallel dp shares each batch among {n_gpus}" if n_gpus > 1 else ""
+        return ParallelChoice([], f"one device{more}")
+    if n_gpus < 2:
         raise UserError(
             f"parallel is 'dp', which needs two GPUs or more, and there are {n_gpus} to use: "
             "give --parallel auto"
         )
-    if wish == "dp" and batch_size < n_gpus:
+    if batch_size < n_gpus:
         raise UserError(
             f"batch_size is {batch_size}, fewer than the {n_gpus} GPUs that are to share it: "
             f"give --batch-size {n_gpus} or more, or --parallel none"
         )
-    if wish == "none" or n_gpus < 2 or batch_size < n_gpus:
-        return ParallelChoice([], "one device")
     return ParallelChoice(list(range(n_gpus)), f"each batch is shared by {n_gpus} GPUs")
 
 

@@ -24,15 +24,16 @@ def evaluate(
 ) -> float:
     """Return the mean loss in nats a token over all of `tokens`, in disjoint blocks.
 
-    Each block starts without context, so a character is predicted from 0 to block_size - 1 others
-    before it, plus itself: the protocol of nanoGPT's training loss, over everything, in order.
+    Each block starts without context, so that a character is predicted from the 1 to block_size
+    characters before it.
 
     Args:
         model: maps ids (B, T) to logits (B, T, V); left in the mode it was in.
         tokens: token ids, (n,) with n ≥ 2.
         block_size: T, tokens a block.
         batch_size: blocks in a forward pass; changes speed and memory only.
-        autocast: context for the forward pass, such as ``torch.autocast("cpu", torch.bfloat16)``.
+        autocast: context for each forward pass, entered again and again, such as
+            ``torch.autocast("cpu", torch.bfloat16)``.
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0

@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import inspect
 import io
-import json
 import tomllib
 import types
 import typing
@@ -182,9 +181,13 @@ def preset(name: str) -> dict[str, Any]:
     return {"model": chosen.model, "training": chosen.train, "data": DataConfig()}
 
 
-def saved(path: Path) -> dict[str, Any]:
-    """Return the configurations in a run's ``config.json``, by the names of `RUN_CONFIGS`."""
-    config = _read_saved(path)
+def saved(run: Path) -> dict[str, Any]:
+    """Return the configurations of a run, by the names of `RUN_CONFIGS`.
+
+    Raises:
+        UserError: the run is damaged, or of a newer format.
+    """
+    config = _read_config(run)
     data = {name: config["data"][name] for name in DataConfig.__dataclass_fields__}
     return {
         "model": from_dict(GPT2Config, config["model"]),
@@ -193,16 +196,19 @@ def saved(path: Path) -> dict[str, Any]:
     }
 
 
-def saved_sources(path: Path) -> tuple[str, ...]:
-    """Return the texts that a run's ``config.json`` names."""
-    return tuple(_read_saved(path)["data"]["sources"])
+def saved_sources(run: Path) -> tuple[str, ...]:
+    """Return the texts of a run.
+
+    Raises:
+        UserError: the run is damaged, or of a newer format.
+    """
+    return tuple(_read_config(run)["data"]["sources"])
 
 
-def _read_saved(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the run is damaged") from error
+def _read_config(run: Path) -> dict[str, Any]:
+    from chargpt.checkpoint import read_config  # here, for help without torch
+
+    return read_config(run)
 
 
 def _fields() -> list[str]:

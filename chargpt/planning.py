@@ -17,7 +17,7 @@ from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.data import Corpus, Windows, load_corpus
 from chargpt.distributed import choose_parallel, parallelize
 from chargpt.errors import UserError
-from chargpt.hardware import choose_device, choose_precision, describe_device
+from chargpt.hardware import PrecisionChoice, choose_device, choose_precision, describe_device
 from chargpt.metrics import count_parameters, human_count
 from chargpt.model import GPT2
 from chargpt.optim import adamw
@@ -68,7 +68,10 @@ def make_plan(
         UserError: anything that cannot work, found before the first step.
     """
     device, why_device = choose_device(training.device)
+    saved = checkpoint.read_config(out) if resuming else None
     precision = choose_precision(training.precision, device)
+    if saved and training.precision == "auto":
+        precision = _precision_as_before(saved["environment"], device) or precision
     parallel = choose_parallel(training.parallel, device, training.batch_size)
     corpus = load_corpus(sources, data)
     model = _with_vocabulary(model, corpus.tokenizer)
@@ -89,11 +92,20 @@ def make_plan(
     )
     config = _config_dict(trainer, corpus, data)
     lines = _describe(trainer, corpus, data, why_device)
-    if resuming:
-        lines += _check_resumed(checkpoint.read_config(out), config)
+    if saved is not None:
+        lines += _check_resumed(saved, config)
         restore_last(trainer)
         lines.append(f"resuming   after step {trainer.state.step:,}")
     return Plan(trainer=trainer, corpus=corpus, config=config, lines=lines)
+
+
+def _precision_as_before(
+    environment: dict[str, Any], device: torch.device
+) -> PrecisionChoice | None:
+    """Return the precision that the run began with, if the device is the same."""
+    if environment["device"] != describe_device(device):
+        return None
+    return PrecisionChoice(environment["precision"], "as the run began")
 
 
 def _with_vocabulary(config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config:
@@ -137,7 +149,7 @@ def _check_resumed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         UserError: a difference in the model, the data, or how it learns.
     """
     learning = [name for name in now["train"] if name not in FREE_ON_RESUME]
-    data = ["sha256", "document_separator", "validation_fraction"]
+    data = [name for name in now["data"] if name != "sources"]
     for part, names in (("model", list(now["model"])), ("train", learning), ("data", data)):
         for name in names:
             was, wish = before[part].get(name), now[part][name]
@@ -164,7 +176,7 @@ def _describe(trainer: Trainer, corpus: Corpus, data: DataConfig, why_device: st
         f"precision  {precision.name} ({precision.reason})",
         f"budget     {_describe_budget(trainer)}",
     ]
-    if trainer.parallel.device_ids:
+    if trainer.device.type == "cuda":
         lines.append(f"parallel   {trainer.parallel.reason}")
     return lines
 

@@ -45,5 +45,5 @@ def plot_loss(run: Path) -> Path:
 
 
 def _series(rows: list[dict[str, Any]], split: str, name: str) -> tuple[list[int], list[float]]:
-    points = [(row["step"], row[name]) for row in rows if row["split"] == split and row[name]]
-    return [step for step, _ in points], [value for _, value in points]
+    rows = [row for row in rows if row["split"] == split and row[name] is not None]
+    return [row["step"] for row in rows], [row[name] for row in rows]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from chargpt.config import Tracker
@@ -70,7 +69,7 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """Print a line above the progress line."""
-        (self._bar.console if self._bar else self.console).print(escape(text))
+        (self._bar.console if self._bar else self.console).print(text, markup=False, emoji=False)
 
     def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
         """Show a step; with `log`, also write it down.
@@ -89,7 +88,7 @@ class Reporter:
             self._show(line, progress)
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_SECONDS:
             self._last_line = time.monotonic()
-            self.console.print(f"{progress:4.0%}  {line}")
+            self.console.print(f"{progress:4.0%}  {line}", markup=False, emoji=False)
 
     def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
         """Show and write down a loss over the whole validation part, and perhaps a sample."""

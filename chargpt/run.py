@@ -85,7 +85,7 @@ def train(
 def free_folder(sources: Sequence[str]) -> Path:
     """Return a run folder named after the text, that does not exist yet."""
     name = Path(sources[0]).stem if len(sources) == 1 else "texts"
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "text"
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)[:60].strip(".-") or "text"
     candidates = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in range(1, 1_000_000))
     return next(path for path in candidates if not path.exists())
 
@@ -114,32 +114,48 @@ def _check_folder(folder: Path, resume: bool) -> bool:
 
 def _carry_out(plan: Plan, *, resuming: bool, quiet: bool) -> TrainResult:
     trainer, out = plan.trainer, plan.trainer.out
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    reporter = None
     try:
-        reporter = Reporter(
-            out,
-            quiet=quiet,
-            track=trainer.config.track,
-            write_sample=_sampler(plan) if trainer.config.sample_length else None,
-            resumed_step=trainer.state.step,
-        )
+        stop_reason = _train(plan, quiet=quiet)
+    except BaseException as error:
+        if not resuming and not any(checkpoint.has_checkpoint(out, w) for w in ("best", "last")):
+            _clear(out, remove=is_new)  # nothing was learned: leave nothing behind
+        if _is_out_of_memory(error):
+            raise _out_of_memory(trainer) from error
+        raise
+    return _finish(plan, stop_reason)
+
+
+def _train(plan: Plan, *, quiet: bool) -> StopReason:
+    trainer, out = plan.trainer, plan.trainer.out
+    reporter = Reporter(
+        out,
+        quiet=quiet,
+        track=trainer.config.track,
+        write_sample=_sampler(plan) if trainer.config.sample_length else None,
+        resumed_step=trainer.state.step,
+    )
+    try:
         checkpoint.write_json(out / checkpoint.CONFIG, plan.config)
         checkpoint.write_text(out / checkpoint.TOKENIZER, plan.corpus.tokenizer.to_json())
         for line in [*plan.lines, f"run        {out}"]:
             reporter.note(line)
         _compile(trainer, reporter)
-        stop_reason = fit(trainer, reporter)
-    except Exception as error:
-        if not resuming and not (out / "last").exists():
-            shutil.rmtree(out)  # nothing was learned: leave nothing behind
-        if _is_out_of_memory(error):
-            raise _out_of_memory(trainer) from error
-        raise
+        return fit(trainer, reporter)
     finally:
-        if reporter is not None:
-            reporter.close()
-    return _finish(plan, stop_reason)
+        reporter.close()
+
+
+def _clear(folder: Path, *, remove: bool) -> None:
+    """Empty a folder that was empty before, and remove it if it was not there."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    if remove:
+        folder.rmdir()
 
 
 def _compile(trainer: Trainer, reporter: Reporter) -> None:
@@ -176,13 +192,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _out_of_memory(trainer: Trainer) -> TrainingError:
     config, shape = trainer.config, trainer.model.config
-    half = max(1, config.batch_size // 2)
-    steps = config.gradient_accumulation_steps * (config.batch_size // half)
+    smaller = next((n for n in range(2, config.batch_size + 1) if config.batch_size % n == 0), 1)
+    batch, steps = config.batch_size // smaller, config.gradient_accumulation_steps * smaller
+    same = f"--batch-size {batch} --gradient-accumulation-steps {steps}, which learns the same, or "
     return TrainingError(
-        f"out of memory on {describe_device(trainer.device)}: halve the batch with --batch-size "
-        f"{half} --gradient-accumulation-steps {steps}, which learns the same, or lower "
-        f"--block-size ({shape.block_size}), --n-layer ({shape.n_layer}) or --d-model "
-        f"({shape.d_model})"
+        f"out of memory on {describe_device(trainer.device)}: begin a new run with "
+        f"{same if smaller > 1 else ''}a lower --block-size ({shape.block_size}), --n-layer "
+        f"({shape.n_layer}) or --d-model ({shape.d_model})"
     )
 
 

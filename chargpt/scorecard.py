@@ -13,6 +13,7 @@ from chargpt.baselines import Baseline, baselines
 from chargpt.checkpoint import Which, load, read_config
 from chargpt.config import DataConfig, Device, Unknown
 from chargpt.data import (
+    STANDARD_INPUT,
     Corpus,
     decode,
     encode_documents,
@@ -28,6 +29,7 @@ from chargpt.tokenizer import CharTokenizer
 from chargpt.validation import from_dict
 
 Split = Literal["validation", "train"]
+_REMEDY = "name a file to evaluate on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,7 @@ class Scorecard:
     perplexity: float
     baselines: tuple[Baseline, ...]
     note: str
-    """Why baselines are missing; empty if none are."""
+    """Why the baselines could not be computed; empty if they were, or were not wanted."""
 
 
 def score_run(
@@ -81,7 +83,7 @@ def score_run(
     except UserError as error:
         if not files:
             raise
-        note = f"no baselines: {error}"
+        note = f"no baselines: {str(error).removesuffix(f': {_REMEDY}')}"
     if files:
         tokens = _read_tokens(files, tokenizer, config, encoding or config.encoding, unknown)
         name = ", ".join(files)
@@ -109,16 +111,14 @@ def _training_corpus(data: dict[str, Any], config: DataConfig) -> Corpus:
         UserError: it is gone, came from standard input, or has changed.
     """
     sources = data["sources"]
-    if "-" in sources:
-        raise UserError("the run read its text from standard input: name a file to evaluate on")
+    if STANDARD_INPUT in sources:
+        raise UserError(f"the run read its text from standard input: {_REMEDY}")
     try:
         corpus = load_corpus(sources, config)
     except UserError as error:
         raise UserError(f"the run's text cannot be read again: {error}") from error
     if corpus.sha256 != data["sha256"]:
-        raise UserError(
-            f"{', '.join(sources)} has changed since the run: name a file to evaluate on"
-        )
+        raise UserError(f"{', '.join(sources)} has changed since the run: {_REMEDY}")
     return corpus
 
 

@@ -33,6 +33,7 @@ from chargpt.reporting import Reporter
 from chargpt.seeding import DROPOUT, derive_seed
 
 StopReason = Literal["budget", "patience"] | Interruption
+FIRST_PROGRESS = 1e-3  # of a first step on the clock, whose length nobody knows yet
 MAX_SKIPPED_IN_A_ROW = 50  # the loss scale halves each time: 2^16 is gone long before
 
 
@@ -111,7 +112,10 @@ class Trainer:
         if self.total_steps is not None:
             return self.state.step / self.total_steps
         assert self.config.minutes is not None
-        return self.state.train_seconds / (60 * self.config.minutes)
+        # Compilation shortens the run; it must not spend the warm-up.
+        budget = 60 * self.config.minutes - self.state.compile_seconds
+        spent = self.state.train_seconds - self.state.compile_seconds
+        return spent / budget if budget > 0 else 1.0
 
     @property
     def eval_interval(self) -> int:
@@ -181,8 +185,10 @@ def _micro_loss(trainer: Trainer, micro_step: int) -> Tensor:
 def trial_step(trainer: Trainer) -> None:
     """Go forward and backward once, changing nothing, so that lazy compilation happens."""
     trainer.model.train()
-    trainer.scaler.scale(_micro_loss(trainer, 0)).backward()  # type: ignore[no-untyped-call]
-    trainer.optimizer.zero_grad()
+    try:
+        trainer.scaler.scale(_micro_loss(trainer, 0)).backward()  # type: ignore[no-untyped-call]
+    finally:
+        trainer.optimizer.zero_grad()
 
 
 def _set_learning_rate(trainer: Trainer) -> float:
@@ -190,7 +196,7 @@ def _set_learning_rate(trainer: Trainer) -> float:
     if trainer.total_steps is not None:
         at_end = (state.step + 1) / trainer.total_steps
     else:
-        at_end = trainer.progress * (1 + 1 / max(1, state.step))
+        at_end = trainer.progress * (1 + 1 / state.step) if state.step else FIRST_PROGRESS
     lr = learning_rate(at_end, trainer.config)
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
@@ -241,8 +247,8 @@ def _timed_step(trainer: Trainer, reporter: Reporter) -> None:
         save_last(trainer)
         raise TrainingError(
             f"step {state.step + 1} stopped before its update ({error}); the state before it is in "
-            f"{trainer.out / 'last'}: try a lower --learning-rate than "
-            f"{trainer.config.learning_rate:g}, or --precision fp32"
+            f"{trainer.out / 'last'}: try --precision fp32, or, in a new run, a "
+            f"--learning-rate below {trainer.config.learning_rate:g}"
         ) from error
     state.train_seconds += time.perf_counter() - start
     state.step += 1
@@ -266,11 +272,11 @@ def _count_skipped(trainer: Trainer, result: StepResult) -> None:
     state = trainer.state
     state.skipped_steps += result.skipped
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
-    if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         save_last(trainer)
         raise TrainingError(
             f"{MAX_SKIPPED_IN_A_ROW} steps in a row overflowed fp16 and were skipped: "
-            "try --precision bf16 or fp32, or a lower --learning-rate"
+            "try --precision bf16 or fp32, or a lower --learning-rate in a new run"
         )
 
 
@@ -285,6 +291,12 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter) -> None:
         autocast=trainer.precision.autocast(trainer.device),
     )
     state.eval_seconds += time.perf_counter() - start
+    if not math.isfinite(state.val_loss):
+        state.val_loss = None
+        raise TrainingError(
+            f"the validation loss after step {state.step} is not finite; the states before are in "
+            f"{trainer.out}: try --precision fp32, or a lower --learning-rate in a new run"
+        )
     state.evaluated_step = state.step
     is_best = state.best_val_loss is None or state.val_loss < state.best_val_loss
     if is_best:
@@ -323,5 +335,6 @@ def restore_last(trainer: Trainer) -> None:
     tensors = checkpoint.read_tensors(folder / checkpoint.OPTIMIZER)
     checkpoint.load_optimizer_tensors(trainer.optimizer, trainer.model, tensors)
     trainer.state = TrainState(**checkpoint.read_state(folder))
+    trainer.state.skipped_in_a_row = 0
     if trainer.scaler.is_enabled() and trainer.state.scaler:
         trainer.scaler.load_state_dict(trainer.state.scaler)

@@ -35,7 +35,7 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise UserError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"unknown setting {name!r}{did_you_mean(str(name), known)}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

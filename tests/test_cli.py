@@ -93,7 +93,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "text.txt", "--steps", "5", "--minutes", "1"], "steps and minutes are budgets that"),
     (
         ["train", "text.txt", "--precision", "fp16"],
-        "precision is 'fp16', which CPUs multiply 50 to",
+        "precision is 'fp16', which CPUs multiply many",
     ),
     (
         ["train", "text.txt", "--device", "cuda"],
@@ -272,7 +272,7 @@ def test_resume_goes_on_as_the_run_began_and_for_longer(chargpt: Any) -> None:
     assert changed.code == 2
     assert "sha256 was" in changed.err
     assert (
-        "--preset is for a new run"
+        "a preset is for a new run"
         in chargpt("train", "--out", "run", "--resume", "--preset", "baby").err
     )
 
@@ -282,6 +282,13 @@ def test_resume_without_a_run_begins_one(chargpt: Any) -> None:
     outcome = chargpt("train", "text.txt", "--out", "new", "--resume", *SHORT)
     assert outcome.code == 0
     assert "nothing to resume in new: starting from step 0" in outcome.err
+
+
+def test_resume_with_neither_run_nor_text_is_a_mistake(chargpt: Any) -> None:
+    outcome = chargpt("train", "--out", "typo", "--resume")
+    assert outcome.code == 2
+    assert "typo holds no run to go on with: check --out, or name a text" in outcome.err
+    assert not Path("typo").exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(chargpt: Any) -> None:

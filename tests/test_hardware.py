@@ -43,7 +43,7 @@ def test_a_cpu_takes_bf16_where_it_is_measured_faster(
     monkeypatch: pytest.MonkeyPatch, bf16_rate: float, expected: str
 ) -> None:
     rates = {torch.bfloat16: bf16_rate, torch.float32: 1e9}
-    monkeypatch.setattr(hardware, "matmul_rate", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr(hardware, "matmul_rate", lambda dtype: rates[dtype])
     choice = choose_precision("auto", CPU)
     assert choice.name == expected
     assert (
@@ -54,7 +54,7 @@ def test_a_cpu_takes_bf16_where_it_is_measured_faster(
 
 def test_the_measurement_measures_and_draws_nothing() -> None:
     before = torch.get_rng_state()
-    assert 1e7 < hardware.matmul_rate(torch.float32, CPU, seconds=0.01) < 1e14
+    assert 1e7 < hardware.matmul_rate(torch.float32, seconds=0.01) < 1e14
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -70,13 +70,11 @@ def test_a_gpu_takes_bf16_or_else_scaled_fp16(
 
 def test_precisions_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: False)
-    with pytest.raises(UserError, match="'fp16', which CPUs multiply 50 to 500 times slower than"):
+    with pytest.raises(UserError, match="'fp16', which CPUs multiply many times slower than"):
         choose_precision("fp16", CPU)
     with pytest.raises(UserError, match="'bf16', which this GPU lacks: give --precision fp16"):
         choose_precision("bf16", CUDA)
-    with pytest.raises(
-        UserError, match="'fp16', which needs loss scaling that torch offers on CUDA"
-    ):
+    with pytest.raises(UserError, match="'fp16', which needs loss scaling, and that is for CUDA"):
         choose_precision("fp16", MPS)
 
 
@@ -103,10 +101,12 @@ def test_compile_is_for_gpus_with_a_compiler_beside_them(monkeypatch: pytest.Mon
 
 def test_several_gpus_share_a_batch_if_it_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert choose_parallel("auto", CUDA, 32).device_ids == [0, 1, 2, 3]
+    assert choose_parallel("auto", CUDA, 32) == (
+        [],
+        "one device; --parallel dp shares each batch among 4",
+    )
     assert choose_parallel("dp", CUDA, 4).device_ids == [0, 1, 2, 3]
     assert choose_parallel("none", CUDA, 32).device_ids == []
-    assert choose_parallel("auto", CUDA, 3).device_ids == []
     assert choose_parallel("auto", CPU, 32).device_ids == []
     with pytest.raises(UserError, match="batch_size is 3, fewer than the 4 GPUs .* --batch-size 4"):
         choose_parallel("dp", CUDA, 3)
