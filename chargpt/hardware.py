@@ -140,4 +140,7 @@ def describe_device(device: torch.device) -> str:
     """Return the device in words, such as "cpu, 2 threads" or a GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+    return device.type
