@@ -174,8 +174,8 @@ class TrainConfig:
     compile: Switch = "auto"
     """torch.compile; auto is on for CUDA, off elsewhere. Falls back to eager."""
     parallel: Parallel = "auto"
-    """dp shares each batch among all GPUs (torch.nn.DataParallel, in this process); auto uses one,
-    which small models are faster on."""
+    """dp shares each batch among all GPUs (torch.nn.DataParallel, in this process); auto uses
+    one."""
     track: Tracker = "none"
     """Send the metrics to a tracker as well."""
 

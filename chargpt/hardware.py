@@ -95,7 +95,7 @@ def choose_compile(wish: Switch, device: torch.device) -> CompileChoice:
         return CompileChoice(wish == "on", "asked for")
     if device.type == "cuda":
         if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
-            return CompileChoice(True, "pays on a GPU")
+            return CompileChoice(True, "the default on a GPU")
         return CompileChoice(False, "no C compiler here")
     return CompileChoice(False, "takes longer than it saves here; --compile on forces it")
 

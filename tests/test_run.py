@@ -110,41 +110,27 @@ def test_a_model_that_does_not_compile_is_trained_without(
     assert compiled.summary.val_loss == eager.summary.val_loss
 
 
+def train_with(text_file: Path, out: Path, dropout: float = 0.1, **setting: Any) -> TrainResult:
+    model, training = SMALL.replace(dropout=dropout), QUICK.replace(**setting)
+    return train(str(text_file), model=model, training=training, out=out, quiet=True)
+
+
 @pytest.mark.slow
 def test_a_compiled_run_learns_what_an_eager_run_learns(text_file: Path, tmp_path: Path) -> None:
-    small = SMALL.replace(dropout=0.0)
-    results = [
-        train(
-            str(text_file),
-            model=small,
-            training=QUICK.replace(compile=switch),
-            out=tmp_path / switch,
-            quiet=True,
-        )
-        for switch in ("on", "off")
-    ]
-    on, off = (result.summary for result in results)
+    on = train_with(text_file, tmp_path / "on", dropout=0.0, compile="on").summary
+    off = train_with(text_file, tmp_path / "off", dropout=0.0, compile="off").summary
     assert on.val_loss == pytest.approx(off.val_loss, abs=1e-4)
     assert on.compile_seconds > 0
     assert off.compile_seconds == 0
 
 
 def test_bf16_learns_about_what_fp32_learns(text_file: Path, tmp_path: Path) -> None:
-    results = [
-        train(
-            str(text_file),
-            model=SMALL,
-            training=QUICK.replace(precision=precision),
-            out=tmp_path / precision,
-            quiet=True,
-        )
-        for precision in ("bf16", "fp32")
-    ]
-    assert [result.summary.precision for result in results] == ["bf16", "fp32"]
-    bf16, fp32 = (result.summary.val_loss for result in results)
-    assert bf16 == pytest.approx(fp32, abs=0.02)
-    assert bf16 != fp32
-    assert results[0].model.final_norm.weight.dtype == torch.float32
+    bf16 = train_with(text_file, tmp_path / "bf16", precision="bf16")
+    fp32 = train_with(text_file, tmp_path / "fp32", precision="fp32")
+    assert (bf16.summary.precision, fp32.summary.precision) == ("bf16", "fp32")
+    assert bf16.summary.val_loss == pytest.approx(fp32.summary.val_loss, abs=0.02)
+    assert bf16.summary.val_loss != fp32.summary.val_loss
+    assert bf16.model.final_norm.weight.dtype == torch.float32
 
 
 def test_training_several_files_makes_documents(tmp_path: Path, text_file: Path) -> None:
