@@ -24,7 +24,10 @@ ActivationFunction = Literal[
 NormPlacement = Literal["pre", "post", "sandwich"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+OptimizerName = Literal["adamw", "muon"]
+Cooldown = Literal["cosine", "linear"]
 Switch = Literal["auto", "on", "off"]
+Attention = Literal["auto", "native", "matmul", "sdpa"]
 Parallel = Literal["auto", "none", "dp"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 Unknown = Literal["error", "skip", "replace"]
@@ -142,14 +145,26 @@ class TrainConfig:
     """Budget: passes over the training part."""
     minutes: float | None = None
     """Budget: minutes of training; evaluations come on top. With no budget at all: 3."""
+    optimizer: OptimizerName = "adamw"
+    """adamw for every parameter; muon for the matrices of the blocks, with adamw for the rest."""
     learning_rate: float = 6e-3
-    """Peak of the schedule: linear warm-up, then a cosine."""
+    """AdamW's peak: linear warm-up, constant, then a cool-down."""
+    muon_learning_rate: float = 0.02
+    """Muon's peak, on the same schedule; no effect under adamw."""
     learning_rate_floor: float = 0.1
-    """Where the cosine ends, as a share of learning_rate."""
+    """Where the cool-down ends, as a share of the peak."""
     warmup_fraction: float = 0.1
     """Share of the budget spent warming up."""
+    cooldown: Cooldown = "cosine"
+    """How the rate falls: half a cosine, or a straight line."""
+    cooldown_fraction: float = 1.0
+    """Share of the budget, at its end, spent cooling down; at most what warm-up leaves. 0: the rate
+    stays at its peak."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay, on matrices only."""
+    """Decoupled decay: of matrices and embeddings under adamw, of the blocks' matrices under
+    muon."""
+    muon_momentum: float = 0.95
+    """Muon's memory of the gradient; no effect under adamw."""
     beta1: float = 0.9
     """AdamW's memory of the gradient."""
     beta2: float = 0.99
@@ -171,6 +186,11 @@ class TrainConfig:
     """auto takes cuda, then mps, then cpu."""
     precision: Precision = "auto"
     """auto takes bf16 where the hardware multiplies it fast, then fp16 on CUDA, then fp32."""
+    kernels: Switch = "auto"
+    """C++ kernels for a CPU, compiled on first use. auto is on where that works (Linux)."""
+    attention: Attention = "auto"
+    """How attention is computed: native (the kernels), matmul (the textbook), sdpa (PyTorch's
+    fused kernel); auto takes the fastest."""
     compile: Switch = "auto"
     """torch.compile; auto is on for CUDA, off elsewhere. Falls back to eager."""
     parallel: Parallel = "auto"
@@ -195,10 +215,11 @@ class TrainConfig:
         for name in ("weight_decay", "grad_clip"):
             check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
         check_seed(self)
-        check(self.learning_rate > 0, self, "learning_rate", "give a positive number")
-        for name in ("learning_rate_floor", "warmup_fraction"):
+        for name in ("learning_rate", "muon_learning_rate"):
+            check(getattr(self, name) > 0, self, name, "give a positive number")
+        for name in ("learning_rate_floor", "warmup_fraction", "cooldown_fraction"):
             check(0 <= getattr(self, name) <= 1, self, name, "give a share from 0 to 1")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             check(
                 0 <= getattr(self, name) < 1, self, name, "give a number from 0 up to, not with, 1"
             )

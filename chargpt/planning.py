@@ -20,7 +20,7 @@ from chargpt.errors import UserError
 from chargpt.hardware import PrecisionChoice, choose_device, choose_precision, describe_device
 from chargpt.metrics import count_parameters, human_count
 from chargpt.model import GPT2
-from chargpt.optim import adamw
+from chargpt.optim import make_optimizer
 from chargpt.seeding import INIT, derive_seed
 from chargpt.tokenizer import CharTokenizer
 from chargpt.training import Trainer, restore_last
@@ -29,7 +29,7 @@ from chargpt.training import Trainer, restore_last
 FREE_ON_RESUME = {
     *BUDGETS,
     *("eval_interval", "patience", "log_interval", "sample_length"),
-    *("device", "precision", "compile", "parallel", "track"),
+    *("device", "precision", "kernels", "attention", "compile", "parallel", "track"),
 }
 
 
@@ -81,7 +81,7 @@ def make_plan(
     trainer = Trainer(
         model=gpt2,
         forward=parallelize(gpt2, parallel, precision),
-        optimizer=adamw(gpt2, training),
+        optimizer=make_optimizer(gpt2, training, muon_dtype=_muon_dtype(device, precision)),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
         windows=windows,
         validation=corpus.validation,
@@ -106,6 +106,12 @@ def _precision_as_before(
     if environment["device"] != describe_device(device):
         return None
     return PrecisionChoice(environment["precision"], "as the run began")
+
+
+def _muon_dtype(device: torch.device, precision: PrecisionChoice) -> torch.dtype:
+    """Return what Muon orthogonalises in: bf16 is enough, where it is not slower."""
+    fast = device.type == "cuda" or precision.name == "bf16"
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _with_vocabulary(config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config:

@@ -28,7 +28,7 @@ from chargpt.evaluation import evaluate
 from chargpt.hardware import PrecisionChoice
 from chargpt.interrupts import Interruption, Interrupts
 from chargpt.model import GPT2
-from chargpt.optim import learning_rate
+from chargpt.optim import schedule
 from chargpt.reporting import Reporter
 from chargpt.seeding import DROPOUT, derive_seed
 
@@ -136,6 +136,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Before clipping."""
     learning_rate: float
+    """AdamW's."""
     skipped: bool
 
 
@@ -197,10 +198,10 @@ def _set_learning_rate(trainer: Trainer) -> float:
         at_end = (state.step + 1) / trainer.total_steps
     else:
         at_end = trainer.progress * (1 + 1 / state.step) if state.step else FIRST_PROGRESS
-    lr = learning_rate(at_end, trainer.config)
+    share = schedule(at_end, trainer.config)
     for group in trainer.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+        group["lr"] = group["peak"] * share
+    return trainer.config.learning_rate * share
 
 
 # --- the loop

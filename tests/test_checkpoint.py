@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import chargpt
 from chargpt import checkpoint
 from chargpt.checkpoint import find_checkpoint, load, save_checkpoint
 from chargpt.errors import UserError
-from chargpt.optim import adamw
+from chargpt.optim import make_optimizer
 from chargpt.run import TrainResult
 
 
@@ -146,7 +147,10 @@ def test_write_text_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_text() == "old"
 
 
-def test_optimizer_state_survives_the_round_trip() -> None:
+@pytest.mark.parametrize(("name", "entry"), [("adamw", "exp_avg"), ("muon", "momentum_buffer")])
+def test_optimizer_state_survives_the_round_trip(name: Any, entry: str) -> None:
+    config = chargpt.TrainConfig(optimizer=name)
+
     def step(model: chargpt.GPT2, optimizer: torch.optim.Optimizer) -> None:
         torch.manual_seed(5)
         model(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
@@ -156,20 +160,21 @@ def test_optimizer_state_survives_the_round_trip() -> None:
     def fresh() -> tuple[chargpt.GPT2, torch.optim.Optimizer]:
         torch.manual_seed(1)
         model = chargpt.GPT2(SMALL.replace(vocab_size=5, dropout=0.0))
-        return model, adamw(model, chargpt.TrainConfig())
+        return model, make_optimizer(model, config)
 
     model, optimizer = fresh()
     step(model, optimizer)
     weights = {k: v.clone() for k, v in checkpoint.model_tensors(model).items()}
     moments = {k: v.clone() for k, v in checkpoint.optimizer_tensors(optimizer, model).items()}
-    assert "blocks.0.attention.sublayer.qkv.weight/exp_avg" in moments
+    assert f"blocks.0.attention.sublayer.qkv.weight/{entry}" in moments
+    assert "token_embedding.weight/step" in moments
     step(model, optimizer)
     again, optimizer_again = fresh()
     checkpoint.load_model_tensors(again, weights)
     checkpoint.load_optimizer_tensors(optimizer_again, again, moments)
     step(again, optimizer_again)
-    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    for (parameter, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), parameter
 
 
 def test_errors_say_what_is_wrong_with_a_folder(tmp_path: Path, run: Path) -> None:

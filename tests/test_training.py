@@ -14,9 +14,11 @@ from torch import Tensor
 
 import chargpt
 import chargpt.run
-from chargpt import training
+from chargpt import planning, speed, training
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.errors import TrainingError
+from chargpt.hardware import PrecisionChoice
+from chargpt.optim import schedule
 from chargpt.planning import make_plan
 from chargpt.reporting import Reporter, read_metrics
 from chargpt.run import TrainResult, train
@@ -181,6 +183,45 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, sent: int = sign
     monkeypatch.setattr(Reporter, "step", with_signal)
 
 
+def test_a_resumed_run_of_muon_is_the_uninterrupted_run(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DETERMINED.replace(optimizer="muon", cooldown="linear", cooldown_fraction=0.5)
+    whole = run_with(text_file, tmp_path / "whole", config)
+    interrupt_after(7, monkeypatch)
+    run_with(text_file, tmp_path / "part", config)
+    monkeypatch.undo()
+    resumed = run_with(text_file, tmp_path / "part", config, resume=True)
+    assert_equal(weights(whole), weights(resumed))
+    optimizer = "last/optimizer.safetensors"
+    assert_equal(load_file(whole / optimizer), load_file(resumed / optimizer))
+
+
+def test_one_schedule_moves_both_rates_and_adamws_is_logged(
+    text_file: Path, tmp_path: Path
+) -> None:
+    config = QUICK.replace(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.04)
+    trainer = trainer_for(text_file, tmp_path / "run", config)
+    trainer.state.step = 8
+    share = schedule(9 / 12, config)
+    assert 0.1 < share < 1
+    assert train_step(trainer).learning_rate == pytest.approx(0.01 * share)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates == pytest.approx([0.04 * share, 0.01 * share])
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "dtype"),
+    [("cpu", "fp32", "float32"), ("cpu", "bf16", "bfloat16"), ("cuda", "fp32", "bfloat16"),
+     ("mps", "fp32", "float32")],
+)  # fmt: skip
+def test_muon_orthogonalizes_in_bf16_where_that_is_fast(
+    device: str, precision: Any, dtype: str
+) -> None:
+    choice = PrecisionChoice(precision, "asked for")
+    assert planning._muon_dtype(torch.device(device), choice) == getattr(torch, dtype)
+
+
 def test_training_leaves_torchs_random_state_and_the_configuration_alone(
     text_file: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +279,7 @@ def test_minutes_end_the_run_and_its_schedule(
     seconds = iter(range(10_000))
     clock = SimpleNamespace(perf_counter=lambda: 2.0 * next(seconds))
     monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     config = QUICK.replace(minutes=1.0, eval_interval=10, warmup_fraction=0.1)
     run = run_with(text_file, tmp_path / "run", config)
     summary = json.loads((run / "summary.json").read_text())

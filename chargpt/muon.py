@@ -1,0 +1,232 @@
+"""Muon for the hidden matrices, AdamW for everything else, as one optimizer.
+
+Muon replaces the momentum of a matrix by the nearest matrix with singular values of about 1, so
+that a step moves every direction by the same amount: Jordan et al. 2024, "Muon: an optimizer for
+hidden layers in neural networks"; Liu et al. 2025, "Muon is scalable for LLM training". The update
+is that of `torch.optim.Muon`; here matrices of one shape are orthogonalised together, which for
+small models is what makes it affordable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+# Jordan et al.: the odd quintic with the steepest slope at 0 that still keeps 1 near 1.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+EPS = 1e-7  # of the norm, against a gradient of zeros
+ADAMW_EPS = 1e-8
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Nesterov momentum, decoupled decay) for matrices, AdamW without decay for the rest.
+
+    ``param_groups[0]`` is Muon's, ``param_groups[1]`` is AdamW's; each has its own ``lr``.
+
+    Args:
+        matrices: parameters of two axes, (outputs, inputs) each.
+        others: all other parameters.
+        matrix_lr: learning rate of `matrices`; an update is a matrix with singular values of about
+            this size, times sqrt(outputs / inputs) where that is above 1.
+        momentum: Muon's memory of the gradient.
+        weight_decay: of `matrices`, as a share of `matrix_lr` a step.
+        lr: learning rate of `others`.
+        betas: AdamW's memory of the gradient and of its square.
+        dtype: of the orthogonalisation; bfloat16 is enough wherever it is fast.
+        fused: run AdamW as one kernel.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        *,
+        matrix_lr: float,
+        momentum: float,
+        weight_decay: float,
+        lr: float,
+        betas: tuple[float, float],
+        dtype: torch.dtype,
+        fused: bool,
+    ) -> None:
+        assert all(matrix.dim() == 2 for matrix in matrices)
+        muon = {"lr": matrix_lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype}
+        groups = [
+            {"params": list(matrices), **muon},
+            {"params": list(others), "lr": lr, "betas": betas},
+        ]
+        super().__init__(groups, {"fused": fused})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; the gradients of `matrices` are used up.
+
+        Args:
+            closure: computes the loss anew, as for any optimizer of PyTorch.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        muon, rest = self.param_groups
+        self._step_matrices(muon)
+        self._step_others(rest)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        params, grads = _with_gradient(group)
+        if not params:
+            return
+        buffers = [self._momentum_of(p) for p in params]
+        lr, momentum = group["lr"], group["momentum"]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's; in place, since memory is slow
+        updates = orthogonalize(grads, group["dtype"])
+        torch._foreach_mul_(updates, [-lr * math.sqrt(max(1, _ratio(p))) for p in params])
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, updates)
+
+    def _momentum_of(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _step_others(self, group: dict[str, Any]) -> None:
+        params, grads = _with_gradient(group)
+        if not params:
+            return
+        states = [self._moments_of(p, group["fused"]) for p in params]
+        adamw(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"] or None,  # None: PyTorch chooses among the others
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=ADAMW_EPS,
+            maximize=False,
+        )
+
+    def _moments_of(self, param: Tensor, fused: bool) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), device=param.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state
+
+
+def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return U V' for each matrix U S V', with singular values not quite 1: about 0.7 to 1.1.
+
+    Matrices of one shape, or of its transpose, go through the iteration together.
+
+    Args:
+        matrices: of two axes each.
+        dtype: to compute in.
+
+    Returns:
+        Matrices of the shapes and dtypes given.
+    """
+    alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        alike[tuple(sorted(matrix.shape))].append(i)
+    result = list(matrices)
+    for indices in alike.values():
+        stack = torch.stack([_flip_if_tall(matrices[i]).to(dtype) for i in indices])  # (n, R, C)
+        through_gram = dtype.itemsize >= 4 and stack.size(1) < stack.size(2)
+        solved = newton_schulz_gram(stack) if through_gram else newton_schulz(stack)
+        for i, wide in zip(indices, solved, strict=True):
+            tall = _ratio(matrices[i]) > 1
+            result[i] = (wide.T.contiguous() if tall else wide).to(matrices[i].dtype)
+    return result
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """Take the singular values of each matrix in a stack to about 1.
+
+    A step maps X to a X + b (X X') X + c (X X')² X, which acts on each singular value alone.
+
+    Args:
+        x: (n, R, C), best with R ≤ C, since the products are then of the smaller size.
+
+    Returns:
+        (n, R, C), in the dtype of `x`.
+    """
+    a, b, c = COEFFICIENTS
+    x = _normalize(x)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT  # (n, R, R)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def newton_schulz_gram(x: Tensor) -> Tensor:
+    """Do what `newton_schulz` does with products of R × R matrices alone, but for two.
+
+    Every step multiplies X from the left by a polynomial P of its Gram matrix G = X X', and so
+    makes G into P G P; all these commute. For C = 4 R that is 25 products of R³ in place of 45. It
+    takes fp32: what bf16 leaves of a small eigenvalue may be negative, and grows.
+
+    Args:
+        x: (n, R, C), R < C.
+
+    Returns:
+        (n, R, C), in the dtype of `x`.
+    """
+    a, b, c = COEFFICIENTS
+    x = _normalize(x)
+    gram = x @ x.mT  # (n, R, R)
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a
+    product = polynomial + a * torch.eye(x.size(1), dtype=x.dtype, device=x.device)
+    for _ in range(ITERATIONS - 1):
+        gram = torch.baddbmm(gram, polynomial, gram, beta=a)  # P G
+        gram = torch.baddbmm(gram, polynomial, gram, beta=a)  # P P G
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm(product, polynomial, product, beta=a)
+    return product @ x
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """Return a stack whose matrices have Frobenius norm 1, so no singular value above 1."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (n, 1, 1)
+    return x / norm.clamp(min=EPS)
+
+
+def _flip_if_tall(matrix: Tensor) -> Tensor:
+    return matrix.T if _ratio(matrix) > 1 else matrix
+
+
+def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    params = [p for p in group["params"] if p.grad is not None]
+    return params, [p.grad for p in params]
+
+
+def _ratio(matrix: Tensor) -> float:
+    """Return rows per column."""
+    return matrix.size(0) / matrix.size(1)
