@@ -1,36 +1,64 @@
-"""Causal scaled-dot-product attention (Vaswani et al. 2017, 3.2.1): one signature, two backends.
+"""Causal scaled-dot-product attention (Vaswani et al. 2017, 3.2.1): one signature, three backends.
 
-``sdpa`` is PyTorch's fused kernel. ``matmul`` is the textbook, written out, and the faster one
-where dropout is on and the fused kernel cannot drop (any CPU). The two agree, and are tested to.
+========  ==================================================================================
+matmul    the textbook, written out; CPUs multiply it fast, and memory pays (T × T a head)
+sdpa      PyTorch's fused kernel; the one for GPUs
+native    the kernel of ``kernels.cpp``; CPUs only, and only where it compiles
+========  ==================================================================================
+
+They agree, and are tested to.
 
 Shapes: B batch, H heads, T queries, S keys, D head size; the queries are the last T of S positions.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chargpt import native
 from chargpt.dropout import dropout
 
-Backend = Literal["sdpa", "matmul"]
+Backend = Literal["sdpa", "matmul", "native"]
 
 
-class BackendChoice(NamedTuple):
-    """A backend, and why it was chosen."""
+def self_attention(
+    qkv: Tensor, n_head: int, *, dropout_p: float = 0.0, backend: Backend | None = None
+) -> Tensor:
+    """Attend among the positions of each sequence.
 
-    backend: Backend
-    reason: str
+    Args:
+        qkv: queries, keys and values side by side, (B, T, 3C).
+        n_head: H.
+        dropout_p: probability of dropping an attention weight; 0 when not training.
+        backend: see `causal_attention`. ``native`` falls back to ``matmul`` where it does not fit.
+
+    Returns:
+        (B, T, C).
+    """
+    if backend == "native":
+        if native.suits(qkv, widths=(qkv.size(2) // (3 * n_head),)):
+            return native.attention(qkv, n_head, dropout_p)
+        backend = "matmul"
+    q, k, v = split_heads(qkv, n_head)  # 3 × (B, H, T, D)
+    y = causal_attention(q, k, v, dropout_p=dropout_p, backend=backend)
+    return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
-def choose_backend(device_type: str, dropout_p: float) -> BackendChoice:
-    """Return the backend for a device type ("cpu", "cuda", …) and a dropout probability."""
-    if device_type == "cpu" and dropout_p > 0:
-        return BackendChoice("matmul", "the fused CPU kernel cannot drop attention weights")
-    return BackendChoice("sdpa", "the fused kernel")
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Map (B, T, 3C) to queries, keys and values, each (B, H, T, D)."""
+    heads = qkv.view(*qkv.shape[:2], 3, n_head, qkv.size(2) // (3 * n_head))  # (B, T, 3, H, D)
+    q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
+    return q, k, v
+
+
+def default_backend(device_type: str, dropout_p: float) -> Backend:
+    """Return the backend to use where none was measured."""
+    # On a CPU the fused kernel cannot drop attention weights.
+    return "matmul" if device_type == "cpu" and dropout_p > 0 else "sdpa"
 
 
 def causal_attention(
@@ -43,12 +71,12 @@ def causal_attention(
         k: keys, (B, H, S, D).
         v: values, (B, H, S, D).
         dropout_p: probability of dropping an attention weight; 0 when not training.
-        backend: None lets `choose_backend` decide.
+        backend: ``sdpa`` or ``matmul``; None takes `default_backend`.
 
     Returns:
         softmax(q kᵀ / √D + mask) v, shape (B, H, T, D).
     """
-    backend = backend or choose_backend(q.device.type, dropout_p).backend
+    backend = backend or default_backend(q.device.type, dropout_p)
     return _BACKENDS[backend](q, k, v, dropout_p)
 
 

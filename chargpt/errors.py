@@ -13,3 +13,11 @@ class TrainingError(RuntimeError):
 
     The command line prints it without a traceback and exits with 1.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out; PyTorch says so in several ways."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chargpt.attention import causal_attention
+from chargpt.attention import Backend, self_attention
 from chargpt.config import ActivationFunction, GPT2Config
 from chargpt.dropout import Dropout
 from chargpt.errors import UserError
@@ -42,23 +42,17 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout_p = config.dropout
+        self.backend: Backend | None = None
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.projection = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        q, k, v = self.split_heads(self.qkv(x))  # 3 × (B, H, T, D)
-        y = causal_attention(q, k, v, dropout_p=self.dropout_p if self.training else 0.0)
-        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
-        out: Tensor = self.projection(y)
+        dropout_p = self.dropout_p if self.training else 0.0
+        qkv = self.qkv(x)  # (B, T, 3C)
+        y = self_attention(qkv, self.n_head, dropout_p=dropout_p, backend=self.backend)
+        out: Tensor = self.projection(y)  # (B, T, C)
         return out
-
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, T, 3C) to queries, keys and values, each (B, H, T, D)."""
-        B, T, C3 = qkv.shape
-        heads = qkv.view(B, T, 3, self.n_head, C3 // (3 * self.n_head))  # (B, T, 3, H, D)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
-        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -74,6 +68,23 @@ class FeedForward(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         hidden = self.activation(self.expand(x))  # (B, T, F)
         out: Tensor = self.projection(hidden)  # (B, T, C)
+        return out
+
+
+class ResidualSum(nn.Module):
+    """What a sublayer computes, some of it dropped, added to the residual stream.
+
+    Args:
+        p: probability of dropping a value, in [0, 1).
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(p)
+
+    def forward(self, x: Tensor, update: Tensor) -> Tensor:
+        """Map two tensors (B, T, C) to one."""
+        out: Tensor = x + self.dropout(update)
         return out
 
 
@@ -97,13 +108,13 @@ class Residual(nn.Module):
         self.norm = norm_if(placement in ("pre", "sandwich"))
         self.sublayer = sublayer
         self.sublayer_norm = norm_if(placement == "sandwich")
-        self.dropout = Dropout(config.dropout)
+        self.sum = ResidualSum(config.dropout)
         self.sum_norm = norm_if(placement == "post")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        update = self.dropout(self.sublayer_norm(self.sublayer(self.norm(x))))
-        out: Tensor = self.sum_norm(x + update)
+        update = self.sublayer_norm(self.sublayer(self.norm(x)))
+        out: Tensor = self.sum_norm(self.sum(x, update))
         return out
 
 

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, cast
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from chargpt import checkpoint
 from chargpt.baselines import unigram_nats
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
-from chargpt.errors import TrainingError, UserError
+from chargpt.errors import TrainingError, UserError, is_out_of_memory
 from chargpt.generation import generate_text
-from chargpt.hardware import CompileChoice, choose_compile, describe_device
+from chargpt.hardware import describe_device
 from chargpt.metrics import bits_per_char, count_parameters
 from chargpt.model import GPT2
 from chargpt.planning import Plan, make_plan
 from chargpt.plotting import plot_loss
 from chargpt.reporting import Reporter
 from chargpt.seeding import own_random_state
+from chargpt.speed import prepare
 from chargpt.summary import Summary, verdict
 from chargpt.tokenizer import CharTokenizer
-from chargpt.training import StopReason, Trainer, fit, trial_step
+from chargpt.training import StopReason, Trainer, fit
 
 SUMMARY = "summary.json"
 
@@ -121,7 +118,7 @@ def _carry_out(plan: Plan, *, resuming: bool, quiet: bool) -> TrainResult:
     except BaseException as error:
         if not resuming and not any(checkpoint.has_checkpoint(out, w) for w in ("best", "last")):
             _clear(out, remove=is_new)  # nothing was learned: leave nothing behind
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise _out_of_memory(trainer) from error
         raise
     return _finish(plan, stop_reason)
@@ -141,7 +138,7 @@ def _train(plan: Plan, *, quiet: bool) -> StopReason:
         checkpoint.write_text(out / checkpoint.TOKENIZER, plan.corpus.tokenizer.to_json())
         for line in [*plan.lines, f"run        {out}"]:
             reporter.note(line)
-        _compile(trainer, reporter)
+        prepare(trainer, reporter.note)
         return fit(trainer, reporter)
     finally:
         reporter.close()
@@ -156,38 +153,6 @@ def _clear(folder: Path, *, remove: bool) -> None:
             path.unlink()
     if remove:
         folder.rmdir()
-
-
-def _compile(trainer: Trainer, reporter: Reporter) -> None:
-    """Compile the model if that is wished for and works here; a trial step finds out."""
-    choice = choose_compile(trainer.config.compile, trainer.device)
-    if trainer.parallel.device_ids:
-        choice = CompileChoice(False, "not over several GPUs in one process")
-    if not choice.on:
-        reporter.note(f"compile    off ({choice.reason})")
-        return
-    start = time.perf_counter()
-    eager = trainer.forward
-    try:
-        trainer.forward = cast(Callable[[Tensor], Tensor], torch.compile(trainer.model))
-        trial_step(trainer)
-        reporter.note(f"compile    on ({choice.reason})")
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise
-        trainer.forward = eager
-        first_line = str(error).strip().partition("\n")[0][:200]
-        reporter.note(f"compile    failed, going on without ({type(error).__name__}: {first_line})")
-    seconds = time.perf_counter() - start
-    trainer.state.compile_seconds += seconds
-    trainer.state.train_seconds += seconds
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _out_of_memory(trainer: Trainer) -> TrainingError:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chargpt.attention import Backend, attention_weights, causal_attention, choose_backend
+from chargpt.attention import Backend, attention_weights, causal_attention, default_backend
 
 SHAPES = [(5, 5), (1, 1), (1, 6), (3, 6), (5, 6)]  # queries, keys: the last of the positions
 
@@ -97,10 +97,8 @@ def test_weights_of_huge_scores_are_finite() -> None:
         ("mps", 0.1, "sdpa"),
     ],
 )
-def test_choice(device_type: str, dropout_p: float, backend: Backend) -> None:
-    choice = choose_backend(device_type, dropout_p)
-    assert choice.backend == backend
-    assert choice.reason
+def test_default(device_type: str, dropout_p: float, backend: Backend) -> None:
+    assert default_backend(device_type, dropout_p) == backend
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,348 @@
+"""The kernels of ``kernels.cpp`` as PyTorch calls, compiled for this processor on first use.
+
+Each function here computes what its PyTorch twin computes, forward and backward, in one pass over
+memory; `suits` says for which tensors. `use_kernels` puts them into a model: see there.
+
+Shapes: B sequences, T time, H heads, D head size, C = H × D.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
+_SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+_Pointer, _Int, _Long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_RANDOM = (ctypes.c_double, ctypes.c_uint64)  # probability, seed
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "attention_forward": (*(_Pointer,) * 3, *(_Int,) * 4, *_RANDOM),
+    "attention_backward": (*(_Pointer,) * 5, *(_Int,) * 4, *_RANDOM),
+    "layer_norm_forward": (*(_Pointer,) * 6, _Long, _Int, ctypes.c_float),
+    "layer_norm_backward": (*(_Pointer,) * 8, _Long, _Int),
+    "linear_forward": (*(_Pointer,) * 4, _Long, _Int, _Int),
+    "linear_backward": (*(_Pointer,) * 6, _Long, _Int, _Int),
+    "feed_forward_forward": (*(_Pointer,) * 7, _Long, _Int, _Int),
+    "feed_forward_backward": (*(_Pointer,) * 10, _Long, _Int, _Int),
+    "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
+    "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
+}
+
+
+class KernelsError(Exception):
+    """The kernels cannot be compiled or loaded here; PyTorch's own are to be used."""
+
+
+class Kernels:
+    """The functions of a compiled ``kernels.cpp``, by name and type of value.
+
+    Args:
+        path: the shared library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.lanes: int = library.chargpt_lanes()
+        """Values in a vector: the width that sizes must be multiples of."""
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        for name, signature in _SIGNATURES.items():
+            for dtype, suffix in _SUFFIXES.items():
+                function = getattr(library, f"{name}_{suffix}", None)
+                if function is not None:  # bf16 is there only where the processor has it
+                    function.argtypes, function.restype = signature, None
+                    self._functions[name, dtype] = function
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of value that the kernels take."""
+        return {dtype for _, dtype in self._functions}
+
+    def __call__(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        """Call a kernel with tensors as pointers to their (contiguous) values."""
+        pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+        self._functions[name, dtype](*pointers)
+
+
+@functools.cache
+def load_kernels() -> Kernels:
+    """Return the kernels, compiled unless they were before.
+
+    Raises:
+        KernelsError: there is no compiler, or it fails.
+    """
+    path = library_path()
+    try:
+        if not path.exists():
+            _compile(path)
+        return Kernels(path)
+    except Exception as error:  # whatever a tool chain may come up with
+        raise KernelsError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def library_path() -> Path:
+    """Return where the library for this source, PyTorch and processor is, or will be."""
+    made_of = (SOURCE.read_text(), *FLAGS, torch.__version__, _processor())
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    name = f"chargpt_kernels_{key}"
+    return Path(platformdirs.user_cache_dir("chargpt"), "kernels", name, f"{name}.so")
+
+
+def _compile(path: Path) -> None:
+    from torch.utils import cpp_extension  # slow to import
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's Clang has no OpenMP
+    cpp_extension.load(
+        path.stem,
+        [str(SOURCE)],
+        extra_cflags=[*FLAGS, *threads],
+        extra_ldflags=threads,
+        build_directory=str(path.parent),
+        is_python_module=False,
+    )
+
+
+def _processor() -> str:
+    """Return what tells processors apart, for a home folder that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join({line for line in lines if line.startswith(("model name", "flags"))})
+    except OSError:
+        return platform.processor()
+
+
+def suits(*tensors: Tensor, widths: tuple[int, ...]) -> bool:
+    """Return whether the kernels take these tensors, in rows of `widths` values."""
+    if torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in tensors):
+        return False
+    kernels = load_kernels()
+    return (
+        all(width % kernels.lanes == 0 for width in widths)
+        and all(tensor.dtype in kernels.dtypes for tensor in tensors)
+        and product_dtype() in kernels.dtypes
+    )
+
+
+# --- attention
+
+
+def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+    """Causal self-attention; the twin of `chargpt.attention.causal_attention`.
+
+    Args:
+        qkv: queries, keys and values side by side, (B, T, 3C).
+        n_head: H; C / H must be a multiple of the kernels' lanes.
+        dropout_p: probability of dropping an attention weight.
+
+    Returns:
+        (B, T, C).
+    """
+    out: Tensor = _Attention.apply(qkv, n_head, dropout_p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+        qkv = qkv.contiguous()
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        out = qkv.new_empty(B, T, C)
+        log_sums = torch.empty(B, n_head, T)  # of the softmax: enough to compute it again
+        ctx.rest = (B, T, n_head, C // n_head, dropout_p, _seed(dropout_p))
+        load_kernels()("attention_forward", qkv.dtype, qkv, out, log_sums, *ctx.rest)
+        ctx.save_for_backward(qkv, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        qkv, out, log_sums = ctx.saved_tensors
+        d_qkv = torch.empty_like(qkv)
+        tensors = (qkv, out, log_sums, d_out.contiguous(), d_qkv)
+        load_kernels()("attention_backward", qkv.dtype, *tensors, *ctx.rest)
+        return d_qkv, None, None
+
+
+def _seed(dropout_p: float) -> int:
+    """Draw the seed of a mask from torch's default generator."""
+    return int(torch.randint(2**62, ())) if dropout_p > 0 else 0
+
+
+# --- LayerNorm
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last axis, like `torch.nn.functional.layer_norm`.
+
+    Under autocast it returns the type that the matrix product after it wants: one pass less.
+
+    Args:
+        x: float32, (…, C).
+        gain: (C,).
+        bias: (C,).
+        eps: added to the variance.
+    """
+    out: Tensor = _LayerNorm.apply(x, gain, bias, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x, dtype=product_dtype())
+        n, C = x.numel() // x.size(-1), x.size(-1)
+        means, inverse_stds = torch.empty(n), torch.empty(n)
+        tensors = (x, gain, bias, out, means, inverse_stds)
+        load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
+        ctx.save_for_backward(x, gain, means, inverse_stds)
+        ctx.has_bias = bias is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        x, gain, means, inverse_stds = ctx.saved_tensors
+        d_x, d_gain = torch.empty_like(x), torch.empty_like(gain)
+        d_bias = torch.empty_like(gain) if ctx.has_bias else None
+        tensors = (x, gain, means, inverse_stds, d_out.contiguous(), d_x, d_gain, d_bias)
+        load_kernels()("layer_norm_backward", d_out.dtype, *tensors, means.numel(), x.size(-1))
+        return d_x, d_gain, d_bias, None
+
+
+def product_dtype() -> torch.dtype:
+    """Return what autocast would turn a factor of a matrix product into."""
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.float32
+    return torch.get_autocast_dtype("cpu")
+
+
+# --- linear layers
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, like `torch.nn.functional.linear` under autocast.
+
+    Args:
+        x: (…, inputs).
+        weight: float32, (outputs, inputs).
+        bias: float32, (outputs,).
+
+    Returns:
+        (…, outputs), in the type of matrix products.
+    """
+    out: Tensor = _Linear.apply(x.to(product_dtype()), weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        outputs, inputs = weight.shape
+        ctx.sizes = (x.numel() // inputs, inputs, outputs)
+        out = x.new_empty(*x.shape[:-1], outputs)
+        load_kernels()("linear_forward", x.dtype, x, weight, bias, out, *ctx.sizes)
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
+        d_bias = weight.new_empty(weight.size(0)) if ctx.has_bias else None
+        tensors = (x, weight, d_out.contiguous(), d_x, d_weight, d_bias)
+        load_kernels()("linear_backward", x.dtype, *tensors, *ctx.sizes)
+        return d_x, d_weight, d_bias
+
+
+# --- feed-forward
+
+
+def feed_forward(
+    x: Tensor, expand: Tensor, expand_bias: Tensor | None, project: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return GELU(x W₁ᵀ + b₁) W₂ᵀ + b₂, with GELU in the tanh form.
+
+    Args:
+        x: (…, C).
+        expand: W₁, float32, (F, C).
+        expand_bias: b₁, (F,).
+        project: W₂, float32, (C, F).
+        bias: b₂, (C,); there if and only if b₁ is.
+
+    Returns:
+        (…, C), in the type of matrix products.
+    """
+    x = x.to(product_dtype())
+    weights = (expand, expand_bias, project, bias)
+    out: Tensor = _FeedForward.apply(x, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+    ) -> Tensor:
+        x = x.contiguous()
+        F, C = w1.shape
+        ctx.sizes = (x.numel() // C, C, F)
+        before, out = x.new_empty(*x.shape[:-1], F), torch.empty_like(x)
+        tensors = (x, w1, b1, w2, b2, before, out)
+        load_kernels()("feed_forward_forward", x.dtype, *tensors, *ctx.sizes)
+        ctx.save_for_backward(x, w1, w2, before)
+        ctx.has_bias = b1 is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        x, w1, w2, before = ctx.saved_tensors
+        d_x, d_w1, d_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
+        d_b1 = w1.new_empty(w1.size(0)) if ctx.has_bias else None
+        d_b2 = w1.new_empty(w2.size(0)) if ctx.has_bias else None
+        tensors = (x, w1, w2, before, d_out.contiguous(), d_x, d_w1, d_b1, d_w2, d_b2)
+        load_kernels()("feed_forward_backward", x.dtype, *tensors, *ctx.sizes)
+        return d_x, d_w1, d_b1, d_w2, d_b2
+
+
+# --- residual sum
+
+
+def residual_sum(x: Tensor, update: Tensor, dropout_p: float) -> Tensor:
+    """Return x + dropout(update).
+
+    Args:
+        x: float32, any shape.
+        update: the same shape.
+        dropout_p: probability of dropping a value of `update`.
+    """
+    out: Tensor = _ResidualSum.apply(x, update, dropout_p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ResidualSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, dropout_p: float) -> Tensor:
+        x, update = x.contiguous(), update.contiguous()
+        out = torch.empty_like(x)
+        ctx.dtype, ctx.random = update.dtype, (dropout_p, _seed(dropout_p))
+        load_kernels()("residual_forward", ctx.dtype, x, update, out, x.numel(), *ctx.random)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        d_out = d_out.contiguous()
+        d_update = torch.empty_like(d_out, dtype=ctx.dtype)
+        load_kernels()("residual_backward", ctx.dtype, d_out, d_update, d_out.numel(), *ctx.random)
+        return d_out, d_update, None
