@@ -1,4 +1,4 @@
-"""The command line: ``chargpt train``, ``sample``, ``eval``.
+"""The command line: ``chargpt train``, ``sample``, ``eval``, ``bench``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 the user's mistake, 1
 anything else, 130 and 143 interrupted. torch is imported when a command runs, not to print help.
@@ -63,7 +63,8 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments:
         arguments = ["--help"]
     command = flags.parse(_commands(arguments), arguments)
-    return {"Train": _train, "Sample": _sample, "Eval": _eval}[type(command).__name__](command)
+    commands = {"Train": _train, "Sample": _sample, "Eval": _eval, "Bench": _bench}
+    return commands[type(command).__name__](command)
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -83,7 +84,13 @@ Texts = tyro.conf.Positional[tuple[str, ...]]
 
 def _commands(arguments: Sequence[str]) -> dict[str, Any]:
     """Return a dataclass for each command; help shows the values of the preset in `arguments`."""
-    return {"train": _train_flags(_preset_in(arguments)), "sample": _sample_flags(), "eval": Eval}
+    shown_preset = _preset_in(arguments)
+    return {
+        "train": _train_flags(shown_preset),
+        "sample": _sample_flags(),
+        "eval": Eval,
+        "bench": _bench_flags(shown_preset),
+    }
 
 
 def _preset_in(arguments: Sequence[str]) -> str:
@@ -93,27 +100,15 @@ def _preset_in(arguments: Sequence[str]) -> str:
 
 
 def _train_flags(shown_preset: str) -> type:
-    shown = {part: asdict(config) for part, config in flags.preset(shown_preset).items()}
-    parts: list[Any] = [
-        (part, flags.optional_flags(cls, shown[part]), field(default_factory=dict))
-        for part, cls in flags.RUN_CONFIGS.items()
-    ]
-    presets = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
-    preset_help = f"Where all settings start ({shown_preset}); the values below are this preset's."
     out_help = "The run folder (a new one below runs/)."
     command = make_dataclass(
         "Train",
         [
             ("texts", Annotated[Texts, _arg(_TEXTS_HELP, "[TEXT ...]")], ()),
-            (
-                "preset",
-                Annotated[presets | None, _arg(preset_help, metavar="|".join(PRESETS))],
-                None,
-            ),
-            ("config", Annotated[Path | None, _arg("Settings, a TOML file.", "FILE.toml")], None),
+            *_origins(shown_preset),
             ("out", Annotated[Path | None, _arg(out_help, "FOLDER")], None),
             ("resume", Annotated[bool, _arg("Go on with the run in --out.")], False),
-            *parts,
+            *_settings(shown_preset),
         ],
         frozen=True,
     )
@@ -122,6 +117,25 @@ def _train_flags(shown_preset: str) -> type:
         "(--config) wins over it, a flag over both."
     )
     return command
+
+
+def _origins(shown_preset: str) -> list[Any]:
+    """Return the fields that say where all settings start."""
+    presets = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
+    preset_help = f"Where all settings start ({shown_preset}); the values below are this preset's."
+    return [
+        ("preset", Annotated[presets | None, _arg(preset_help, metavar="|".join(PRESETS))], None),
+        ("config", Annotated[Path | None, _arg("Settings, a TOML file.", "FILE.toml")], None),
+    ]
+
+
+def _settings(shown_preset: str) -> list[Any]:
+    """Return a field for each of ``flags.RUN_CONFIGS``, with a flag for each of its settings."""
+    shown = {part: asdict(config) for part, config in flags.preset(shown_preset).items()}
+    return [
+        (part, flags.optional_flags(cls, shown[part]), field(default_factory=dict))
+        for part, cls in flags.RUN_CONFIGS.items()
+    ]
 
 
 _TEXTS_HELP = (
@@ -172,12 +186,41 @@ class Eval:
     """Print one JSON object instead of a table."""
 
 
+def _bench_flags(shown_preset: str) -> type:
+    texts_help = f"What to reach --loss on. {_TEXTS_HELP}"
+    loss_help = (
+        "Train on TEXT, too, with the whole budget, and tell after how many seconds of training "
+        "the validation loss was this low, in nats a character."
+    )
+    peer_help = "Measure a local clone beside it, run as it is in a copy. May be given repeatedly."
+    peers = tyro.conf.UseAppendAction[tuple[str, ...]]
+    command = make_dataclass(
+        "Bench",
+        [
+            ("texts", Annotated[Texts, _arg(texts_help, "[TEXT ...]")], ()),
+            *_origins(shown_preset),
+            ("rounds", Annotated[int, _arg("Turns that each contender takes. (3)")], 3),
+            ("seconds", Annotated[float, _arg("Of a turn. (5.0)")], 5.0),
+            ("peer", Annotated[peers, _arg(peer_help, "nanogpt=FOLDER")], ()),
+            ("loss", Annotated[float | None, _arg(loss_help, "FLOAT")], None),
+            ("json", Annotated[bool, _arg("Print one JSON object instead of a table.")], False),
+            *_settings(shown_preset),
+        ],
+        frozen=True,
+    )
+    command.__doc__ = (
+        "Measure this machine: products of matrices, training in characters a second on random "
+        "text, its share of the products' speed, its parts, and Hugging Face's GPT-2 of the same "
+        "shape. Settings are those of train."
+    )
+    return command
+
+
 # --- train
 
 
 def _train(command: Any) -> int:
-    file = flags.read_toml(command.config) if command.config else {}
-    given = _unescaped({**command.model, **command.training, **command.data})
+    file, given = _given(command)
     chosen = command.preset or file.pop("preset", None)
     base, texts = _base(command, chosen)
     configs = flags.resolve(base, file, given)
@@ -201,6 +244,12 @@ def _train(command: Any) -> int:
     _print_sample(result)
     print(f"more: chargpt sample {shlex.quote(str(result.run))} --prompt '…'", file=sys.stderr)
     return 0
+
+
+def _given(command: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the file and those of the flags, by name."""
+    file = flags.read_toml(command.config) if command.config else {}
+    return file, _unescaped({**command.model, **command.training, **command.data})
 
 
 def _base(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -287,4 +336,33 @@ def _eval(command: Eval) -> int:
         print(f"{name:{width}}{bits * math.log(2):11.4f}{bits:11.4f}{2**bits:12.2f}")
     if card.note:
         print(f"chargpt: {card.note}", file=sys.stderr)
+    return 0
+
+
+# --- bench
+
+
+def _bench(command: Any) -> int:
+    file, given = _given(command)
+    chosen = command.preset or file.pop("preset", None) or "tiny"
+    configs = flags.resolve(flags.preset(chosen), file, given)
+    if command.texts and command.loss is None:
+        raise UserError(f"{command.texts[0]} is only read to reach a loss: give --loss, too")
+
+    from chargpt.bench import BenchConfig, bench, table
+
+    report = bench(
+        command.texts or ("tiny-shakespeare",),
+        model=configs["model"],
+        training=configs["training"],
+        data=configs["data"],
+        config=BenchConfig(
+            rounds=command.rounds,
+            seconds=command.seconds,
+            peers=command.peer,
+            loss=command.loss,
+        ),
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(report) if command.json else table(report))
     return 0

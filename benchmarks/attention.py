@@ -1,0 +1,94 @@
+"""Time every attention backend, forward and backward, in the shapes of the presets.
+
+Run it from anywhere: ``python benchmarks/attention.py --presets tiny baby``. A number is the
+median milliseconds of one layer with the preset's batch; ``–`` means that the backend does not run
+here, or not on this shape and type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chargpt import native
+from chargpt.attention import Backend, self_attention
+from chargpt.config import PRESETS
+from chargpt.hardware import choose_device, describe_device
+from chargpt.timing import median_seconds
+
+BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    """Print a line for each preset, type and dropout, with a column for each backend."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each number (0.5)")
+    arguments = parser.parse_args()
+    device = choose_device("auto").device
+    print(f"{describe_device(device)}, torch {torch.__version__}; milliseconds a layer")
+    columns = "".join(f"{backend:>10}" for backend in BACKENDS)
+    print(f"{'preset':<8}{'B × H × T × D':<20}{'type':<6}{'dropout':<9}{columns}")
+    for name in arguments.presets:
+        for dtype in DTYPES if device.type == "cuda" else ("fp32", "bf16"):
+            for dropout_p in sorted({0.0, PRESETS[name]().model.dropout}):
+                print(f"{name:<8}{_shape(name):<20}{dtype:<6}{dropout_p:<9g}", end="", flush=True)
+                for backend in BACKENDS:
+                    qkv = _random(name, DTYPES[dtype], device)
+                    case = Case(backend, PRESETS[name]().model.n_head, dropout_p)
+                    shown = time_case(case, qkv, arguments.seconds)
+                    print(f"{shown:>10}", end="", flush=True)
+                print()
+
+
+class Case(NamedTuple):
+    """What is compared, on the same queries, keys and values."""
+
+    backend: Backend
+    n_head: int
+    dropout_p: float
+
+
+def time_case(case: Case, qkv: Tensor, seconds: float) -> str:
+    """Return the median milliseconds of a forward and backward pass; – if it does not run.
+
+    Args:
+        case: what to time.
+        qkv: queries, keys and values side by side, (B, T, 3C).
+        seconds: how long to measure.
+    """
+    upstream = torch.randn_like(qkv[..., : qkv.size(-1) // 3])  # (B, T, C)
+    width = upstream.size(-1) // case.n_head
+
+    def both_ways() -> None:
+        out = self_attention(qkv, case.n_head, dropout_p=case.dropout_p, backend=case.backend)
+        out.backward(upstream)
+        qkv.grad = None
+
+    try:
+        if case.backend == "native" and not native.suits(qkv, width=width):
+            return "–"  # it would fall back, and show another backend's number
+        return f"{1000 * median_seconds(both_ways, seconds, qkv.device):.2f}"
+    except (native.KernelsError, torch.OutOfMemoryError):
+        return "–"
+
+
+def _shape(name: str) -> str:
+    preset = PRESETS[name]()
+    H, T, C = preset.model.n_head, preset.model.block_size, preset.model.d_model
+    return f"{preset.train.batch_size} × {H} × {T} × {C // H}"
+
+
+def _random(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    preset = PRESETS[name]()
+    size = (preset.train.batch_size, preset.model.block_size, 3 * preset.model.d_model)
+    return torch.randn(size, device=device).to(dtype).requires_grad_()  # (B, T, 3C)
+
+
+if __name__ == "__main__":
+    main()

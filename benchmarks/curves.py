@@ -1,0 +1,352 @@
+"""Loss against seconds of training: chargpt, nanoGPT and Hugging Face's GPT-2 on one machine.
+
+Run it from anywhere: ``python benchmarks/curves.py --nanogpt CLONE --seconds 180 --out FOLDER``.
+Each trains on Tiny Shakespeare, one after another, for at most about that long, evaluations apart;
+``FOLDER/curves.json`` holds the points, ``FOLDER/curves.png`` the picture (``--redraw`` makes it
+again from the points).
+
+- chargpt's presets keep their own budget where it is shorter.
+- nanoGPT, its README's recipe for a CPU: context 64, batch 12, 2,000 iterations.
+- nanoGPT and Hugging Face's GPT-2 in the shape of the preset tiny: context 128, batch 32, peak
+  learning rate 1e-3, cooled down over the whole time.
+
+The last three drop nothing out, as that recipe says of so small a model. nanoGPT's length in
+iterations follows from a trial of its speed; its losses are its own estimates, over 200 random
+batches, of what the others measure over the whole validation part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from protocols import learning_curve, whole_loss
+from torch import Tensor, nn
+
+import chargpt
+from chargpt import checkpoint
+from chargpt.bench import cpu_name
+from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
+from chargpt.errors import UserError
+from chargpt.flags import preset
+from chargpt.hardware import describe_device
+from chargpt.optim import schedule
+from chargpt.peers import HuggingFace, NanoGPT, Own, parse_peers
+from chargpt.planning import make_plan
+from chargpt.run import train
+from chargpt.seeding import own_random_state
+from chargpt.speed import prepare
+from chargpt.timing import synchronize
+from chargpt.training import Trainer
+
+TEXT = "tiny-shakespeare"
+CURVES, PICTURE = "curves.json", "curves.png"
+N_EVALUATIONS = 20  # of each rival
+TRIAL_SECONDS = 2.0
+PEAK = 1e-3  # learning rate of the rivals: nanoGPT's for this text
+README_SHAPE = GPT2Config(block_size=64, n_layer=4, n_head=4, d_model=128, dropout=0.0)
+README_BATCH, README_ITERATIONS = 12, 2000
+TWIN_BATCH = 32
+PUBLISHED = 1.4697
+
+
+class Point(NamedTuple):
+    """A loss, and the seconds of training until then."""
+
+    seconds: float
+    val_loss: float
+
+
+class Curve(NamedTuple):
+    """What one contender learned, and when."""
+
+    name: str
+    points: list[Point]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train one after another; points and picture are up to date after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nanogpt", type=Path, help="folder of a clone; left out without it")
+    parser.add_argument("--seconds", type=float, default=180.0, help="for each curve (180)")
+    parser.add_argument("--presets", nargs="*", default=["speedrun", "tiny"], help="of chargpt")
+    parser.add_argument("--out", type=Path, required=True, help="folder of points and picture")
+    parser.add_argument("--redraw", action="store_true", help="draw the points that are there")
+    given = parser.parse_args(arguments)
+    if given.redraw:
+        draw(given.out)
+        return
+    if (given.out / CURVES).exists():
+        parser.error(f"{given.out} already holds curves: give another --out, or --redraw")
+    try:
+        presets = {name: as_preset(name) for name in given.presets}
+        clone = None
+        if given.nanogpt is not None:
+            clone = parse_peers([f"nanogpt={given.nanogpt}"])["nanogpt"]
+        measure(presets, clone, given.seconds, given.out)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def as_preset(name: str) -> Preset:
+    """Return a preset.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    preset(name)  # checks the name
+    return PRESETS[name]()
+
+
+def measure(presets: dict[str, Preset], clone: Path | None, seconds: float, out: Path) -> None:
+    """Write the curve of each contender as soon as it is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    curves: list[Curve] = []
+    for curve in _contenders(presets, clone, seconds, out):
+        curves.append(curve)
+        report = {
+            "machine": {
+                "device": describe_device(torch.device("cpu")),
+                "cpu": cpu_name(),
+                "chargpt": chargpt.__version__,
+                "torch": torch.__version__,
+            },
+            "seconds": seconds,
+            "curves": [c._asdict() for c in curves],
+        }
+        checkpoint.write_json(out / CURVES, report)
+        draw(out)
+        end = f"{curve.points[-1].val_loss:.4f} after {curve.points[-1].seconds:.1f} s"
+        print(f"{curve.name}: {end}", file=sys.stderr)
+
+
+def _contenders(
+    presets: dict[str, Preset], clone: Path | None, seconds: float, out: Path
+) -> Iterator[Curve]:
+    for name, chosen in presets.items():
+        yield own_curve(name, chosen, seconds, out / f"chargpt-{name}")
+    training = TrainConfig(batch_size=TWIN_BATCH, learning_rate=PEAK, minutes=seconds / 60)
+    shape = tiny().model.replace(dropout=0.0)
+    if clone is not None:
+        recipe = text_trainer(README_SHAPE, training.replace(batch_size=README_BATCH))
+        name = "nanoGPT, its README's CPU recipe"
+        yield nanogpt_curve(name, clone, recipe, seconds, README_ITERATIONS)
+        yield nanogpt_curve("nanoGPT, shape of tiny", clone, text_trainer(shape, training), seconds)
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        print("Hugging Face's GPT-2 is left out: pip install transformers", file=sys.stderr)
+        return
+    with own_random_state():
+        twin = TimedHuggingFace(text_trainer(shape, training), transformers)
+        yield Curve(f"{twin.name}, shape of tiny", twin.curve(seconds))
+
+
+def text_trainer(model: GPT2Config, training: TrainConfig, text: str = TEXT) -> Trainer:
+    """Return a trainer as `chargpt train` makes it."""
+    nowhere = Path(tempfile.gettempdir(), "chargpt-curves")  # nothing is written
+    with own_random_state():
+        return make_plan(
+            [text], model=model, training=training, data=DataConfig(), out=nowhere, resuming=False
+        ).trainer
+
+
+# --- chargpt
+
+
+def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
+    """Train a preset into a run folder."""
+    training = within(chosen, seconds).replace(log_interval=1, sample_length=0)
+    train(TEXT, model=chosen.model, training=training, out=run, quiet=True)
+    points = [Point(e.seconds, e.val_loss) for e in learning_curve(run)]
+    return Curve(f"chargpt, preset {name}", points)
+
+
+def within(chosen: Preset, seconds: float) -> TrainConfig:
+    """Return how a preset trains; where that would take longer than `seconds`, for `seconds`."""
+    training = chosen.train
+    if training.minutes is not None:
+        return training.replace(minutes=min(training.minutes, seconds / 60))
+    trainer = text_trainer(chosen.model, training)
+    prepare(trainer, lambda _: None)
+    assert trainer.total_steps is not None
+    needed = trainer.total_steps * Own(trainer).measure(TRIAL_SECONDS)
+    return training if needed <= seconds else training.replace(minutes=seconds / 60)
+
+
+# --- nanoGPT
+
+_EVALUATION = re.compile(r"^step (\d+): train loss \S+, val loss (\S+)$", re.MULTILINE)
+_ITERATION = re.compile(r"^iter (\d+): loss \S+, time ([\d.]+)ms", re.MULTILINE)
+
+
+def parse_nanogpt(said: str) -> list[Point]:
+    """Return the learning curve that nanoGPT printed with ``log_interval=1``.
+
+    The time of an iteration that began with an evaluation includes it: such a one counts as the
+    median of the others.
+    """
+    losses = {int(step): float(loss) for step, loss in _EVALUATION.findall(said)}
+    seconds = {int(number): float(ms) / 1000 for number, ms in _ITERATION.findall(said)}
+    typical = statistics.median(s for number, s in seconds.items() if number not in losses)
+    own = {number: typical if number in losses else s for number, s in seconds.items()}
+    return [
+        Point(sum(s for number, s in own.items() if number < step), loss)
+        for step, loss in losses.items()
+    ]
+
+
+class TimedNanoGPT(NanoGPT):
+    """A clone of nanoGPT that learns a text and tells how fast; nothing is written to the clone."""
+
+    def curve(self, seconds: float, limit: int | None = None) -> list[Point]:
+        """Train with a schedule that ends after about `seconds`, or after `limit` iterations."""
+        iterations = int(seconds / self.measure(min(seconds, TRIAL_SECONDS)))
+        iterations = max(2, iterations if limit is None else min(iterations, limit))
+        interval = max(2, iterations // N_EVALUATIONS)
+        iterations -= iterations % interval  # so that the last one is evaluated
+        flags = {
+            "learning_rate": PEAK,
+            "warmup_iters": min(100, iterations // 2),
+            "lr_decay_iters": iterations,
+            "eval_interval": interval,
+            "eval_iters": 200,
+        }
+        done = subprocess.run(
+            [*self._command(iterations), *(f"--{name}={value}" for name, value in flags.items())],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return parse_nanogpt(done.stdout)
+
+    def _write_text(self) -> None:
+        """Write the real validation part, too; for a speed the training part will do."""
+        super()._write_text()
+        validation = self.trainer.validation.astype("uint16")
+        validation.tofile(self.folder / "data" / "shakespeare_char" / "val.bin")
+
+
+def nanogpt_curve(
+    name: str, clone: Path, trainer: Trainer, seconds: float, limit: int | None = None
+) -> Curve:
+    """Train a temporary copy of a clone with the shape, batch and text of a trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        peer = TimedNanoGPT(clone, trainer, Path(folder), guess=0.05)
+        return Curve(name, peer.curve(seconds, limit))
+
+
+# --- Hugging Face
+
+
+class TimedHuggingFace(HuggingFace):
+    """Hugging Face's GPT-2 in the precision that chargpt picks, on chargpt's schedule.
+
+    Args:
+        trainer: whose shape, batches, text, learning rate and schedule to take.
+        transformers: the module.
+    """
+
+    def __init__(self, trainer: Trainer, transformers: Any) -> None:
+        torch.manual_seed(trainer.config.seed)
+        compiled = trainer.device.type == "cuda"
+        super().__init__(trainer, trainer.precision, transformers, compiled=compiled)
+
+    def curve(self, seconds: float) -> list[Point]:
+        """Train for `seconds`, evaluations apart."""
+        trainer, spent = self.trainer, 0.0
+        points: list[Point] = []
+        while spent < seconds:
+            share = schedule(max(spent / seconds, 1e-3), trainer.config)
+            start = time.perf_counter()
+            for group in self.optimizer.param_groups:
+                group["lr"] = trainer.config.learning_rate * share
+            self._step()
+            synchronize(trainer.device)
+            spent += time.perf_counter() - start
+            if spent >= min(1.0, (len(points) + 1) / N_EVALUATIONS) * seconds:
+                points.append(Point(spent, self._val_loss()))
+        return points
+
+    def _val_loss(self) -> float:
+        trainer = self.trainer
+        autocast = self.precision.autocast(trainer.device)
+        T = trainer.windows.block_size
+        return whole_loss(_Logits(self.model), trainer.validation, T, autocast=autocast)
+
+
+class _Logits(nn.Module):
+    """A Hugging Face model as ids (B, T) to logits (B, T, V)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids).logits
+        return logits
+
+
+# --- the picture
+
+STYLES = {"chargpt": "-", "nanoGPT": "--", "Hugging": ":"}  # by the first word of the name
+COLORS = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+
+
+def draw(folder: Path) -> Path:
+    """Draw a folder's ``curves.json`` into its ``curves.png``, 1,800 pixels wide for 900 shown.
+
+    Returns:
+        The picture's path.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no windows, no global state
+
+    report = json.loads((folder / CURVES).read_text(encoding="utf-8"))
+    figure = Figure(figsize=(9, 5.6), dpi=200)
+    figure.set_layout_engine("none")  # whatever the user's matplotlib settings say
+    axes = figure.add_axes((0.08, 0.12, 0.89, 0.85))
+    for curve, color in zip(report["curves"], COLORS, strict=False):
+        points = [(seconds, loss) for seconds, loss in curve["points"] if seconds > 0]
+        style = STYLES[curve["name"].split()[0].rstrip(",")]
+        label = f"{curve['name']}: {min(loss for _, loss in points):.3f}"
+        axes.plot(*zip(*points, strict=True), style, color=color, linewidth=2.2, label=label)
+    axes.set_xscale("log")
+    axes.set_ylim(1.4, 2.6)
+    left, right = axes.get_xlim()
+    axes.axhline(PUBLISHED, color="0.35", linestyle=(0, (6, 4)), linewidth=1.2)
+    axes.text(
+        0.01, PUBLISHED - 0.012, f"nanoGPT, 10.65 M parameters, published: {PUBLISHED}",
+        transform=axes.get_yaxis_transform(), va="top", fontsize=12, color="0.35",
+    )  # fmt: skip
+    ticks = [tick for tick in TICKS if left <= tick <= right]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("seconds of training, evaluations apart", fontsize=14)
+    axes.set_ylabel("validation loss, nats a character", fontsize=14)
+    axes.tick_params(labelsize=13)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="lowest loss", title_fontsize=12, fontsize=12, loc="upper right")
+    figure.savefig(folder / PICTURE)
+    return folder / PICTURE
+
+
+if __name__ == "__main__":
+    main()
