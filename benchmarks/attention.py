@@ -71,7 +71,7 @@ def time_case(case: Case, qkv: Tensor, seconds: float) -> str:
         qkv.grad = None
 
     try:
-        if case.backend == "native" and not native.suits(qkv, width=width):
+        if case.backend == "native" and not native.suits(qkv, widths=(width,)):
             return "–"  # it would fall back, and show another backend's number
         return f"{1000 * median_seconds(both_ways, seconds, qkv.device):.2f}"
     except (native.KernelsError, torch.OutOfMemoryError):

@@ -11,8 +11,8 @@ again from the points).
   learning rate 1e-3, cooled down over the whole time.
 
 The last three drop nothing out, as that recipe says of so small a model. nanoGPT's length in
-iterations follows from a trial of its speed; its losses are its own estimates, over 200 random
-batches, of what the others measure over the whole validation part.
+iterations follows from a trial of its speed; its losses are its own estimates, over random batches
+of as many characters as the validation part has, of what the others measure over all of it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import statistics
@@ -87,11 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of points and picture")
     parser.add_argument("--redraw", action="store_true", help="draw the points that are there")
     given = parser.parse_args(arguments)
+    if given.redraw != (given.out / CURVES).exists():
+        there = "no curves to draw" if given.redraw else "curves already (--redraw draws them)"
+        parser.error(f"{given.out} holds {there}: give another --out")
     if given.redraw:
         draw(given.out)
         return
-    if (given.out / CURVES).exists():
-        parser.error(f"{given.out} already holds curves: give another --out, or --redraw")
     try:
         presets = {name: as_preset(name) for name in given.presets}
         clone = None
@@ -169,9 +171,15 @@ def text_trainer(model: GPT2Config, training: TrainConfig, text: str = TEXT) -> 
 
 
 def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
-    """Train a preset into a run folder."""
+    """Train a preset into a run folder.
+
+    Raises:
+        SystemExit: somebody interrupted it.
+    """
     training = within(chosen, seconds).replace(log_interval=1, sample_length=0)
-    train(TEXT, model=chosen.model, training=training, out=run, quiet=True)
+    summary = train(TEXT, model=chosen.model, training=training, out=run, quiet=True).summary
+    if summary.stop_reason in ("interrupted", "terminated"):
+        raise SystemExit(f"{summary.stop_reason} in {run}")
     points = [Point(e.seconds, e.val_loss) for e in learning_curve(run)]
     return Curve(f"chargpt, preset {name}", points)
 
@@ -219,17 +227,19 @@ class TimedNanoGPT(NanoGPT):
         iterations = max(2, iterations if limit is None else min(iterations, limit))
         interval = max(2, iterations // N_EVALUATIONS)
         iterations -= iterations % interval  # so that the last one is evaluated
+        characters = self.trainer.config.batch_size * self.trainer.windows.block_size
         flags = {
             "learning_rate": PEAK,
             "warmup_iters": min(100, iterations // 2),
             "lr_decay_iters": iterations,
             "eval_interval": interval,
-            "eval_iters": 200,
+            "eval_iters": math.ceil(len(self.trainer.validation) / characters),
         }
+        threads = str(torch.get_num_threads())
         done = subprocess.run(
             [*self._command(iterations), *(f"--{name}={value}" for name, value in flags.items())],
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"},
             stdout=subprocess.PIPE,
             text=True,
             check=True,

@@ -1,0 +1,261 @@
+"""The scripts in benchmarks/: what they compute, never how fast something is."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import QUICK, SMALL, words
+
+import chargpt.run
+from chargpt import GPT2
+from chargpt.config import Preset
+from chargpt.evaluation import evaluate
+from chargpt.run import TrainResult
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+if not FOLDER.is_dir():
+    pytest.skip("benchmarks/ is only in the repository", allow_module_level=True)
+sys.path.insert(0, str(FOLDER))
+
+import curves  # noqa: E402
+import protocols  # noqa: E402
+import seeds  # noqa: E402
+
+T = SMALL.block_size
+TINY = "n_layer=1 d_model=16 n_head=1 block_size=16 batch_size=4 steps=4 eval_interval=2".split()
+TINY += "device=cpu precision=fp32 kernels=off".split()
+
+
+def loss_of(model: GPT2, windows: torch.Tensor) -> torch.Tensor:
+    """The loss at each position by hand: windows (N, T + 1) to (N, T)."""
+    with torch.no_grad():
+        log_p = F.log_softmax(model(windows[:, :-1]), dim=-1)
+    return -log_p.gather(-1, windows[:, 1:, None])[..., 0]
+
+
+# --- protocols
+
+
+def some_tokens(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 11, n).astype(np.uint8)
+
+
+def test_nanogpt_loss_is_the_mean_over_the_windows_drawn(model: GPT2) -> None:
+    tokens = some_tokens(50)
+    generator = torch.Generator().manual_seed(3)
+    means = []
+    for _ in range(5):
+        starts = torch.randint(50 - T, (4, 1), generator=generator).flatten().tolist()
+        windows = np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64)
+        means.append(loss_of(model, torch.from_numpy(windows)).mean().item())
+    estimate = protocols.nanogpt_loss(model, tokens, T, n_batches=5, batch_size=4, seed=3)
+    assert estimate.loss == pytest.approx(np.mean(means), rel=1e-5)
+    assert estimate.standard_error == pytest.approx(np.std(means, ddof=1) / 5**0.5, rel=1e-3)
+
+
+def test_nanogpt_loss_tends_to_the_mean_over_every_window(model: GPT2) -> None:
+    tokens = some_tokens(40)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    expected = loss_of(model, ids.unfold(0, T + 1, 1)).mean().item()
+    estimate = protocols.nanogpt_loss(model, tokens, T, n_batches=100)
+    assert estimate.loss == pytest.approx(expected, abs=5 * estimate.standard_error)
+    assert estimate.standard_error < 0.02 * expected
+
+
+def test_nanogpt_loss_of_a_text_with_one_window_has_no_error(model: GPT2) -> None:
+    tokens = some_tokens(T + 1)
+    estimate = protocols.nanogpt_loss(model, tokens, T, n_batches=3, batch_size=2)
+    assert estimate.loss == pytest.approx(evaluate(model, tokens, T), rel=1e-5)
+    assert estimate.standard_error == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="16 tokens to validate on are too few"):
+        protocols.nanogpt_loss(model, tokens[:-1], T)
+
+
+def test_whole_and_halves_count_each_character_once(model: GPT2) -> None:
+    tokens = some_tokens(4 * T + 2)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+
+    def by_hand(part: torch.Tensor) -> float:
+        starts = range(0, len(part) - 1, T)
+        nats = [loss_of(model, part[None, start : start + T + 1])[0] for start in starts]
+        return torch.cat(nats).mean().item()
+
+    middle = 2 * T + 1
+    assert protocols.whole_loss(model, tokens, T) == pytest.approx(by_hand(ids), rel=1e-5)
+    halves = protocols.half_losses(model, tokens, T)
+    assert halves.first == pytest.approx(by_hand(ids[:middle]), rel=1e-5)
+    assert halves.last == pytest.approx(by_hand(ids[middle:]), rel=1e-5)
+
+
+def test_the_learning_curve_is_what_the_run_wrote(result: TrainResult) -> None:
+    curve = protocols.learning_curve(result.run)
+    assert [point.step for point in curve] == [5, 10, 12]
+    assert min(point.val_loss for point in curve) == result.summary.val_loss
+    assert 0 < curve[0].seconds < curve[1].seconds < curve[2].seconds
+    assert curve[2].seconds == pytest.approx(result.summary.train_seconds, abs=0.002)
+
+
+# --- seeds
+
+
+def test_seeds_from_the_text_to_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chargpt.run, "plot_loss", lambda _: None)
+    text = tmp_path / "hearts.txt"
+    text.write_text(words(2000), encoding="utf-8")
+    command = f"--preset tiny --seeds 2 --target 99 --text {text} --out {tmp_path / 'out'} --set"
+    seeds.main([*command.split(), *TINY])
+    lines = capsys.readouterr().out.splitlines()
+    heads, _, first, _, mean, error = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    one, two = results["seeds"]
+    assert (one["seed"], two["seed"]) == (1337, 1338)
+    assert one["characters"] == 4 * 4 * 16
+    assert one["best_val_loss"] != two["best_val_loss"]
+    assert one["best_val_loss"] == pytest.approx(one["nanogpt_loss"], abs=0.1)
+    halves = (one["first_half_loss"] + one["held_out_loss"]) / 2
+    assert halves == pytest.approx(one["final_val_loss"], abs=0.05)
+    curve = protocols.learning_curve(tmp_path / "out" / "seed-1337")
+    assert one["seconds_to_target"] == curve[0].seconds  # 99 is reached at once
+    held_out = [one["held_out_loss"], two["held_out_loss"]]
+    assert results["mean"]["held_out_loss"] == pytest.approx(np.mean(held_out))
+    spread = abs(held_out[0] - held_out[1]) / 2  # what the formula is for two
+    assert results["standard_error"]["held_out_loss"] == pytest.approx(spread)
+    assert heads[0] == "seed" and heads[1] == "s to 99"
+    assert first[0] == "1337" and "±" in first[heads.index("nanoGPT's protocol")]
+    assert mean[0] == "mean" and error[0] == "standard error"
+
+    # Again, with a loss out of reach: nothing is trained, and the table says so.
+    monkeypatch.setattr(seeds, "train", None)
+    seeds.main([*command.replace("99", "0.1").split(), *TINY])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| 1337 | – |")
+    assert lines[4].startswith("| mean | not reached by all |")
+    with pytest.raises(SystemExit):
+        seeds.main([*command.split(), *TINY, "steps=5"])
+    assert "was trained with other settings" in capsys.readouterr().err
+
+
+def test_an_interrupted_seed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that Ctrl-C stopped has a summary, too, and is not finished."""
+    (tmp_path / "summary.json").write_text('{"stop_reason": "interrupted"}')
+    seen: list[dict[str, object]] = []
+
+    def train(texts: object, **how: object) -> TrainResult:
+        seen.append(how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seeds, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        seeds.train_seed(tmp_path, ["text"], {})
+    assert seen[0]["resume"] is True
+
+
+def test_settings_are_read_as_toml() -> None:
+    given = ["steps=4", "learning_rate=1e-3", "bias=false", "optimizer=muon"]
+    settings = {"steps": 4, "learning_rate": 1e-3, "bias": False, "optimizer": "muon"}
+    assert seeds.parse_settings(given) == settings
+    for wrong, complaint in {
+        "steps": "give key=value",
+        "step=4": "did you mean steps",
+        "seed=1": "give --first-seed",
+    }.items():
+        with pytest.raises(ValueError, match=complaint):
+            seeds.parse_settings([wrong])
+
+
+# --- curves
+
+SAID = """\
+number of parameters: 0.80M
+step 0: train loss 4.1660, val loss 4.1652
+iter 0: loss 4.1743, time 5000.00ms, mfu -100.00%
+iter 1: loss 4.0000, time 10.00ms, mfu -100.00%
+step 2: train loss 3.0000, val loss 3.1000
+saving checkpoint to out-shakespeare-char
+iter 2: loss 3.5000, time 7000.00ms, mfu -100.00%
+iter 3: loss 3.4000, time 20.00ms, mfu 1.00%
+step 4: train loss 2.0000, val loss 2.2500
+iter 4: loss 3.0000, time 9000.00ms, mfu 1.00%
+iter 5: loss 3.0000, time 40.00ms, mfu 1.00%
+"""
+FAKE = """
+import pathlib, sys
+flags = dict(word[2:].split("=") for word in sys.argv[2:])  # the last one wins, as in nanoGPT
+n, interval = int(flags["max_iters"]), int(flags["eval_interval"])
+val = pathlib.Path("data/shakespeare_char/val.bin").stat().st_size // 2
+if interval < n:
+    assert n % interval == 0 and flags["lr_decay_iters"] == str(n) and flags["batch_size"] == "4"
+    assert (int(flags["eval_iters"]) - 1) * 64 < val <= int(flags["eval_iters"]) * 64
+for i in range(n + 1):
+    if i % interval == 0:
+        print(f"step {i}: train loss 1.0, val loss {4 - i / 100:.4f}")
+    print(f"iter {i}: loss 4.0, time 10.00ms, mfu -100.00%")
+"""
+
+
+def test_nanogpt_lines_become_a_curve() -> None:
+    """The evaluating iterations 0, 2 and 4 count as the median of 10, 20 and 40 ms."""
+    points = curves.parse_nanogpt(SAID)
+    assert [point.val_loss for point in points] == [4.1652, 3.1, 2.25]
+    assert [point.seconds for point in points] == pytest.approx([0, 0.03, 0.07])
+
+
+@pytest.mark.parametrize(("limit", "last"), [(None, 100), (41, 40)])
+def test_a_clone_trains_on_the_real_text(
+    tmp_path: Path, text_file: Path, limit: int | None, last: int
+) -> None:
+    """One second of steps of 10 ms, or the recipe's own length."""
+    clone = tmp_path / "clone"
+    (clone / "config").mkdir(parents=True)
+    (clone / "train.py").write_text(FAKE)
+    (clone / "config" / "train_shakespeare_char.py").write_text("")
+    trainer = curves.text_trainer(SMALL, QUICK, str(text_file))
+    curve = curves.nanogpt_curve("nanoGPT", clone, trainer, 1.0, limit)
+    assert curve.points[-1].seconds == pytest.approx(last / 100)
+    assert curve.points[-1].val_loss == pytest.approx(4 - last / 100)
+    assert len(curve.points) == 21
+
+
+def test_hugging_face_learns(text_file: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    trainer = curves.text_trainer(SMALL, QUICK, str(text_file))
+    twin = curves.TimedHuggingFace(trainer, transformers)
+    before = twin._val_loss()
+    assert before == pytest.approx(np.log(trainer.model.config.vocab_size), abs=0.2)
+    points = twin.curve(0.3)
+    assert points[-1].seconds >= 0.3
+    assert points[-1].val_loss < before
+
+
+def test_a_preset_keeps_its_budget_where_it_is_short_enough(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = curves.text_trainer
+    monkeypatch.setattr(curves, "text_trainer", lambda *shape: make(*shape, str(text_file)))
+    monkeypatch.setattr(curves, "TRIAL_SECONDS", 0.0)
+    training = QUICK.replace(kernels="off")
+    for budget, seconds, expected in [
+        ({"minutes": 2.0}, 60, {"minutes": 1.0}),
+        ({"minutes": 2.0}, 180, {"minutes": 2.0}),
+        ({"steps": 2}, 600, {"steps": 2}),
+        ({"steps": 10**9}, 60, {"minutes": 1.0}),
+    ]:
+        chosen = Preset(model=SMALL, train=training.replace(**budget))
+        assert curves.within(chosen, seconds) == training.replace(**expected)
+
+
+def test_a_picture_from_the_points(tmp_path: Path) -> None:
+    points = [[0, 4.2], [1.0, 2.5], [10.0, 1.9]]
+    names = ["chargpt, preset tiny", "nanoGPT, shape of tiny", "Hugging Face GPT-2, bf16"]
+    report = {"curves": [{"name": name, "points": points} for name in names]}
+    (tmp_path / "curves.json").write_text(json.dumps(report))
+    curves.main(["--redraw", "--out", str(tmp_path)])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
