@@ -3,8 +3,8 @@
 Muon replaces the momentum of a matrix by the nearest matrix with singular values of about 1, so
 that a step moves every direction by the same amount: Jordan et al. 2024, "Muon: an optimizer for
 hidden layers in neural networks"; Liu et al. 2025, "Muon is scalable for LLM training". The update
-is that of `torch.optim.Muon`; here matrices of one shape are orthogonalised together, which for
-small models is what makes it affordable.
+is that of `torch.optim.Muon`, with a sharper iteration by default; and matrices of one shape are
+orthogonalised together, which for small models is what makes it affordable.
 """
 
 from __future__ import annotations
@@ -18,9 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-# Jordan et al.: the odd quintic with the steepest slope at 0 that still keeps 1 near 1.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+# Steps of the iteration x -> a x + b x³ + c x⁵ that takes singular values in (0, 1] to about 1.
+Steps = tuple[tuple[float, float, float], ...]
+# One quintic, five times: 0.7 to 1.2, from 0.015 on. What torch.optim.Muon does.
+JORDAN: Steps = ((3.4445, -4.7750, 2.0315),) * 5
+# The best quintic for what each step is given: 0.88 to 1.13, from 0.004 on (Amsel et al. 2025, "The
+# Polar Express"). The first is for
+# x / 1.02, since rounding may leave a value above 1, where it is steep.
+POLAR_EXPRESS: Steps = (
+    (8.28721201814563 / 1.02, -23.595886519098837 / 1.02**3, 17.300387312530933 / 1.02**5),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
 EPS = 1e-7  # of the norm, against a gradient of zeros
 ADAMW_EPS = 1e-8
 
@@ -40,6 +51,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate of `others`.
         betas: AdamW's memory of the gradient and of its square.
         dtype: of the orthogonalisation; bfloat16 is enough wherever it is fast.
+        steps: of the orthogonalisation.
         fused: run AdamW as one kernel.
     """
 
@@ -55,6 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         dtype: torch.dtype,
         fused: bool,
+        steps: Steps = POLAR_EXPRESS,
     ) -> None:
         assert all(matrix.dim() == 2 for matrix in matrices)
         muon = {"lr": matrix_lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype}
@@ -62,6 +75,7 @@ class MuonAdamW(torch.optim.Optimizer):
             {"params": list(matrices), **muon},
             {"params": list(others), "lr": lr, "betas": betas},
         ]
+        self.steps = steps
         super().__init__(groups, {"fused": fused})
 
     @overload
@@ -97,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's; in place, since memory is slow
-        updates = orthogonalize(grads, group["dtype"])
+        updates = orthogonalize(grads, group["dtype"], self.steps)
         torch._foreach_mul_(updates, [-lr * math.sqrt(max(1, _ratio(p))) for p in params])
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, updates)
@@ -140,14 +154,17 @@ class MuonAdamW(torch.optim.Optimizer):
         return state
 
 
-def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return U V' for each matrix U S V', with singular values not quite 1: about 0.7 to 1.1.
+def orthogonalize(
+    matrices: Sequence[Tensor], dtype: torch.dtype, steps: Steps = POLAR_EXPRESS
+) -> list[Tensor]:
+    """Return U V' for each matrix U S V', with singular values not quite 1: see `Steps`.
 
     Matrices of one shape, or of its transpose, go through the iteration together.
 
     Args:
         matrices: of two axes each.
         dtype: to compute in.
+        steps: of the iteration.
 
     Returns:
         Matrices of the shapes and dtypes given.
@@ -159,34 +176,34 @@ def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor
     for indices in alike.values():
         stack = torch.stack([_flip_if_tall(matrices[i]).to(dtype) for i in indices])  # (n, R, C)
         through_gram = dtype.itemsize >= 4 and stack.size(1) < stack.size(2)
-        solved = newton_schulz_gram(stack) if through_gram else newton_schulz(stack)
+        solved = (newton_schulz_gram if through_gram else newton_schulz)(stack, steps)
         for i, wide in zip(indices, solved, strict=True):
             tall = _ratio(matrices[i]) > 1
             result[i] = (wide.T.contiguous() if tall else wide).to(matrices[i].dtype)
     return result
 
 
-def newton_schulz(x: Tensor) -> Tensor:
+def newton_schulz(x: Tensor, steps: Steps) -> Tensor:
     """Take the singular values of each matrix in a stack to about 1.
 
     A step maps X to a X + b (X X') X + c (X X')² X, which acts on each singular value alone.
 
     Args:
         x: (n, R, C), best with R ≤ C, since the products are then of the smaller size.
+        steps: a, b and c of each step.
 
     Returns:
         (n, R, C), in the dtype of `x`.
     """
-    a, b, c = COEFFICIENTS
     x = _normalize(x)
-    for _ in range(ITERATIONS):
+    for a, b, c in steps:
         gram = x @ x.mT  # (n, R, R)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
-def newton_schulz_gram(x: Tensor) -> Tensor:
+def newton_schulz_gram(x: Tensor, steps: Steps) -> Tensor:
     """Do what `newton_schulz` does with products of R × R matrices alone, but for two.
 
     Every step multiplies X from the left by a polynomial P of its Gram matrix G = X X', and so
@@ -195,18 +212,20 @@ def newton_schulz_gram(x: Tensor) -> Tensor:
 
     Args:
         x: (n, R, C), R < C.
+        steps: a, b and c of each step.
 
     Returns:
         (n, R, C), in the dtype of `x`.
     """
-    a, b, c = COEFFICIENTS
     x = _normalize(x)
     gram = x @ x.mT  # (n, R, R)
+    (a, b, c), *rest = steps
     polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a
     product = polynomial + a * torch.eye(x.size(1), dtype=x.dtype, device=x.device)
-    for _ in range(ITERATIONS - 1):
+    for next_a, b, c in rest:
         gram = torch.baddbmm(gram, polynomial, gram, beta=a)  # P G
         gram = torch.baddbmm(gram, polynomial, gram, beta=a)  # P P G
+        a = next_a
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         product = torch.baddbmm(product, polynomial, product, beta=a)
     return product @ x
