@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from chargpt.config import SampleConfig as SampleConfig
     from chargpt.config import TrainConfig as TrainConfig
     from chargpt.config import baby as baby
+    from chargpt.config import best as best
     from chargpt.config import gpt2 as gpt2
+    from chargpt.config import speedrun as speedrun
     from chargpt.config import tiny as tiny
     from chargpt.data import load_corpus as load_corpus
     from chargpt.errors import TrainingError as TrainingError
@@ -42,7 +44,9 @@ _HOME = {
     "SampleConfig": "config",
     "TrainConfig": "config",
     "baby": "config",
+    "best": "config",
     "gpt2": "config",
+    "speedrun": "config",
     "tiny": "config",
     "load_corpus": "data",
     "TrainingError": "errors",

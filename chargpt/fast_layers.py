@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from chargpt import native
-from chargpt.model import ACTIVATIONS, GPT2, FeedForward, ResidualSum
+from chargpt.model import ACTIVATIONS, GPT2, FeedForward, Residual, ResidualSum
+from chargpt.muon import Steps, newton_schulz
 
 
 class FastLayerNorm(nn.LayerNorm):
@@ -18,7 +19,8 @@ class FastLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, C) to (…, C)."""
-        if x.dtype != torch.float32 or not native.suits(x, self.weight, widths=(x.size(-1),)):
+        weights = (self.weight, self.bias)
+        if x.dtype != torch.float32 or not native.suits(x, widths=x.shape[-1:], weights=weights):
             return super().forward(x)
         return native.layer_norm(x, self.weight, self.bias, self.eps)
 
@@ -28,7 +30,8 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, inputs) to (…, outputs)."""
-        if not native.suits(x, self.weight, widths=(self.in_features, self.out_features)):
+        widths, weights = (self.in_features, self.out_features), (self.weight, self.bias)
+        if not native.suits(x, widths=widths, weights=weights):
             return super().forward(x)
         return native.linear(x, self.weight, self.bias)
 
@@ -40,9 +43,11 @@ class FastFeedForward(FeedForward):
         """Map (B, T, C) to (B, T, C)."""
         first, second = self.expand, self.projection
         widths = (first.in_features, first.out_features)
-        if self.activation is not ACTIVATIONS["gelu"] or not native.suits(x, widths=widths):
+        weights = (first.weight, first.bias, second.weight, second.bias)
+        is_gelu = self.activation is ACTIVATIONS["gelu"]
+        if not is_gelu or not native.suits(x, widths=widths, weights=weights):
             return super().forward(x)
-        return native.feed_forward(x, first.weight, first.bias, second.weight, second.bias)
+        return native.feed_forward(x, *weights)
 
 
 class FastResidualSum(ResidualSum):
@@ -50,13 +55,12 @@ class FastResidualSum(ResidualSum):
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         """Map two tensors (B, T, C) to one."""
-        if x.dtype != torch.float32 or not native.suits(x, update, widths=(x.size(-1),)):
+        if x.dtype != torch.float32 or not native.suits(x, update, widths=x.shape[-1:]):
             return super().forward(x, update)
         return native.residual_sum(x, update, self.dropout.p if self.training else 0.0)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: FastLayerNorm,
     nn.Linear: FastLinear,
     FeedForward: FastFeedForward,
     ResidualSum: FastResidualSum,
@@ -73,3 +77,20 @@ def use_kernels(model: GPT2) -> None:
     for module in model.modules():
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]
+    # A norm whose output joins the residual stream must not round it.
+    before_products = [module.norm for module in model.modules() if isinstance(module, Residual)]
+    for norm in (*before_products, model.final_norm):
+        if type(norm) is nn.LayerNorm:
+            norm.__class__ = FastLayerNorm
+
+
+def fast_newton_schulz(x: Tensor, steps: Steps) -> Tensor:
+    """Compute what `chargpt.muon.newton_schulz` does, on the kernels where they suit.
+
+    Args:
+        x: (n, R, C), singular values at most 1.
+        steps: a, b and c of each step.
+    """
+    if native.suits(x, widths=x.shape[1:]):
+        return native.newton_schulz(x, steps)
+    return newton_schulz(x, steps)

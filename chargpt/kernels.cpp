@@ -1,5 +1,5 @@
 // The layers of a GPT-2, forward and backward, each in one pass that stays in the cache: causal
-// attention, linear, feed-forward, LayerNorm, and dropout with the residual sum.
+// attention, linear, feed-forward, LayerNorm, dropout with the residual sum; and Muon's iteration.
 //
 // Values are float, or bfloat16 where the processor multiplies pairs of it (AVX512-BF16). Sums,
 // softmax, statistics and weights are float always. Everything is written once, over two types:
@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -43,7 +44,7 @@ constexpr int COLUMNS = 2;       // vectors in a tile's row
 constexpr int PANEL = COLUMNS * L;
 constexpr int TOKENS = 128;      // rows of a linear layer in hand
 constexpr int QUERIES = 32;      // rows of the attention matrix in hand: its slice stays in cache
-constexpr int NOTHING = -10000;  // a masked score; finite, so that no arithmetic makes a NaN of it
+constexpr float NOTHING = -1e30f;  // a masked score; finite, so that no arithmetic makes a NaN of it
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ints __attribute__((vector_size(4 * L)));
@@ -78,19 +79,26 @@ float maximum(vec v) {
   for (int i = 1; i < L; i++) most = std::max(most, v[i]);
   return most;
 }
+#ifdef _OPENMP
+int thread() { return omp_get_thread_num(); }
+int threads() { return omp_get_max_threads(); }
+#else
+int thread() { return 0; }
+int threads() { return 1; }
+#endif
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// 2^(x log2 e): the whole part goes into the exponent, a polynomial takes the rest. Relative error
-// below 3e-7 for |x| < 87, beyond which it saturates.
+// 2^(x log2 e): the whole part goes into the exponent, a minimax polynomial takes the rest. Relative
+// error 1.6e-7, and what rounding x log2 e makes of it; it saturates beyond |x| = 87.
 vec exponential(vec x) {
   x = larger(spread(-87.f), smaller(spread(87.f), x)) * 1.44269504f;  // in this order NaN stays
   const vec magic = spread(12582912.f);  // 1.5 × 2^23: adding it rounds to a whole number
   const vec shifted = x + magic, whole = shifted - magic, rest = x - whole;
-  vec y = spread(1.3333558e-3f);
-  y = y * rest + 9.6181291e-3f;
-  y = y * rest + 5.5504109e-2f;
-  y = y * rest + 2.4022651e-1f;
-  y = y * rest + 6.9314718e-1f;
+  vec y = spread(1.32647285e-3f);
+  y = y * rest + 9.67151299e-3f;
+  y = y * rest + 5.55073358e-2f;
+  y = y * rest + 2.40222424e-1f;
+  y = y * rest + 6.93147004e-1f;
   y = y * rest + 1.f;
   return (vec)((ints)y + (((ints)shifted) << 23));
 }
@@ -102,6 +110,7 @@ struct Float {
   static constexpr int G = 1;
   static vec read(const float* p) { return load<vec>(p); }
   static void write(float* p, vec v) { store(p, v); }
+  static vec inverse(vec x) { return 1.f / x; }
   static vec dot(vec sums, uint32_t a, words b) {
     float x;
     std::memcpy(&x, &a, 4);
@@ -129,6 +138,8 @@ struct Bfloat16 {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
     std::memcpy(p, &rounded, sizeof rounded);
   }
+  // To 14 bits, twice what bfloat16 keeps; a division takes as long as the rest of GELU.
+  static vec inverse(vec x) { return (vec)_mm512_rcp14_ps((__m512)x); }
   static vec dot(vec sums, uint32_t a, words b) {
     return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
   }
@@ -317,8 +328,8 @@ struct Head {
   }
 };
 
-vec visible(vec x, int query, int first_key) {
-  return lanes() + first_key > query ? spread(NOTHING) : x;
+vec visible(vec x, int query, int first_key, float other) {
+  return lanes() + first_key > query ? spread(other) : x;
 }
 
 // Unnormalised softmax of a row of scores, in place; returns (largest, sum).
@@ -328,13 +339,13 @@ struct RowSum {
 RowSum exponentials(float* scores, int query, int seen) {
   vec most = spread(NOTHING), total = {};
   for (int j = 0; j < seen; j += L) {
-    const vec x = visible(load<vec>(scores + j), query, j);
+    const vec x = visible(load<vec>(scores + j), query, j, NOTHING);
     store(scores + j, x);
     most = larger(most, x);
   }
   const float top = maximum(most);
   for (int j = 0; j < seen; j += L) {
-    const vec x = exponential(load<vec>(scores + j) - top);
+    const vec x = visible(exponential(load<vec>(scores + j) - top), query, j, 0.f);
     total += x;
     store(scores + j, x);
   }
@@ -444,8 +455,8 @@ void attention_backward(const typename T::Value* qkv, const typename T::Value* o
             vec weight[2] = {}, d_score[2] = {};
             for (int r = 0; r < here; r++) {
               const int i = i0 + r, query = first + i;
-              const vec s = visible(load<vec>(scores.data() + i * wide + j), query, j);
-              const vec w = exponential(s - log_sum[r]);
+              const vec s = load<vec>(scores.data() + i * wide + j);
+              const vec w = visible(exponential(s - log_sum[r]), query, j, 0.f);
               vec dw = load<vec>(d_weights.data() + i * wide + j);
               weight[r] = w;
               if (dropout.on()) {
@@ -539,17 +550,32 @@ struct Gradient {
       store(&bias[j], total);
     }
   }
-  // Into the shared result, which starts at zero; one thread at a time.
-  void give(float* to_weight, float* to_bias) const {
-    for (size_t i = 0; i < weight.size(); i++) to_weight[i] += weight[i];
-    if (to_bias)
-      for (int i = 0; i < outputs; i++) to_bias[i] += bias[i];
-  }
 };
 
-void clear(float* x, long n) {
-  if (x) std::fill(x, x + n, 0.f);
-}
+// The gradients of all threads, added up in the threads' order: the same sums every time.
+struct Gradients {
+  std::vector<std::unique_ptr<Gradient>> parts;
+
+  Gradients() : parts(threads()) {}
+  Gradient& mine(int outputs, int inputs) {
+    parts[thread()] = std::make_unique<Gradient>(outputs, inputs);
+    return *parts[thread()];
+  }
+  void add_up(float* weight, float* bias, int outputs, int inputs) const {
+#pragma omp parallel for
+    for (int o = 0; o < outputs; o++) {
+      float* row = weight + (long)o * inputs;
+      std::fill(row, row + inputs, 0.f);
+      if (bias) bias[o] = 0;
+      for (const auto& part : parts) {
+        if (!part) continue;
+        const float* other = part->weight.data() + (long)o * inputs;
+        for (int i = 0; i < inputs; i++) row[i] += other[i];
+        if (bias) bias[o] += part->bias[o];
+      }
+    }
+  }
+};
 
 template <class T>
 void linear_forward(const typename T::Value* x, const float* w, const float* b,
@@ -573,11 +599,10 @@ void linear_backward(const typename T::Value* x, const float* w, const typename 
                      typename T::Value* d_x, float* d_w, float* d_b, long n, int inputs,
                      int outputs) {
   const Packed weight = pack_weight<T>(w, outputs, inputs, false);
-  clear(d_w, (long)outputs * inputs);
-  clear(d_b, outputs);
+  Gradients gradients;
 #pragma omp parallel
   {
-    Gradient gradient(outputs, inputs);
+    Gradient& gradient = gradients.mine(outputs, inputs);
     Packed xs = Packed::of(T(), TOKENS, inputs), ups = Packed::of(T(), TOKENS, outputs);
 #pragma omp for
     for (long first = 0; first < n; first += TOKENS) {
@@ -594,9 +619,8 @@ void linear_backward(const typename T::Value* x, const float* w, const typename 
                     });
                   });
     }
-#pragma omp critical
-    gradient.give(d_w, d_b);
   }
+  gradients.add_up(d_w, d_b, outputs, inputs);
 }
 
 // --- feed-forward: out = GELU(x W1ᵀ + b1) W2ᵀ + b2, hidden size f
@@ -604,8 +628,9 @@ void linear_backward(const typename T::Value* x, const float* w, const typename 
 // GELU in the tanh form: x sigmoid(2u) with u = sqrt(2 / π) (x + 0.044715 x³).
 constexpr float TWICE_ROOT = 1.5957691216f, CUBIC = 0.044715f;
 
+template <class T>
 vec sigmoid_2u(vec x) {
-  return 1.f / (1.f + exponential(-(x + CUBIC * x * x * x) * TWICE_ROOT));
+  return T::inverse(1.f + exponential(x * (-TWICE_ROOT - TWICE_ROOT * CUBIC * x * x)));
 }
 
 // `before` (n × f) keeps what GELU is taken of, for the backward pass.
@@ -625,7 +650,7 @@ void feed_forward_forward(const typename T::Value* x, const float* w1, const flo
                     each(i, j, sums, [&](int i, int j, vec v) {
                       if (b1) v += load<vec>(b1 + j);
                       T::write(before + (first + i) * f + j, v);
-                      T::write(hidden.data() + (long)i * f + j, v * sigmoid_2u(v));
+                      T::write(hidden.data() + (long)i * f + j, v * sigmoid_2u<T>(v));
                     });
                   });
       multiply<T>(m, c, f / T::G, hidden.data(), f / T::G, 1, project.data(), project.depth,
@@ -645,10 +670,10 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
                            typename T::Value* d_x, float* d_w1, float* d_b1, float* d_w2,
                            float* d_b2, long n, int c, int f) {
   const Packed expand = pack_weight<T>(w1, f, c, false), project = pack_weight<T>(w2, c, f, false);
-  clear(d_w1, (long)f * c), clear(d_b1, f), clear(d_w2, (long)f * c), clear(d_b2, c);
+  Gradients firsts, seconds;
 #pragma omp parallel
   {
-    Gradient first_layer(f, c), second_layer(c, f);
+    Gradient &first_layer = firsts.mine(f, c), &second_layer = seconds.mine(c, f);
     Packed xs = Packed::of(T(), TOKENS, c), ups = Packed::of(T(), TOKENS, c);
     Packed hiddens = Packed::of(T(), TOKENS, f), d_hiddens = Packed::of(T(), TOKENS, f);
     std::vector<typename T::Value> d_hidden((long)TOKENS * f);
@@ -663,7 +688,7 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
                     each_group<T>(i, j, sums, [&](int i, int j, vec* group, int count) {
                       vec hidden[2] = {};
                       for (int r = 0; r < count; r++) {
-                        const vec v = T::read(before + (first + i + r) * f + j), s = sigmoid_2u(v);
+                        const vec v = T::read(before + (first + i + r) * f + j), s = sigmoid_2u<T>(v);
                         hidden[r] = v * s;
                         group[r] *= s + hidden[r] * (1.f - s) * TWICE_ROOT * (1.f + 3 * CUBIC * v * v);
                         T::write(d_hidden.data() + (long)(i + r) * f + j, group[r]);
@@ -682,10 +707,50 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
                          [&](int i, int j, vec v) { T::write(d_x + (first + i) * c + j, v); });
                   });
     }
-#pragma omp critical
-    {
-      first_layer.give(d_w1, d_b1);
-      second_layer.give(d_w2, d_b2);
+  }
+  firsts.add_up(d_w1, d_b1, f, c);
+  seconds.add_up(d_w2, d_b2, c, f);
+}
+
+// --- Muon: the iteration x -> a x + b (x xᵀ) x + c (x xᵀ)² x on each of n matrices, in place
+
+template <class T>
+void orthogonalize(typename T::Value* stack, const float* steps, int n_steps, int n, int rows,
+                   int columns) {
+#pragma omp parallel
+  {
+    Packed transposed = Packed::of(T(), columns, rows), gram = Packed::of(T(), rows, rows);
+    Packed right = Packed::of(T(), rows, columns);
+    std::vector<typename T::Value> products((long)rows * rows), polynomial(products.size());
+#pragma omp for schedule(dynamic)
+    for (int index = 0; index < n; index++) {
+      typename T::Value* x = stack + (long)index * rows * columns;
+      for (const float* step = steps; step < steps + 3 * n_steps; step += 3) {
+        pack_transposed<T>(x, columns, columns, rows, transposed);
+        multiply<T>(rows, rows, columns / T::G, x, columns / T::G, 1, transposed.data(),
+                    transposed.depth, [&](int i, int j, auto& sums) {
+                      each(i, j, sums, [&](int i, int j, vec v) {
+                        T::write(products.data() + (long)i * rows + j, v);
+                      });
+                    });
+        pack<T>(products.data(), rows, rows, rows, gram);
+        multiply<T>(rows, rows, rows / T::G, products.data(), rows / T::G, 1, gram.data(),
+                    gram.depth, [&](int i, int j, auto& sums) {
+                      each(i, j, sums, [&](int i, int j, vec v) {
+                        const long at = (long)i * rows + j;
+                        const vec once = T::read(products.data() + at);
+                        T::write(polynomial.data() + at, once * step[1] + v * step[2]);
+                      });
+                    });
+        pack<T>(x, columns, rows, columns, right);
+        multiply<T>(rows, columns, rows / T::G, polynomial.data(), rows / T::G, 1, right.data(),
+                    right.depth, [&](int i, int j, auto& sums) {
+                      each(i, j, sums, [&](int i, int j, vec v) {
+                        typename T::Value* at = x + (long)i * columns + j;
+                        T::write(at, T::read(at) * step[0] + v);
+                      });
+                    });
+      }
     }
   }
 }
@@ -722,11 +787,11 @@ template <class T>
 void layer_norm_backward(const float* x, const float* gain, const float* means,
                          const float* inverse_stds, const typename T::Value* d_out, float* d_x,
                          float* d_gain, float* d_bias, long n, int c) {
-  std::fill(d_gain, d_gain + c, 0.f);
-  if (d_bias) std::fill(d_bias, d_bias + c, 0.f);
+  Gradients gradients;
 #pragma omp parallel
   {
-    std::vector<float> gains(c), biases(c);
+    Gradient& gradient = gradients.mine(c, 1);  // a gain is a weight of one input
+    std::vector<float>&gains = gradient.weight, &biases = gradient.bias;
 #pragma omp for
     for (long i = 0; i < n; i++) {
       const float *row = x + i * c, mean = means[i], inverse_std = inverse_stds[i];
@@ -747,12 +812,8 @@ void layer_norm_backward(const float* x, const float* gain, const float* means,
         store(d_x + i * c + j, (g - mean_g - z * mean_gz) * inverse_std);
       }
     }
-#pragma omp critical
-    for (int j = 0; j < c; j++) {
-      d_gain[j] += gains[j];
-      if (d_bias) d_bias[j] += biases[j];
-    }
   }
+  gradients.add_up(d_gain, d_bias, c, 1);
 }
 
 // --- residual sum: float x plus dropout of T
@@ -830,6 +891,10 @@ EXPORT int chargpt_lanes() { return L; }
       const T::Value* d_out, T::Value* d_x, float* d_w1, float* d_b1, float* d_w2, float* d_b2,    \
       long n, int c, int f) {                                                                      \
     feed_forward_backward<T>(x, w1, w2, before, d_out, d_x, d_w1, d_b1, d_w2, d_b2, n, c, f);      \
+  }                                                                                                \
+  EXPORT void orthogonalize_##suffix(T::Value* stack, const float* steps, int n_steps, int n,     \
+                                     int rows, int columns) {                                      \
+    orthogonalize<T>(stack, steps, n_steps, n, rows, columns);                                     \
   }                                                                                                \
   EXPORT void residual_forward_##suffix(const float* x, const T::Value* update, float* out,       \
                                         long n, double p, uint64_t seed) {                         \

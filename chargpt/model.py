@@ -41,7 +41,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.dropout_p = config.dropout
+        self.dropout_p = _or(config.attention_dropout, config.dropout)
         self.backend: Backend | None = None
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.projection = nn.Linear(config.d_model, config.d_model, bias=config.bias)
@@ -149,7 +149,7 @@ class GPT2(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.block_size, config.d_model)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(_or(config.embedding_dropout, config.dropout))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = layer_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -187,6 +187,10 @@ class GPT2(nn.Module):
 def layer_norm(config: GPT2Config) -> nn.LayerNorm:
     """Return a LayerNorm (Ba et al. 2016) over the last axis, of size C."""
     return nn.LayerNorm(config.d_model, eps=1e-5, bias=config.bias)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 
 # Steps of the iteration x -> a x + b x³ + c x⁵ that takes singular values in (0, 1] to about 1.
 Steps = tuple[tuple[float, float, float], ...]
+Iterate = Callable[[Tensor, Steps], Tensor]
 # One quintic, five times: 0.7 to 1.2, from 0.015 on. What torch.optim.Muon does.
 JORDAN: Steps = ((3.4445, -4.7750, 2.0315),) * 5
 # The best quintic for what each step is given: 0.88 to 1.13, from 0.004 on (Amsel et al. 2025, "The
@@ -76,6 +77,7 @@ class MuonAdamW(torch.optim.Optimizer):
             {"params": list(others), "lr": lr, "betas": betas},
         ]
         self.steps = steps
+        self.iterate: Iterate | None = None
         super().__init__(groups, {"fused": fused})
 
     @overload
@@ -111,7 +113,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's; in place, since memory is slow
-        updates = orthogonalize(grads, group["dtype"], self.steps)
+        updates = orthogonalize(grads, group["dtype"], self.steps, self.iterate)
         torch._foreach_mul_(updates, [-lr * math.sqrt(max(1, _ratio(p))) for p in params])
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, updates)
@@ -155,7 +157,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalize(
-    matrices: Sequence[Tensor], dtype: torch.dtype, steps: Steps = POLAR_EXPRESS
+    matrices: Sequence[Tensor],
+    dtype: torch.dtype,
+    steps: Steps = POLAR_EXPRESS,
+    iterate: Iterate | None = None,
 ) -> list[Tensor]:
     """Return U V' for each matrix U S V', with singular values not quite 1: see `Steps`.
 
@@ -165,22 +170,28 @@ def orthogonalize(
         matrices: of two axes each.
         dtype: to compute in.
         steps: of the iteration.
+        iterate: how to compute it; None: `newton_schulz`, or `newton_schulz_gram` where that pays.
 
     Returns:
         Matrices of the shapes and dtypes given.
     """
+    iterate = iterate or _newton_schulz_by_shape
     alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         alike[tuple(sorted(matrix.shape))].append(i)
     result = list(matrices)
     for indices in alike.values():
         stack = torch.stack([_flip_if_tall(matrices[i]).to(dtype) for i in indices])  # (n, R, C)
-        through_gram = dtype.itemsize >= 4 and stack.size(1) < stack.size(2)
-        solved = (newton_schulz_gram if through_gram else newton_schulz)(stack, steps)
+        solved = iterate(_normalize(stack), steps)
         for i, wide in zip(indices, solved, strict=True):
             tall = _ratio(matrices[i]) > 1
             result[i] = (wide.T.contiguous() if tall else wide).to(matrices[i].dtype)
     return result
+
+
+def _newton_schulz_by_shape(x: Tensor, steps: Steps) -> Tensor:
+    through_gram = x.dtype.itemsize >= 4 and x.size(1) < x.size(2)
+    return (newton_schulz_gram if through_gram else newton_schulz)(x, steps)
 
 
 def newton_schulz(x: Tensor, steps: Steps) -> Tensor:
@@ -189,13 +200,12 @@ def newton_schulz(x: Tensor, steps: Steps) -> Tensor:
     A step maps X to a X + b (X X') X + c (X X')² X, which acts on each singular value alone.
 
     Args:
-        x: (n, R, C), best with R ≤ C, since the products are then of the smaller size.
+        x: (n, R, C), singular values at most 1; best with R ≤ C, which makes products small.
         steps: a, b and c of each step.
 
     Returns:
         (n, R, C), in the dtype of `x`.
     """
-    x = _normalize(x)
     for a, b, c in steps:
         gram = x @ x.mT  # (n, R, R)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -211,13 +221,12 @@ def newton_schulz_gram(x: Tensor, steps: Steps) -> Tensor:
     takes fp32: what bf16 leaves of a small eigenvalue may be negative, and grows.
 
     Args:
-        x: (n, R, C), R < C.
+        x: (n, R, C), R < C, singular values at most 1.
         steps: a, b and c of each step.
 
     Returns:
         (n, R, C), in the dtype of `x`.
     """
-    x = _normalize(x)
     gram = x @ x.mT  # (n, R, R)
     (a, b, c), *rest = steps
     polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a
@@ -232,7 +241,7 @@ def newton_schulz_gram(x: Tensor, steps: Steps) -> Tensor:
 
 
 def _normalize(x: Tensor) -> Tensor:
-    """Return a stack whose matrices have Frobenius norm 1, so no singular value above 1."""
+    """Return a stack whose matrices have Frobenius norm 1: no singular value is above 1."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (n, 1, 1)
     return x / norm.clamp(min=EPS)
 

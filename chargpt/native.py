@@ -11,17 +11,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import platform
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
+COMPILERS = ("c++", "g++", "clang++")
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 _Pointer, _Int, _Long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -35,6 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "linear_backward": (*(_Pointer,) * 6, _Long, _Int, _Int),
     "feed_forward_forward": (*(_Pointer,) * 7, _Long, _Int, _Int),
     "feed_forward_backward": (*(_Pointer,) * 10, _Long, _Int, _Int),
+    "orthogonalize": (_Pointer, _Pointer, *(_Int,) * 4),
     "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
     "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
 }
@@ -55,6 +64,8 @@ class Kernels:
         library = ctypes.CDLL(str(path))
         self.lanes: int = library.chargpt_lanes()
         """Values in a vector: the width that sizes must be multiples of."""
+        self.dtypes: set[torch.dtype] = set()
+        """The types of value that the kernels take."""
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, signature in _SIGNATURES.items():
             for dtype, suffix in _SUFFIXES.items():
@@ -62,11 +73,7 @@ class Kernels:
                 if function is not None:  # bf16 is there only where the processor has it
                     function.argtypes, function.restype = signature, None
                     self._functions[name, dtype] = function
-
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        """The types of value that the kernels take."""
-        return {dtype for _, dtype in self._functions}
+                    self.dtypes.add(dtype)
 
     def __call__(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Call a kernel with tensors as pointers to their (contiguous) values."""
@@ -83,34 +90,36 @@ def load_kernels() -> Kernels:
     """
     path = library_path()
     try:
-        if not path.exists():
-            _compile(path)
+        if path.exists():
+            with suppress(OSError):  # of a damaged file, which is then made anew
+                return Kernels(path)
+        _compile(path)
         return Kernels(path)
-    except Exception as error:  # whatever a tool chain may come up with
-        raise KernelsError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        message = getattr(error, "stderr", None) or str(error)
+        raise KernelsError(" ".join(message.split())[:200] or type(error).__name__) from error
 
 
 def library_path() -> Path:
-    """Return where the library for this source, PyTorch and processor is, or will be."""
-    made_of = (SOURCE.read_text(), *FLAGS, torch.__version__, _processor())
+    """Return where the library for this source and processor is, or will be."""
+    made_of = (SOURCE.read_text(), *FLAGS, _processor())
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    name = f"chargpt_kernels_{key}"
-    return Path(platformdirs.user_cache_dir("chargpt"), "kernels", name, f"{name}.so")
+    return Path(platformdirs.user_cache_dir("chargpt"), "kernels", f"kernels-{key}.so")
 
 
 def _compile(path: Path) -> None:
-    from torch.utils import cpp_extension  # slow to import
-
+    """Compile the library beside its place and move it there: whole, whoever else does the same."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None:
+        raise KernelsError(f"no C++ compiler here ({', '.join(COMPILERS)})")
     path.parent.mkdir(parents=True, exist_ok=True)
-    threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's Clang has no OpenMP
-    cpp_extension.load(
-        path.stem,
-        [str(SOURCE)],
-        extra_cflags=[*FLAGS, *threads],
-        extra_ldflags=threads,
-        build_directory=str(path.parent),
-        is_python_module=False,
-    )
+    # OpenMP is the one PyTorch has loaded, so that its threads are ours. Apple's Clang has none.
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        library = Path(folder, path.name)
+        command = [compiler, *FLAGS, *threads, "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        library.replace(path)
 
 
 def _processor() -> str:
@@ -122,16 +131,27 @@ def _processor() -> str:
         return platform.processor()
 
 
-def suits(*tensors: Tensor, widths: tuple[int, ...]) -> bool:
-    """Return whether the kernels take these tensors, in rows of `widths` values."""
-    if torch.compiler.is_compiling() or any(t.device.type != "cpu" for t in tensors):
+def suits(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | None] = ()) -> bool:
+    """Return whether the kernels take these tensors.
+
+    Args:
+        values: of a type that the kernels compute in.
+        widths: of their rows; multiples of the kernels' lanes.
+        weights: parameters, which must be float32.
+    """
+    if torch.compiler.is_compiling() or any(value.device.type != "cpu" for value in values):
         return False
     kernels = load_kernels()
     return (
         all(width % kernels.lanes == 0 for width in widths)
-        and all(tensor.dtype in kernels.dtypes for tensor in tensors)
+        and all(value.dtype in kernels.dtypes for value in values)
+        and all(weight is None or weight.dtype == torch.float32 for weight in weights)
         and product_dtype() in kernels.dtypes
     )
+
+
+def _contiguous(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
 
 
 # --- attention
@@ -165,6 +185,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
         qkv, out, log_sums = ctx.saved_tensors
         d_qkv = torch.empty_like(qkv)
@@ -192,6 +213,7 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
         bias: (C,).
         eps: added to the variance.
     """
+    gain, bias = gain.contiguous(), _contiguous(bias)
     out: Tensor = _LayerNorm.apply(x, gain, bias, eps)  # type: ignore[no-untyped-call]
     return out
 
@@ -210,6 +232,7 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
         x, gain, means, inverse_stds = ctx.saved_tensors
         d_x, d_gain = torch.empty_like(x), torch.empty_like(gain)
@@ -240,7 +263,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (…, outputs), in the type of matrix products.
     """
-    out: Tensor = _Linear.apply(x.to(product_dtype()), weight, bias)  # type: ignore[no-untyped-call]
+    x, weight, bias = x.to(product_dtype()), weight.contiguous(), _contiguous(bias)
+    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -257,6 +281,7 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
@@ -285,7 +310,7 @@ def feed_forward(
         (…, C), in the type of matrix products.
     """
     x = x.to(product_dtype())
-    weights = (expand, expand_bias, project, bias)
+    weights = [_contiguous(weight) for weight in (expand, expand_bias, project, bias)]
     out: Tensor = _FeedForward.apply(x, *weights)  # type: ignore[no-untyped-call]
     return out
 
@@ -306,6 +331,7 @@ class _FeedForward(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
         x, w1, w2, before = ctx.saved_tensors
         d_x, d_w1, d_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
@@ -341,8 +367,31 @@ class _ResidualSum(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
         d_out = d_out.contiguous()
         d_update = torch.empty_like(d_out, dtype=ctx.dtype)
         load_kernels()("residual_backward", ctx.dtype, d_out, d_update, d_out.numel(), *ctx.random)
         return d_out, d_update, None
+
+
+# --- Muon
+
+
+def newton_schulz(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Apply X -> a X + b (X X') X + c (X X')² X to each matrix of a stack, for each step.
+
+    The twin of the loop in `chargpt.muon.newton_schulz`, matrix by matrix.
+
+    Args:
+        x: (n, R, C), with R ≤ C.
+        steps: a, b and c of each step.
+
+    Returns:
+        (n, R, C), in the dtype of `x`.
+    """
+    n, R, C = x.shape
+    out = x.clone(memory_format=torch.contiguous_format)
+    coefficients = torch.tensor(steps)  # (steps, 3)
+    load_kernels()("orthogonalize", x.dtype, out, coefficients, len(steps), n, R, C)
+    return out

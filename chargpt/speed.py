@@ -19,9 +19,10 @@ from torch import Tensor
 from chargpt.attention import Backend
 from chargpt.config import Attention, GPT2Config, Switch
 from chargpt.errors import UserError, is_out_of_memory
-from chargpt.fast_layers import use_kernels
+from chargpt.fast_layers import fast_newton_schulz, use_kernels
 from chargpt.hardware import CompileChoice, choose_compile
 from chargpt.model import GPT2, CausalSelfAttention
+from chargpt.muon import MuonAdamW
 from chargpt.native import KernelsError, library_path, load_kernels
 from chargpt.training import Trainer, trial_step
 
@@ -52,6 +53,8 @@ def prepare(trainer: Trainer, note: Note) -> None:
     kernels = choose_kernels(config.kernels, trainer.device, compiling.on)
     if kernels.on:
         use_kernels(model)
+        if isinstance(trainer.optimizer, MuonAdamW):
+            trainer.optimizer.iterate = fast_newton_schulz
     note(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
     attention = choose_attention(config.attention, model.config, trainer.device, kernels=kernels.on)
     set_backend(model, attention.backend)
@@ -154,7 +157,8 @@ def choose_attention(
         return AttentionChoice("sdpa", "PyTorch's fused kernel")
     if fits:
         return AttentionChoice("native", "the fastest on a CPU")
-    if shape.dropout > 0 or shape.block_size < SDPA_MIN_BLOCK:
+    drops = shape.dropout > 0 if shape.attention_dropout is None else shape.attention_dropout > 0
+    if drops or shape.block_size < SDPA_MIN_BLOCK:
         return AttentionChoice("matmul", "the fastest of PyTorch's on a CPU, at this block_size")
     return AttentionChoice("sdpa", "the fastest of PyTorch's on a CPU, at this block_size")
 

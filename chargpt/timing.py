@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from chargpt.distributed import seed_dropout
 from chargpt.seeding import DROPOUT, derive_seed
-from chargpt.training import Trainer
+from chargpt.training import Trainer, clip_gradient
 
 WARM_UP_STEPS, MIN_STEPS = 2, 3
 PARTS = ("data", "forward", "backward", "clip", "optimizer")
@@ -137,7 +136,7 @@ def timed_step(trainer: Trainer) -> dict[str, float]:
         watch.lap("backward")
         total += loss.detach()
     scaler.unscale_(trainer.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), config.grad_clip or math.inf)
+    norm = clip_gradient(trainer)
     bool(torch.isfinite(total) & torch.isfinite(norm))
     watch.lap("clip")
     scaler.step(trainer.optimizer)

@@ -159,8 +159,7 @@ def train_step(trainer: Trainer) -> StepResult:
         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
         loss += micro_loss.detach()
     scaler.unscale_(trainer.optimizer)
-    limit = config.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
+    grad_norm = clip_gradient(trainer)
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
     if not finite and not scaler.is_enabled():
         trainer.optimizer.zero_grad()
@@ -169,6 +168,16 @@ def train_step(trainer: Trainer) -> StepResult:
     scaler.update()
     trainer.optimizer.zero_grad()
     return StepResult(float(loss), float(grad_norm), lr, skipped=not finite)
+
+
+def clip_gradient(trainer: Trainer) -> Tensor:
+    """Shorten the gradient to ``grad_clip``, if that is not 0; return its norm before."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(
+        parameters,
+        trainer.config.grad_clip or math.inf,
+        foreach=True if trainer.device.type == "cpu" else None,  # CPUs do not do so by themselves
+    )
 
 
 def _micro_loss(trainer: Trainer, micro_step: int) -> Tensor:

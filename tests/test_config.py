@@ -18,7 +18,9 @@ from chargpt.config import (
     SampleConfig,
     TrainConfig,
     baby,
+    best,
     gpt2,
+    speedrun,
     tiny,
 )
 from chargpt.errors import UserError
@@ -216,8 +218,14 @@ def test_the_defaults_are_the_preset_tiny() -> None:
 
 def test_presets_stand_alone() -> None:
     """None is built from another, or from a shared value: editing one leaves the others."""
-    assert dict(PRESETS) == {"tiny": tiny, "baby": baby, "gpt2": gpt2}
-    for make in (baby, gpt2):
+    assert dict(PRESETS) == {
+        "tiny": tiny,
+        "speedrun": speedrun,
+        "best": best,
+        "baby": baby,
+        "gpt2": gpt2,
+    }
+    for make in (baby, gpt2, best):
         assert inspect.getclosurevars(make).globals.keys() == {
             "Preset",
             "GPT2Config",
