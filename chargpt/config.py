@@ -306,14 +306,14 @@ def speedrun() -> Preset:
         model=GPT2Config(dropout=0.0, bias=False),
         train=TrainConfig(
             batch_size=16,
-            steps=2500,
+            steps=2700,
             optimizer="muon",
             learning_rate=4e-3,
             muon_learning_rate=0.02,
             learning_rate_floor=0.0,
             warmup_fraction=0.02,
             cooldown="linear",
-            eval_interval=250,
+            eval_interval=100,
         ),
     )
 
@@ -324,7 +324,7 @@ def best() -> Preset:
         model=GPT2Config(
             block_size=256,
             n_layer=6,
-            n_head=8,
+            n_head=4,
             d_model=256,
             dropout=0.2,
             embedding_dropout=0.0,
@@ -333,7 +333,7 @@ def best() -> Preset:
         ),
         train=TrainConfig(
             batch_size=16,
-            steps=4000,
+            steps=6000,
             optimizer="muon",
             learning_rate=4e-3,
             muon_learning_rate=0.02,

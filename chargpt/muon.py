@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -52,8 +52,9 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate of `others`.
         betas: AdamW's memory of the gradient and of its square.
         dtype: of the orthogonalisation; bfloat16 is enough wherever it is fast.
-        steps: of the orthogonalisation.
         fused: run AdamW as one kernel.
+        steps: of the orthogonalisation.
+        parts: how many matrices of equal size a matrix is, one above the other; 1 if not named.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MuonAdamW(torch.optim.Optimizer):
         dtype: torch.dtype,
         fused: bool,
         steps: Steps = POLAR_EXPRESS,
+        parts: Mapping[Tensor, int] | None = None,
     ) -> None:
         assert all(matrix.dim() == 2 for matrix in matrices)
         muon = {"lr": matrix_lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype}
@@ -77,6 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
             {"params": list(others), "lr": lr, "betas": betas},
         ]
         self.steps = steps
+        self.parts: dict[Tensor, int] = dict(parts or {})
         self.iterate: Iterate | None = None
         super().__init__(groups, {"fused": fused})
 
@@ -113,10 +116,15 @@ class MuonAdamW(torch.optim.Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's; in place, since memory is slow
-        updates = orthogonalize(grads, group["dtype"], self.steps, self.iterate)
-        torch._foreach_mul_(updates, [-lr * math.sqrt(max(1, _ratio(p))) for p in params])
+        counts = [self.parts.get(p, 1) for p in params]
+        updates = orthogonalize(_cut(grads, counts), group["dtype"], self.steps, self.iterate)
+        # The factor is the whole matrix's, cut or not.
+        scales = [-lr * math.sqrt(max(1, _ratio(p))) for p in params]
+        torch._foreach_mul_(
+            updates, [s for s, n in zip(scales, counts, strict=True) for _ in range(n)]
+        )
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, updates)
+        torch._foreach_add_(_cut(params, counts), updates)
 
     def _momentum_of(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -154,6 +162,12 @@ class MuonAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         return state
+
+
+def _cut(matrices: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Return views of the parts of each matrix."""
+    pairs = zip(matrices, counts, strict=True)
+    return [part for matrix, count in pairs for part in matrix.chunk(count)]
 
 
 def orthogonalize(

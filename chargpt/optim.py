@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chargpt.config import TrainConfig
-from chargpt.model import GPT2
+from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.muon import MuonAdamW
 
 
@@ -58,6 +58,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def muon(model: GPT2, config: TrainConfig, dtype: torch.dtype) -> MuonAdamW:
     """Return Muon for the matrices of the blocks, AdamW for all else.
 
+    Queries, keys and values come from matrices of their own, though they are stored as one.
     Embeddings (one of them is the head) are tables of vectors, which orthogonalising would distort.
     Only Muon decays: its steps do not shrink with the gradient, so that its weights would grow.
 
@@ -79,7 +80,14 @@ def muon(model: GPT2, config: TrainConfig, dtype: torch.dtype) -> MuonAdamW:
         betas=(config.beta1, config.beta2),
         dtype=dtype,
         fused=_can_fuse(parameters),
+        parts=dict.fromkeys(_qkv_weights(model), 3),
     )
+
+
+def _qkv_weights(model: GPT2) -> list[Tensor]:
+    """Return the weights that are three matrices in one: of queries, keys and values."""
+    layers = [m.qkv for m in model.modules() if isinstance(m, CausalSelfAttention)]
+    return [layer.weight for layer in layers]
 
 
 def schedule(progress: float, config: TrainConfig) -> float:

@@ -42,6 +42,8 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
     (GPT2Config, "vocab_size", -1, DERIVE),
     (GPT2Config, "d_ff", -1, DERIVE),
     (GPT2Config, "dropout", 1.0, BELOW_1),
+    (GPT2Config, "embedding_dropout", 1.0, BELOW_1),
+    (GPT2Config, "attention_dropout", 1.0, BELOW_1),
     (GPT2Config, "dropout", -0.1, BELOW_1),
     (DataConfig, "encoding", "", "give a name such as utf-8 or latin-1"),
     (DataConfig, "validation_fraction", 0.0, "give a share between 0 and 1, such as 0.1"),

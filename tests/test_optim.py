@@ -142,7 +142,7 @@ def hidden_matrices(model: GPT2) -> list[nn.Parameter]:
 def test_muon_makes_the_steps_of_pytorchs_muon_and_adamw(dtype: torch.dtype, atol: float) -> None:
     model, reference = gpt2(), gpt2()
     optimizer = muon(model, MUON, dtype)
-    optimizer.steps = JORDAN
+    optimizer.steps, optimizer.parts = JORDAN, {}
     matrices = hidden_matrices(reference)
     others = [p for p in reference.parameters() if all(p is not m for m in matrices)]
     theirs = (
@@ -161,6 +161,25 @@ def test_muon_makes_the_steps_of_pytorchs_muon_and_adamw(dtype: torch.dtype, ato
         optimizer.step()
     assert_same_weights(model, reference, atol)
     assert_nothing_stayed(model)
+
+
+def test_queries_keys_and_values_are_orthogonalized_apart() -> None:
+    model, whole = gpt2(), gpt2()
+    optimizer = muon(model, MUON, torch.float32)
+    reference = muon(whole, MUON, torch.float32)
+    reference.parts = {}
+    weight = model.blocks[0].attention.sublayer.qkv.weight
+    before = weight.detach().clone()
+    for optimizer_, model_ in ((optimizer, model), (reference, whole)):
+        give_gradients(model_, 0)
+        optimizer_.step()
+    rate = optimizer.param_groups[0]["lr"]
+    moved = (weight - (1 - rate * MUON.weight_decay) * before) / (rate * math.sqrt(3))
+    for part in moved.detach().chunk(3):
+        # On its own a random square matrix keeps singular values of nearly 0; most are near 1.
+        assert 0.85 < torch.linalg.svdvals(part).median() < 1.15
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs) == ("qkv.weight" not in name), name
 
 
 def assert_nothing_stayed(model: GPT2) -> None:
