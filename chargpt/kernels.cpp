@@ -42,6 +42,7 @@ constexpr int L = 4, ROWS = 8;
 #endif
 constexpr int COLUMNS = 2;       // vectors in a tile's row
 constexpr int PANEL = COLUMNS * L;
+constexpr int LINE = 64;         // bytes in a line of the cache
 constexpr int TOKENS = 128;      // rows of a linear layer in hand
 constexpr int QUERIES = 32;      // rows of the attention matrix in hand: its slice stays in cache
 constexpr float NOTHING = -1e30f;  // a masked score; finite, so that no arithmetic makes a NaN of it
@@ -315,6 +316,18 @@ struct Head {
     v = k + heads * d;
   }
 
+  // Fetch the next head's rows, if it is of this sequence: they are too far apart for the processor
+  // to foresee.
+  void prefetch_next(long index, int heads) const {
+    if (index % heads + 1 == heads) return;
+    for (const Value* first : {q, k, v}) prefetch(first + d, row);
+  }
+  void prefetch(const Value* first, long stride) const {
+    for (int i = 0; i < t; i++)
+      for (int j = 0; j < d; j += LINE / (int)sizeof(Value))
+        __builtin_prefetch(first + i * stride + j);
+  }
+
   // Keys that the positions before `last` see, in whole panels, and in words.
   int seen(int last) const { return std::min(wide, round_up(last, PANEL)); }
   int seen_words(int last) const { return std::min(seen(last), round_up(t, T::G)) / T::G; }
@@ -363,9 +376,10 @@ void attention_forward(const typename T::Value* qkv, typename T::Value* out, flo
     Packed keys = Packed::of(T(), d, wide), values = Packed::of(T(), t, d);
     std::vector<float> scores((long)QUERIES * wide);
     std::vector<Value> weights((long)QUERIES * wide);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, heads)
     for (long index = 0; index < (long)B * heads; index++) {
       const Head<T> head(qkv, index, t, heads, d);
+      head.prefetch_next(index, heads);
       const Dropout dropout(p, seed, (uint32_t)index);
       pack_transposed<T>(head.k, head.row, d, t, keys);
       pack<T>(head.v, head.row, t, d, values);
@@ -417,12 +431,14 @@ void attention_backward(const typename T::Value* qkv, const typename T::Value* o
     // By key, for the left side of a product over queries: word (i / G, j).
     std::vector<uint32_t> weights_by_key(scores.size() / T::G), d_scores_by_key(scores.size() / T::G);
     std::vector<float> d_k((long)wide * d), d_v((long)wide * d);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, heads)
     for (long index = 0; index < (long)B * heads; index++) {
       const Head<T> head(qkv, index, t, heads, d);
+      head.prefetch_next(index, heads);
       const Dropout dropout(p, seed, (uint32_t)index);
       const long place = index / heads * t * c + index % heads * d;
       const Value *dy = d_out + place, *y = out + place;
+      if (index % heads + 1 < heads) head.prefetch(dy + d, c), head.prefetch(y + d, c);
       pack_transposed<T>(head.k, head.row, d, t, keys_t);
       pack_transposed<T>(head.v, head.row, d, t, values_t);
       pack<T>(head.k, head.row, t, d, keys);
