@@ -174,6 +174,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     """Decoupled decay: of matrices and embeddings under adamw, of the blocks' matrices under
     muon."""
+    embedding_decay: float = 0.0
+    """Decoupled decay of the embeddings under muon; no effect under adamw."""
     muon_momentum: float = 0.95
     """Muon's memory of the gradient; no effect under adamw."""
     beta1: float = 0.9
@@ -223,7 +225,7 @@ class TrainConfig:
             check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         for name in ("eval_interval", "patience", "sample_length"):
             check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
-        for name in ("weight_decay", "grad_clip"):
+        for name in ("weight_decay", "embedding_decay", "grad_clip"):
             check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
         check_seed(self)
         for name in ("learning_rate", "muon_learning_rate"):
@@ -306,13 +308,15 @@ def speedrun() -> Preset:
         model=GPT2Config(dropout=0.0, bias=False),
         train=TrainConfig(
             batch_size=16,
-            steps=2700,
+            steps=2600,
             optimizer="muon",
             learning_rate=4e-3,
             muon_learning_rate=0.02,
             learning_rate_floor=0.0,
             warmup_fraction=0.02,
             cooldown="linear",
+            cooldown_fraction=0.6,
+            embedding_decay=0.3,
             eval_interval=100,
         ),
     )
@@ -340,6 +344,8 @@ def best() -> Preset:
             learning_rate_floor=0.0,
             warmup_fraction=0.02,
             cooldown="linear",
+            cooldown_fraction=0.6,
+            embedding_decay=0.3,
             eval_interval=500,
             patience=0,
         ),

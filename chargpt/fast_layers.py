@@ -6,12 +6,14 @@ the kernels do not suit (another device, another type, an odd width) it does wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from chargpt import native
 from chargpt.model import ACTIVATIONS, GPT2, FeedForward, Residual, ResidualSum
-from chargpt.muon import Steps, newton_schulz
+from chargpt.muon import MuonSettings, Tensors, muon_update
 
 
 class FastLayerNorm(nn.LayerNorm):
@@ -84,13 +86,19 @@ def use_kernels(model: GPT2) -> None:
             norm.__class__ = FastLayerNorm
 
 
-def fast_newton_schulz(x: Tensor, steps: Steps) -> Tensor:
-    """Compute what `chargpt.muon.newton_schulz` does, on the kernels where they suit.
-
-    Args:
-        x: (n, R, C), singular values at most 1.
-        steps: a, b and c of each step.
-    """
-    if native.suits(x, widths=x.shape[1:]):
-        return native.newton_schulz(x, steps)
-    return newton_schulz(x, steps)
+def fast_muon_update(
+    weights: Tensors,
+    gradients: Tensors,
+    momenta: Tensors,
+    lengths: Sequence[float],
+    settings: MuonSettings,
+) -> None:
+    """Do what `chargpt.muon.muon_update` does, on the kernels where they suit; see there."""
+    tensors = (*weights, *gradients, *momenta)
+    widths = {size for weight in weights for size in weight.shape}
+    contiguous = all(tensor.is_contiguous() for tensor in tensors)
+    known = settings.dtype in native.load_kernels().dtypes
+    if contiguous and known and native.suits(*tensors[:1], widths=widths, weights=tensors):
+        native.muon_update(weights, gradients, momenta, lengths, settings)
+    else:
+        muon_update(weights, gradients, momenta, lengths, settings)

@@ -1,5 +1,5 @@
 // The layers of a GPT-2, forward and backward, each in one pass that stays in the cache: causal
-// attention, linear, feed-forward, LayerNorm, dropout with the residual sum; and Muon's iteration.
+// attention, linear, feed-forward, LayerNorm, dropout with the residual sum; and Muon's update.
 //
 // Values are float, or bfloat16 where the processor multiplies pairs of it (AVX512-BF16). Sums,
 // softmax, statistics and weights are float always. Everything is written once, over two types:
@@ -728,45 +728,95 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
   seconds.add_up(d_w2, d_b2, c, f);
 }
 
-// --- Muon: the iteration x -> a x + b (x xᵀ) x + c (x xᵀ)² x on each of n matrices, in place
+// --- Muon
 
+// The iteration x -> a x + b (x xᵀ) x + c (x xᵀ)² x, in place.
 template <class T>
-void orthogonalize(typename T::Value* stack, const float* steps, int n_steps, int n, int rows,
-                   int columns) {
-#pragma omp parallel
-  {
-    Packed transposed = Packed::of(T(), columns, rows), gram = Packed::of(T(), rows, rows);
-    Packed right = Packed::of(T(), rows, columns);
-    std::vector<typename T::Value> products((long)rows * rows), polynomial(products.size());
-#pragma omp for schedule(dynamic)
-    for (int index = 0; index < n; index++) {
-      typename T::Value* x = stack + (long)index * rows * columns;
-      for (const float* step = steps; step < steps + 3 * n_steps; step += 3) {
-        pack_transposed<T>(x, columns, columns, rows, transposed);
-        multiply<T>(rows, rows, columns / T::G, x, columns / T::G, 1, transposed.data(),
-                    transposed.depth, [&](int i, int j, auto& sums) {
-                      each(i, j, sums, [&](int i, int j, vec v) {
-                        T::write(products.data() + (long)i * rows + j, v);
-                      });
-                    });
-        pack<T>(products.data(), rows, rows, rows, gram);
-        multiply<T>(rows, rows, rows / T::G, products.data(), rows / T::G, 1, gram.data(),
-                    gram.depth, [&](int i, int j, auto& sums) {
-                      each(i, j, sums, [&](int i, int j, vec v) {
-                        const long at = (long)i * rows + j;
-                        const vec once = T::read(products.data() + at);
-                        T::write(polynomial.data() + at, once * step[1] + v * step[2]);
-                      });
-                    });
-        pack<T>(x, columns, rows, columns, right);
-        multiply<T>(rows, columns, rows / T::G, polynomial.data(), rows / T::G, 1, right.data(),
-                    right.depth, [&](int i, int j, auto& sums) {
-                      each(i, j, sums, [&](int i, int j, vec v) {
-                        typename T::Value* at = x + (long)i * columns + j;
-                        T::write(at, T::read(at) * step[0] + v);
-                      });
-                    });
-      }
+struct Orthogonalizer {
+  typedef typename T::Value Value;
+  int rows, columns;
+  Packed transposed, gram, right;
+  std::vector<Value> products, polynomial;
+
+  Orthogonalizer(int rows, int columns)
+      : rows(rows),
+        columns(columns),
+        transposed(Packed::of(T(), columns, rows)),
+        gram(Packed::of(T(), rows, rows)),
+        right(Packed::of(T(), rows, columns)),
+        products((long)rows * rows),
+        polynomial(products.size()) {}
+
+  void step(Value* x, float a, float b, float c) {
+    pack_transposed<T>(x, columns, columns, rows, transposed);
+    multiply<T>(rows, rows, columns / T::G, x, columns / T::G, 1, transposed.data(),
+                transposed.depth, [&](int i, int j, auto& sums) {
+                  each(i, j, sums, [&](int i, int j, vec v) {
+                    T::write(products.data() + (long)i * rows + j, v);
+                  });
+                });
+    pack<T>(products.data(), rows, rows, rows, gram);
+    multiply<T>(rows, rows, rows / T::G, products.data(), rows / T::G, 1, gram.data(), gram.depth,
+                [&](int i, int j, auto& sums) {
+                  each(i, j, sums, [&](int i, int j, vec v) {
+                    const long at = (long)i * rows + j;
+                    T::write(polynomial.data() + at, T::read(products.data() + at) * b + v * c);
+                  });
+                });
+    pack<T>(x, columns, rows, columns, right);
+    multiply<T>(rows, columns, rows / T::G, polynomial.data(), rows / T::G, 1, right.data(),
+                right.depth, [&](int i, int j, auto& sums) {
+                  each(i, j, sums, [&](int i, int j, vec v) {
+                    Value* at = x + (long)i * columns + j;
+                    T::write(at, T::read(at) * a + v);
+                  });
+                });
+  }
+};
+
+void transpose(const float* x, int rows, int columns, float* out) {
+  for (int i = 0; i < rows; i += L)
+    for (int j = 0; j < columns; j++)
+      for (int r = i; r < i + L; r++) out[(long)j * rows + r] = x[(long)r * columns + j];
+}
+
+// One update of n matrices, each a momentum, an orthogonalisation of its sum with the gradient, a
+// decay and a step. `shapes` holds rows and columns of each, `scales` the length of each step.
+template <class T>
+void muon(float* const* weights, const float* const* gradients, float* const* momenta,
+          const int* shapes, const float* scales, int n, float momentum, float decay,
+          const float* steps, int n_steps) {
+#pragma omp parallel for schedule(dynamic)
+  for (int index = 0; index < n; index++) {
+    const int rows = shapes[2 * index], columns = shapes[2 * index + 1];
+    const int low = std::min(rows, columns), high = std::max(rows, columns);
+    const bool tall = rows > columns;
+    const long size = (long)rows * columns;
+    const float* gradient = gradients[index];
+    std::vector<float> update(size), turned(tall ? size : 0);
+    std::vector<typename T::Value> x(size);
+    vec squares = {};
+    for (long i = 0; i < size; i += L) {
+      float* memory = momenta[index] + i;
+      const vec g = load<vec>(gradient + i), old = load<vec>(memory);
+      const vec now = old + (g - old) * (1 - momentum), ahead = g + (now - g) * momentum;
+      store(memory, now);
+      store(&update[i], ahead);
+      squares += ahead * ahead;
+    }
+    const float inverse_norm = 1.f / std::max(std::sqrt(sum(squares)), 1e-7f);
+    if (tall) transpose(update.data(), rows, columns, turned.data());
+    const float* wide = tall ? turned.data() : update.data();
+    for (long i = 0; i < size; i += L) T::write(&x[i], load<vec>(wide + i) * inverse_norm);
+    Orthogonalizer<T> orthogonalizer(low, high);
+    for (const float* step = steps; step < steps + 3 * n_steps; step += 3)
+      orthogonalizer.step(x.data(), step[0], step[1], step[2]);
+    for (long i = 0; i < size; i += L) store(&update[i], T::read(&x[i]));
+    if (tall) transpose(update.data(), columns, rows, turned.data());
+    const float* direction = tall ? turned.data() : update.data();
+    for (long i = 0; i < size; i += L) {
+      float* at = weights[index] + i;
+      store(at, load<vec>(at) * decay - load<vec>(direction + i) * scales[index]);
     }
   }
 }
@@ -908,9 +958,10 @@ EXPORT int chargpt_lanes() { return L; }
       long n, int c, int f) {                                                                      \
     feed_forward_backward<T>(x, w1, w2, before, d_out, d_x, d_w1, d_b1, d_w2, d_b2, n, c, f);      \
   }                                                                                                \
-  EXPORT void orthogonalize_##suffix(T::Value* stack, const float* steps, int n_steps, int n,     \
-                                     int rows, int columns) {                                      \
-    orthogonalize<T>(stack, steps, n_steps, n, rows, columns);                                     \
+  EXPORT void muon_##suffix(float* const* weights, const float* const* gradients,                 \
+                            float* const* momenta, const int* shapes, const float* scales, int n,  \
+                            float momentum, float decay, const float* steps, int n_steps) {        \
+    muon<T>(weights, gradients, momenta, shapes, scales, n, momentum, decay, steps, n_steps);      \
   }                                                                                                \
   EXPORT void residual_forward_##suffix(const float* x, const T::Value* update, float* out,       \
                                         long n, double p, uint64_t seed) {                         \

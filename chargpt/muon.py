@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch.optim.adamw import adamw
 
 # Steps of the iteration x -> a x + b x³ + c x⁵ that takes singular values in (0, 1] to about 1.
 Steps = tuple[tuple[float, float, float], ...]
-Iterate = Callable[[Tensor, Steps], Tensor]
 # One quintic, five times: 0.7 to 1.2, from 0.015 on. What torch.optim.Muon does.
 JORDAN: Steps = ((3.4445, -4.7750, 2.0315),) * 5
 # The best quintic for what each step is given: 0.88 to 1.13, from 0.004 on (Amsel et al. 2025, "The
@@ -37,8 +36,49 @@ EPS = 1e-7  # of the norm, against a gradient of zeros
 ADAMW_EPS = 1e-8
 
 
+class MuonSettings(NamedTuple):
+    """What an update of matrices depends on besides them."""
+
+    momentum: float
+    decay: float
+    """Factor of the weights."""
+    dtype: torch.dtype
+    """Of the orthogonalisation."""
+    steps: Steps
+    """Of the orthogonalisation."""
+
+
+Tensors = list[Tensor]
+MuonUpdate = Callable[[Tensors, Tensors, Tensors, Sequence[float], MuonSettings], None]
+
+
+def muon_update(
+    weights: Tensors,
+    gradients: Tensors,
+    momenta: Tensors,
+    lengths: Sequence[float],
+    settings: MuonSettings,
+) -> None:
+    """Make one step of Muon with each matrix, in place.
+
+    Args:
+        weights: of two axes each.
+        gradients: used up.
+        momenta: running means of the gradients.
+        lengths: of the step of each, about the singular values of the update.
+        settings: see there.
+    """
+    momentum = settings.momentum
+    torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+    torch._foreach_lerp_(gradients, momenta, momentum)  # Nesterov's; in place: memory is slow
+    updates = orthogonalize(gradients, settings.dtype, settings.steps)
+    torch._foreach_mul_(updates, [-length for length in lengths])
+    torch._foreach_mul_(weights, settings.decay)
+    torch._foreach_add_(weights, updates)
+
+
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Nesterov momentum, decoupled decay) for matrices, AdamW without decay for the rest.
+    """Muon (Nesterov momentum, decoupled decay) for matrices, AdamW for the rest.
 
     ``param_groups[0]`` is Muon's, ``param_groups[1]`` is AdamW's; each has its own ``lr``.
 
@@ -50,6 +90,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: Muon's memory of the gradient.
         weight_decay: of `matrices`, as a share of `matrix_lr` a step.
         lr: learning rate of `others`.
+        embedding_decay: of those of `others` that have two axes, as a share of `lr` a step.
         betas: AdamW's memory of the gradient and of its square.
         dtype: of the orthogonalisation; bfloat16 is enough wherever it is fast.
         fused: run AdamW as one kernel.
@@ -67,6 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float,
         lr: float,
         betas: tuple[float, float],
+        embedding_decay: float = 0.0,
         dtype: torch.dtype,
         fused: bool,
         steps: Steps = POLAR_EXPRESS,
@@ -76,11 +118,11 @@ class MuonAdamW(torch.optim.Optimizer):
         muon = {"lr": matrix_lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype}
         groups = [
             {"params": list(matrices), **muon},
-            {"params": list(others), "lr": lr, "betas": betas},
+            {"params": list(others), "lr": lr, "betas": betas, "weight_decay": embedding_decay},
         ]
         self.steps = steps
         self.parts: dict[Tensor, int] = dict(parts or {})
-        self.iterate: Iterate | None = None
+        self.update: MuonUpdate = muon_update
         super().__init__(groups, {"fused": fused})
 
     @overload
@@ -113,18 +155,21 @@ class MuonAdamW(torch.optim.Optimizer):
         if not params:
             return
         buffers = [self._momentum_of(p) for p in params]
-        lr, momentum = group["lr"], group["momentum"]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        torch._foreach_lerp_(grads, buffers, momentum)  # Nesterov's; in place, since memory is slow
         counts = [self.parts.get(p, 1) for p in params]
-        updates = orthogonalize(_cut(grads, counts), group["dtype"], self.steps, self.iterate)
         # The factor is the whole matrix's, cut or not.
-        scales = [-lr * math.sqrt(max(1, _ratio(p))) for p in params]
-        torch._foreach_mul_(
-            updates, [s for s, n in zip(scales, counts, strict=True) for _ in range(n)]
+        lengths = [group["lr"] * math.sqrt(max(1, _ratio(p))) for p in params]
+        self.update(
+            _cut(params, counts),
+            _cut(grads, counts),
+            _cut(buffers, counts),
+            [length for length, n in zip(lengths, counts, strict=True) for _ in range(n)],
+            MuonSettings(
+                momentum=group["momentum"],
+                decay=1 - group["lr"] * group["weight_decay"],
+                dtype=group["dtype"],
+                steps=self.steps,
+            ),
         )
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(_cut(params, counts), updates)
 
     def _momentum_of(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -137,6 +182,9 @@ class MuonAdamW(torch.optim.Optimizer):
         params, grads = _with_gradient(group)
         if not params:
             return
+        tables = [p for p in params if p.dim() == 2]
+        if tables:
+            torch._foreach_mul_(tables, 1 - group["lr"] * group["weight_decay"])
         states = [self._moments_of(p, group["fused"]) for p in params]
         adamw(
             params,
@@ -171,10 +219,7 @@ def _cut(matrices: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
 
 
 def orthogonalize(
-    matrices: Sequence[Tensor],
-    dtype: torch.dtype,
-    steps: Steps = POLAR_EXPRESS,
-    iterate: Iterate | None = None,
+    matrices: Sequence[Tensor], dtype: torch.dtype, steps: Steps = POLAR_EXPRESS
 ) -> list[Tensor]:
     """Return U V' for each matrix U S V', with singular values not quite 1: see `Steps`.
 
@@ -184,28 +229,23 @@ def orthogonalize(
         matrices: of two axes each.
         dtype: to compute in.
         steps: of the iteration.
-        iterate: how to compute it; None: `newton_schulz`, or `newton_schulz_gram` where that pays.
 
     Returns:
         Matrices of the shapes and dtypes given.
     """
-    iterate = iterate or _newton_schulz_by_shape
     alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         alike[tuple(sorted(matrix.shape))].append(i)
     result = list(matrices)
     for indices in alike.values():
         stack = torch.stack([_flip_if_tall(matrices[i]).to(dtype) for i in indices])  # (n, R, C)
+        through_gram = dtype.itemsize >= 4 and stack.size(1) < stack.size(2)
+        iterate = newton_schulz_gram if through_gram else newton_schulz
         solved = iterate(_normalize(stack), steps)
         for i, wide in zip(indices, solved, strict=True):
             tall = _ratio(matrices[i]) > 1
             result[i] = (wide.T.contiguous() if tall else wide).to(matrices[i].dtype)
     return result
-
-
-def _newton_schulz_by_shape(x: Tensor, steps: Steps) -> Tensor:
-    through_gram = x.dtype.itemsize >= 4 and x.size(1) < x.size(2)
-    return (newton_schulz_gram if through_gram else newton_schulz)(x, steps)
 
 
 def newton_schulz(x: Tensor, steps: Steps) -> Tensor:

@@ -27,23 +27,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chargpt.muon import MuonSettings
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
 COMPILERS = ("c++", "g++", "clang++")
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
-_Pointer, _Int, _Long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_Pointer, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _RANDOM = (ctypes.c_double, ctypes.c_uint64)  # probability, seed
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "attention_forward": (*(_Pointer,) * 3, *(_Int,) * 4, *_RANDOM),
     "attention_backward": (*(_Pointer,) * 5, *(_Int,) * 4, *_RANDOM),
-    "layer_norm_forward": (*(_Pointer,) * 6, _Long, _Int, ctypes.c_float),
+    "layer_norm_forward": (*(_Pointer,) * 6, _Long, _Int, _Float),
     "layer_norm_backward": (*(_Pointer,) * 8, _Long, _Int),
     "linear_forward": (*(_Pointer,) * 4, _Long, _Int, _Int),
     "linear_backward": (*(_Pointer,) * 6, _Long, _Int, _Int),
     "feed_forward_forward": (*(_Pointer,) * 7, _Long, _Int, _Int),
     "feed_forward_backward": (*(_Pointer,) * 10, _Long, _Int, _Int),
-    "orthogonalize": (_Pointer, _Pointer, *(_Int,) * 4),
+    "muon": (*(_Pointer,) * 5, _Int, _Float, _Float, _Pointer, _Int),
     "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
     "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
 }
@@ -378,20 +380,33 @@ class _ResidualSum(torch.autograd.Function):
 # --- Muon
 
 
-def newton_schulz(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
-    """Apply X -> a X + b (X X') X + c (X X')² X to each matrix of a stack, for each step.
-
-    The twin of the loop in `chargpt.muon.newton_schulz`, matrix by matrix.
+def muon_update(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    lengths: Sequence[float],
+    settings: MuonSettings,
+) -> None:
+    """Make one step of Muon with each matrix, in place; the twin of `chargpt.muon.muon_update`.
 
     Args:
-        x: (n, R, C), with R ≤ C.
-        steps: a, b and c of each step.
-
-    Returns:
-        (n, R, C), in the dtype of `x`.
+        weights: float32, of two axes each.
+        gradients: left as they are.
+        momenta: running means of the gradients.
+        lengths: of the step of each.
+        settings: see there.
     """
-    n, R, C = x.shape
-    out = x.clone(memory_format=torch.contiguous_format)
-    coefficients = torch.tensor(steps)  # (steps, 3)
-    load_kernels()("orthogonalize", x.dtype, out, coefficients, len(steps), n, R, C)
-    return out
+    n = len(weights)
+    addresses = [
+        (_Pointer * n)(*(t.data_ptr() for t in ts)) for ts in (weights, gradients, momenta)
+    ]
+    shapes = (_Int * (2 * n))(*(size for weight in weights for size in weight.shape))
+    scales = (ctypes.c_float * n)(*lengths)
+    numbers = [number for step in settings.steps for number in step]
+    steps = (ctypes.c_float * len(numbers))(*numbers)
+    load_kernels()(
+        "muon",
+        settings.dtype,
+        *(*addresses, shapes, scales, n),
+        *(settings.momentum, settings.decay, steps, len(settings.steps)),
+    )

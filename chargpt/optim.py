@@ -60,7 +60,6 @@ def muon(model: GPT2, config: TrainConfig, dtype: torch.dtype) -> MuonAdamW:
 
     Queries, keys and values come from matrices of their own, though they are stored as one.
     Embeddings (one of them is the head) are tables of vectors, which orthogonalising would distort.
-    Only Muon decays: its steps do not shrink with the gradient, so that its weights would grow.
 
     Args:
         model: on its final device.
@@ -78,6 +77,7 @@ def muon(model: GPT2, config: TrainConfig, dtype: torch.dtype) -> MuonAdamW:
         weight_decay=config.weight_decay,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
+        embedding_decay=config.embedding_decay,
         dtype=dtype,
         fused=_can_fuse(parameters),
         parts=dict.fromkeys(_qkv_weights(model), 3),

@@ -19,7 +19,7 @@ from torch import Tensor
 from chargpt.attention import Backend
 from chargpt.config import Attention, GPT2Config, Switch
 from chargpt.errors import UserError, is_out_of_memory
-from chargpt.fast_layers import fast_newton_schulz, use_kernels
+from chargpt.fast_layers import fast_muon_update, use_kernels
 from chargpt.hardware import CompileChoice, choose_compile
 from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.muon import MuonAdamW
@@ -54,7 +54,7 @@ def prepare(trainer: Trainer, note: Note) -> None:
     if kernels.on:
         use_kernels(model)
         if isinstance(trainer.optimizer, MuonAdamW):
-            trainer.optimizer.iterate = fast_newton_schulz
+            trainer.optimizer.update = fast_muon_update
     note(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
     attention = choose_attention(config.attention, model.config, trainer.device, kernels=kernels.on)
     set_backend(model, attention.backend)

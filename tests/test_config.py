@@ -59,6 +59,7 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
     (TrainConfig, "sample_length", -1, AT_LEAST_0),
     (TrainConfig, "seed", -1, SEED),
     (TrainConfig, "weight_decay", -0.1, "give a number of at least 0"),
+    (TrainConfig, "embedding_decay", -0.1, "give a number of at least 0"),
     (TrainConfig, "grad_clip", -1.0, "give a number of at least 0"),
     (TrainConfig, "learning_rate", 0.0, "give a positive number"),
     (TrainConfig, "muon_learning_rate", 0.0, "give a positive number"),

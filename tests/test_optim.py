@@ -182,6 +182,22 @@ def test_queries_keys_and_values_are_orthogonalized_apart() -> None:
         assert torch.equal(ours, theirs) == ("qkv.weight" not in name), name
 
 
+def test_embeddings_decay_as_asked() -> None:
+    model, still = gpt2(), gpt2()
+    optimizers = [
+        muon(m, MUON.replace(embedding_decay=d), torch.float32)
+        for m, d in ((model, 0.5), (still, 0.0))
+    ]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for optimizer, model_ in zip(optimizers, (model, still), strict=True):
+        give_gradients(model_, 0)
+        optimizer.step()
+    rate = optimizers[0].param_groups[1]["lr"]
+    for (name, ours), theirs in zip(model.named_parameters(), still.parameters(), strict=True):
+        decay = rate * 0.5 if "embedding" in name else 0.0
+        torch.testing.assert_close(ours, theirs - decay * before[name], rtol=0, atol=1e-7)
+
+
 def assert_nothing_stayed(model: GPT2) -> None:
     for (name, moved), start in zip(model.named_parameters(), gpt2().parameters(), strict=True):
         assert not torch.equal(moved, start), name
