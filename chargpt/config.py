@@ -323,7 +323,7 @@ def speedrun() -> Preset:
 
 
 def best() -> Preset:
-    """4.8 M parameters: the lowest loss on Tiny Shakespeare that a laptop reaches in an hour."""
+    """4.8 M parameters and dropout: half an hour on two fast cores, for a loss below speedrun's."""
     return Preset(
         model=GPT2Config(
             block_size=256,
