@@ -32,8 +32,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shortened(command: str) -> list[str]:
-    """Replace the budget of a training command by two small steps."""
+    """Replace the budget of a training command by two small steps, and measure little."""
     arguments = shlex.split(command, comments=True)[1:]
+    if arguments[0] == "bench":
+        small = "--n-layer 1 --n-head 1 --d-model 16 --block-size 16 --batch-size 1"
+        return [*arguments, *small.split(), "--rounds", "1", "--seconds", "0.01"]
     if arguments[0] != "train":
         return [*arguments, "--max-new-tokens", "20"] if arguments[0] == "sample" else arguments
     budget = ("--minutes", "--steps", "--epochs")
