@@ -32,7 +32,6 @@ needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler here"
 )
 BF16 = torch.bfloat16
-# TODO: a bug found by these tests; the marks are strict, so that they go with it.
 PLACEMENTS = ["pre", "post", "sandwich"]
 KERNELS = {"attention", "linear", "feed_forward", "layer_norm", "residual"}
 

@@ -74,8 +74,6 @@ def setting(
         yield Setting(kernels, dtype)
 
 
-# TODO: bugs that were found by these tests; the marks are strict, so that they go with them.
-
 # --- the comparison
 
 
