@@ -44,25 +44,30 @@ def prepare(trainer: Trainer, note: Note) -> None:
         UserError: kernels were asked for, and there are none here.
     """
     start = time.perf_counter()
-    config, model = trainer.config, trainer.model
     if trainer.device.type == "cpu":
         keep_memory()
-    compiling = choose_compile(config.compile, trainer.device)
+    compiling = choose_compile(trainer.config.compile, trainer.device)
     if trainer.parallel.device_ids:
         compiling = CompileChoice(False, "not over several GPUs in one process")
-    kernels = choose_kernels(config.kernels, trainer.device, compiling.on)
+    _choose_layers(trainer, note, compiling=compiling.on)
+    if not _compile(trainer, compiling, note) and compiling.on:
+        _choose_layers(trainer, note, compiling=False)
+    seconds = time.perf_counter() - start
+    trainer.state.compile_seconds += seconds
+    trainer.state.train_seconds += seconds
+
+
+def _choose_layers(trainer: Trainer, note: Note, *, compiling: bool) -> None:
+    config, model, device = trainer.config, trainer.model, trainer.device
+    kernels = choose_kernels(config.kernels, device, compiling)
     if kernels.on:
         use_kernels(model)
         if isinstance(trainer.optimizer, MuonAdamW):
             trainer.optimizer.update = fast_muon_update
     note(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
-    attention = choose_attention(config.attention, model.config, trainer.device, kernels=kernels.on)
+    attention = choose_attention(config.attention, model.config, device, kernels=kernels.on)
     set_backend(model, attention.backend)
     note(f"attention  {attention.backend} ({attention.reason})")
-    _compile(trainer, compiling, note)
-    seconds = time.perf_counter() - start
-    trainer.state.compile_seconds += seconds
-    trainer.state.train_seconds += seconds
 
 
 def keep_memory() -> None:
@@ -173,19 +178,21 @@ def set_backend(model: GPT2, backend: Backend) -> None:
 # --- compilation
 
 
-def _compile(trainer: Trainer, choice: CompileChoice, note: Note) -> None:
-    """Compile the model if that is wished for and works here; a trial step finds out."""
+def _compile(trainer: Trainer, choice: CompileChoice, note: Note) -> bool:
+    """Compile the model if that is wished for; return whether a trial step worked."""
     if not choice.on:
         note(f"compile    off ({choice.reason})")
-        return
+        return False
     eager = trainer.forward
     try:
         trainer.forward = cast(Callable[[Tensor], Tensor], torch.compile(trainer.model))
         trial_step(trainer)
         note(f"compile    on ({choice.reason})")
+        return True
     except Exception as error:
         if is_out_of_memory(error):
             raise
         trainer.forward = eager
         first_line = str(error).strip().partition("\n")[0][:200]
         note(f"compile    failed, going on without ({type(error).__name__}: {first_line})")
+        return False
