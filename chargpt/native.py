@@ -1,7 +1,7 @@
 """The kernels of ``kernels.cpp`` as PyTorch calls, compiled for this processor on first use.
 
 Each function here computes what its PyTorch twin computes, forward and backward, in one pass over
-memory; `suits` says for which tensors. `use_kernels` puts them into a model: see there.
+memory; `suits` says for which tensors. `chargpt.fast_layers` puts them into a model.
 
 Shapes: B sequences, T time, H heads, D head size, C = H × D.
 """
