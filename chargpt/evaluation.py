@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from chargpt.data import blocks
+from chargpt.errors import UserError
+
+BATCH_SIZE = 32
+"""Windows in a forward pass, where nobody asks for another number."""
 
 
 def evaluate(
@@ -19,7 +24,7 @@ def evaluate(
     tokens: npt.NDArray[Any],
     block_size: int,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> float:
     """Return the mean loss in nats a token over all of `tokens`, in disjoint blocks.
@@ -35,17 +40,85 @@ def evaluate(
         autocast: context for each forward pass, entered again and again, such as
             ``torch.autocast("cpu", torch.bfloat16)``.
     """
+    scores = log_probabilities(model, tokens, block_size, batch_size=batch_size, autocast=autocast)
+    return mean_nats(scores)
+
+
+def mean_nats(scores: npt.NDArray[np.float32]) -> float:
+    """Return the loss, in nats a token, of log-probabilities (n,) with n ≥ 1."""
+    return -float(scores.sum(dtype=np.float64)) / len(scores)
+
+
+def log_probabilities(
+    model: nn.Module,
+    tokens: npt.NDArray[Any],
+    block_size: int,
+    *,
+    stride: int = 0,
+    batch_size: int = BATCH_SIZE,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return ln p of each token but the first, given those before it in a window.
+
+    A window of T tokens moves by `stride` and scores the tokens that the one before it has not.
+
+    Args:
+        model: maps ids (B, T) to logits (B, T, V); left in the mode it was in.
+        tokens: token ids, (n,) with n ≥ 1.
+        block_size: T, tokens a window.
+        stride: tokens that a window moves, 1 to T; 0: T, which makes disjoint blocks.
+        batch_size: windows in a forward pass; changes speed and memory only.
+        autocast: context for each forward pass, entered again and again.
+
+    Returns:
+        Natural logarithms, (n - 1,): entry i is of ``tokens[i + 1]``.
+
+    Raises:
+        UserError: a stride outside 0 … T.
+    """
+    if not 0 <= stride <= block_size:
+        raise UserError(
+            f"stride is {stride}: give 1 (all the context there is) to {block_size} (block_size), "
+            "or 0 for disjoint blocks"
+        )
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    # Collected where they are computed: waiting for each batch would leave a GPU idle.
+    scores = torch.empty(len(tokens) - 1, dtype=torch.float32, device=device)
+    done = 0
     with evaluating(model), torch.inference_mode():
-        for inputs, targets in blocks(tokens, block_size, batch_size):
+        for inputs, targets in _windows(tokens, block_size, stride or block_size, batch_size):
             with autocast or nullcontext():
-                logits = model(inputs.to(device))  # (B, T, V)
-            total += F.cross_entropy(
-                logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum"
-            ).item()
-            count += targets.numel()
-    return total / count
+                logits = model(inputs.to(device))  # (B, ≤T, V)
+            logits = logits[:, -targets.size(1) :].float().flatten(0, 1)  # (B × ≤S, V)
+            nats = F.cross_entropy(logits, targets.to(device).flatten(), reduction="none")
+            scores[done : done + len(nats)] = -nats
+            done += len(nats)
+    assert done == len(scores)
+    result: npt.NDArray[np.float32] = scores.cpu().numpy()
+    return result
+
+
+def _windows(
+    tokens: npt.NDArray[Any], block_size: int, stride: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield windows (B, ≤T) and the targets (B, ≤S) of their last positions, in order of the text.
+
+    They are blocks of S = stride tokens, each after the T - S tokens that stand before it. What the
+    first window has too much is a block of its own, so that every token but the first is a target
+    once.
+    """
+    lead = block_size - stride
+    if lead:
+        yield from blocks(tokens[: lead + 1], lead, 1)
+    if len(tokens) - lead < 2:
+        return
+    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
+    before = ids.unfold(0, lead, stride) if lead else ids.new_empty(len(ids), 0)  # (·, T - S)
+    done = 0
+    for inputs, targets in blocks(tokens[lead:], stride, batch_size):
+        context = before[done : done + len(inputs)]  # (B, T - S)
+        yield torch.cat([context, inputs], dim=1), targets  # (B, T), (B, S)
+        done += len(inputs)
 
 
 @contextmanager
