@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from chargpt.errors import TrainingError as TrainingError
     from chargpt.errors import UserError as UserError
     from chargpt.evaluation import evaluate as evaluate
+    from chargpt.generation import complete as complete
     from chargpt.generation import generate as generate
     from chargpt.generation import generate_text as generate_text
     from chargpt.generation import sample as sample
+    from chargpt.generation import write as write
     from chargpt.model import GPT2 as GPT2
     from chargpt.run import train as train
+    from chargpt.scoring import score as score
     from chargpt.tokenizer import CharTokenizer as CharTokenizer
 
 _HOME = {
@@ -52,11 +55,14 @@ _HOME = {
     "TrainingError": "errors",
     "UserError": "errors",
     "evaluate": "evaluation",
+    "complete": "generation",
     "generate": "generation",
     "generate_text": "generation",
     "sample": "generation",
+    "write": "generation",
     "GPT2": "model",
     "train": "run",
+    "score": "scoring",
     "CharTokenizer": "tokenizer",
 }
 

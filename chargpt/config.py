@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from chargpt.errors import UserError
@@ -256,12 +256,22 @@ class SampleConfig:
     """Text to continue; empty: start as a document starts."""
     max_new_tokens: int = 500
     """Characters to write at most."""
+    echo: bool = True
+    """Begin with the prompt; --no-echo leaves it out."""
     temperature: float = 0.8
     """Below 1 plays safe, above 1 is wild, 0 always takes the likeliest character."""
     top_k: int = 0
     """Draw among the k likeliest characters only; 0: all."""
     top_p: float = 1.0
     """Draw among the likeliest characters that together hold this probability."""
+    min_p: float = 0.0
+    """Draw among characters with at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes characters that the text has less likely; 1: does nothing."""
+    logit_bias: Mapping[str, float] = field(default_factory=dict)
+    """Make a character likelier (above 0) or less likely. May be given several times."""
+    forbidden: str = ""
+    """Characters never to write."""
     num_samples: int = 1
     """Texts to write, each with its own random numbers."""
     seed: int = 1337
@@ -270,6 +280,9 @@ class SampleConfig:
     """End the text before any of these strings. May be given several times."""
     unknown: Unknown = "error"
     """What to do with prompt characters that the model has never seen."""
+    context_kept: float = 0.5
+    """When block_size is full, how much of it the model reads anew to go on, as a share: less is
+    faster, 1 always shows it the last block_size characters."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -279,6 +292,12 @@ class SampleConfig:
         check(self.top_k >= 0, self, "top_k", "give a whole number of at least 0")
         check(self.temperature >= 0, self, "temperature", "give 0 (greedy) or more, e.g. 0.8")
         check(0 < self.top_p <= 1, self, "top_p", "give a share above 0 and up to 1")
+        check(0 <= self.min_p <= 1, self, "min_p", "give a share from 0 to 1")
+        check(0 < self.context_kept <= 1, self, "context_kept", "give a share above 0 and up to 1")
+        name = "repetition_penalty"
+        check(self.repetition_penalty > 0, self, name, "give a positive number, e.g. 1.1")
+        one = all(len(character) == 1 for character in self.logit_bias)
+        check(one, self, "logit_bias", "give single characters, such as e=-2")
         check(all(self.stop), self, "stop", "give strings that are not empty")
 
     def replace(self, **changes: Any) -> Self:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from chargpt.attention import Backend, self_attention
 from chargpt.config import ActivationFunction, GPT2Config
 from chargpt.dropout import Dropout
 from chargpt.errors import UserError
+from chargpt.kv_cache import Cache, LayerCache
 
 INIT_STD = 0.02
 
@@ -46,11 +48,14 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.projection = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C); with a cache, T new positions also see those before them."""
         dropout_p = self.dropout_p if self.training else 0.0
         qkv = self.qkv(x)  # (B, T, 3C)
-        y = self_attention(qkv, self.n_head, dropout_p=dropout_p, backend=self.backend)
+        if cache is None:
+            y = self_attention(qkv, self.n_head, dropout_p=dropout_p, backend=self.backend)
+        else:
+            y = cache.attend(qkv, self.n_head)  # (B, T, C)
         out: Tensor = self.projection(y)  # (B, T, C)
         return out
 
@@ -111,9 +116,9 @@ class Residual(nn.Module):
         self.sum = ResidualSum(config.dropout)
         self.sum_norm = norm_if(placement == "post")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        update = self.sublayer_norm(self.sublayer(self.norm(x)))
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """Map (B, T, C) to (B, T, C); the sublayer is given the context, too."""
+        update = self.sublayer_norm(self.sublayer(self.norm(x), *context))
         out: Tensor = self.sum_norm(self.sum(x, update))
         return out
 
@@ -126,9 +131,9 @@ class Block(nn.Module):
         self.attention = Residual(CausalSelfAttention(config), config)
         self.feed_forward = Residual(FeedForward(config), config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        out: Tensor = self.feed_forward(self.attention(x))
+        out: Tensor = self.feed_forward(self.attention(x, cache))
         return out
 
 
@@ -160,11 +165,12 @@ class GPT2(nn.Module):
             if name.endswith("projection.weight"):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * config.n_layer))
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Return logits for the token after each position.
 
         Args:
             ids: token ids, (B, T) with T ≤ block_size.
+            cache: of the tokens before these, if any; see `chargpt.kv_cache`.
 
         Returns:
             Unnormalised log-probabilities, (B, T, V).
@@ -175,11 +181,11 @@ class GPT2(nn.Module):
         T = ids.size(1)
         if self.config.block_size < T:
             raise UserError(f"{T} tokens do not fit block_size {self.config.block_size}: crop them")
-        positions = torch.arange(T, device=ids.device)  # (T,)
+        positions = cache.positions if cache else torch.arange(T, device=ids.device)  # (…, T)
         x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, C)
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x)  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache.layers[i] if cache else None)  # (B, T, C)
         logits: Tensor = self.head(self.final_norm(x))  # (B, T, V)
         return logits
 

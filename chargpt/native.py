@@ -29,7 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from chargpt.muon import MuonSettings
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "decoder.cpp"))
+HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
 COMPILERS = ("c++", "g++", "clang++")
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -56,7 +57,7 @@ class KernelsError(Exception):
 
 
 class Kernels:
-    """The functions of a compiled ``kernels.cpp``, by name and type of value.
+    """The functions of the compiled library; those of ``kernels.cpp`` by name and type of value.
 
     Args:
         path: the shared library.
@@ -64,6 +65,8 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
+        self.library = library
+        """For the functions of ``decoder.cpp``; see `chargpt.native_decoder`."""
         self.lanes: int = library.chargpt_lanes()
         """Values in a vector: the width that sizes must be multiples of."""
         self.dtypes: set[torch.dtype] = set()
@@ -103,8 +106,8 @@ def load_kernels() -> Kernels:
 
 
 def library_path() -> Path:
-    """Return where the library for this source and processor is, or will be."""
-    made_of = (SOURCE.read_text(), *FLAGS, _processor())
+    """Return where the library for these sources and this processor is, or will be."""
+    made_of = (*(file.read_text() for file in (HEADER, *SOURCES)), *FLAGS, _processor())
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     return Path(platformdirs.user_cache_dir("chargpt"), "kernels", f"kernels-{key}.so")
 
@@ -119,7 +122,8 @@ def _compile(path: Path) -> None:
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         library = Path(folder, path.name)
-        command = [compiler, *FLAGS, *threads, "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
+        sources = [str(source) for source in SOURCES]
+        command = [compiler, *FLAGS, *threads, "-shared", "-fPIC", *sources, "-o", str(library)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         library.replace(path)
 

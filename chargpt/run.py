@@ -168,10 +168,10 @@ def _out_of_memory(trainer: Trainer) -> TrainingError:
 
 
 def _sampler(plan: Plan) -> Callable[[], str]:
-    config = SampleConfig(
-        max_new_tokens=plan.trainer.config.sample_length, seed=plan.trainer.config.seed
-    )
-    return lambda: "".join(generate_text(plan.trainer.model, plan.corpus.tokenizer, config))
+    trainer, tokenizer = plan.trainer, plan.corpus.tokenizer
+    kernels = trainer.config.kernels
+    config = SampleConfig(max_new_tokens=trainer.config.sample_length, seed=trainer.config.seed)
+    return lambda: "".join(generate_text(trainer.model, tokenizer, config, kernels=kernels))
 
 
 def _finish(plan: Plan, stop_reason: StopReason) -> TrainResult:

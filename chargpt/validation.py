@@ -104,15 +104,26 @@ def _as_type(value: Any, hint: Any) -> Any:
     if origin is tuple:
         good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         return tuple(value) if good else _WRONG
+    if origin is Mapping:
+        return _as_mapping(value, *arguments)
     if hint is float and type(value) in (int, float):
         return float(value) if abs(value) <= sys.float_info.max else _WRONG  # no NaN, no infinity
     return value if type(value) is hint else _WRONG
+
+
+def _as_mapping(value: Any, key_hint: Any, value_hint: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return _WRONG
+    good = {_as_type(k, key_hint): _as_type(v, value_hint) for k, v in value.items()}
+    return _WRONG if _WRONG in (*good, *good.values()) else good
 
 
 def _describe(hint: Any) -> str:
     """Return what a person is to give for the type `hint`."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is Mapping:
+        return "texts with numbers, such as e=-2"
     if typing.get_origin(hint) is types.UnionType:
         return _describe(typing.get_args(hint)[0])
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

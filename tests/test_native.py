@@ -50,7 +50,8 @@ def compiled_for(variant: str, folder: Path) -> Kernels:
             pytest.skip("no AVX2 here")
     flags = [flag for flag in native.FLAGS if not flag.startswith("-march")] + VARIANTS[variant]
     library = folder / f"{variant}.so"
-    command = [COMPILERS[0], *flags, "-shared", "-fPIC", str(native.SOURCE), "-o", str(library)]
+    sources = map(str, native.SOURCES)
+    command = [COMPILERS[0], *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
     subprocess.run(command, check=True)
     return Kernels(library)
 

@@ -334,7 +334,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     source = tmp_path / "kernels.cpp"
     source.write_text(TINY_SOURCE)
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source,))
     return tmp_path / "cache"
 
 
@@ -348,7 +348,7 @@ def test_a_library_is_for_one_source_compiler_call_and_processor(
     assert library_path() == paths[0]
     assert paths[0].is_relative_to(cache / "chargpt" / "kernels")
     assert paths[0].suffix == ".so"
-    native.SOURCE.write_text(TINY_SOURCE + "\n// changed")
+    native.SOURCES[0].write_text(TINY_SOURCE + "\n// changed")
     paths.append(library_path())
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O1"))
     paths.append(library_path())
@@ -391,7 +391,7 @@ def test_what_does_not_compile_is_one_error_of_one_line(
     cache: Path, monkeypatch: pytest.MonkeyPatch, source: str, path: str
 ) -> None:
     """A source that is wrong, and a machine without compilers."""
-    native.SOURCE.write_text(source)
+    native.SOURCES[0].write_text(source)
     if path:
         monkeypatch.setenv("PATH", path)
         monkeypatch.delenv("CXX", raising=False)
@@ -424,7 +424,7 @@ from pathlib import Path
 import platformdirs
 from chargpt import native
 platformdirs.user_cache_dir = lambda name: sys.argv[1]
-native.SOURCE = Path(sys.argv[2])
+native.SOURCES = (Path(sys.argv[2]),)
 print("ready", flush=True)
 sys.stdin.readline()
 print(native.load_kernels().lanes)
@@ -433,7 +433,7 @@ print(native.load_kernels().lanes)
 
 @needs_compiler
 def test_two_processes_may_compile_at_once(cache: Path) -> None:
-    command = [sys.executable, "-c", CHILD, str(cache), str(native.SOURCE)]
+    command = [sys.executable, "-c", CHILD, str(cache), str(native.SOURCES[0])]
     children = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
