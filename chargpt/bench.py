@@ -165,7 +165,11 @@ def _measure(
     best = max((runner.name for runner in theirs), key=rates.__getitem__, default=None)
     needed = rates[own.name] * training_flops_per_token(trainer.model.config)  # FLOP/s
     return {
-        "machine": _machine(trainer),
+        "machine": {
+            **describe_machine(trainer.device),
+            "precision": trainer.precision.name,
+            "precision_reason": trainer.precision.reason,
+        },
         "choices": choices,
         "ceilings_gflops": {name: rate / 1e9 for name, rate in ceilings.items()},
         "train": {
@@ -187,15 +191,14 @@ def _measure(
 # --- the machine
 
 
-def _machine(trainer: Trainer) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return what a report says of the machine and of what runs on it."""
     return {
-        "device": describe_device(trainer.device),
+        "device": describe_device(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "chargpt": chargpt.__version__,
         "torch": torch.__version__,
-        "precision": trainer.precision.name,
-        "precision_reason": trainer.precision.reason,
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from chargpt.config import GPT2Config
 from chargpt.errors import UserError
 from chargpt.hardware import PrecisionChoice
 from chargpt.timing import median_seconds
@@ -97,7 +98,9 @@ class HuggingFace:
         self, trainer: Trainer, precision: PrecisionChoice, transformers: Any, *, compiled: bool
     ) -> None:
         self.trainer, self.precision = trainer, precision
-        self.model = _hugging_face_model(trainer, transformers)
+        self.model = (
+            hugging_face_model(trainer.model.config, transformers).to(trainer.device).train()
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         enabled = precision.name == "fp16"
         self.scaler = torch.amp.GradScaler(trainer.device.type, enabled=enabled)
@@ -129,7 +132,9 @@ class HuggingFace:
             inputs = trainer.windows.batch(first, config.batch_size).inputs  # (B, T)
             inputs = inputs.to(trainer.device)
             with self.precision.autocast(trainer.device):
-                loss = self.forward(input_ids=inputs, labels=inputs).loss  # it shifts them itself
+                loss = self.forward(
+                    input_ids=inputs, labels=inputs, use_cache=False
+                ).loss  # it shifts them itself
             loss = loss / config.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -143,8 +148,13 @@ class HuggingFace:
         self._step_number += 1
 
 
-def _hugging_face_model(trainer: Trainer, transformers: Any) -> torch.nn.Module:
-    shape = trainer.model.config
+def hugging_face_model(shape: GPT2Config, transformers: Any) -> Any:
+    """Return a ``GPT2LMHeadModel`` of a shape, untrained.
+
+    Args:
+        shape: its activation must be one that Hugging Face has.
+        transformers: the module.
+    """
     config = transformers.GPT2Config(
         vocab_size=shape.vocab_size,
         n_positions=shape.block_size,
@@ -156,14 +166,12 @@ def _hugging_face_model(trainer: Trainer, transformers: Any) -> torch.nn.Module:
         resid_pdrop=shape.dropout,
         embd_pdrop=shape.dropout,
         attn_pdrop=shape.dropout,
-        use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
     )
-    model: Any = transformers.GPT2LMHeadModel(config)
+    model = transformers.GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # what it falls back on, with a warning
-    twin: torch.nn.Module = model.to(trainer.device).train()
-    return twin
+    return model
 
 
 # --- a local clone of nanoGPT
@@ -196,6 +204,14 @@ def parse_peers(given: Sequence[str]) -> dict[str, Path]:
     return peers
 
 
+def copy_clone(clone: Path, folder: Path) -> None:
+    """Copy what a clone of nanoGPT runs to an empty folder."""
+    for file in (*clone.glob("*.py"), *clone.glob("config/*.py")):
+        copy = folder / file.relative_to(clone)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
 class NanoGPT:
     """A clone of nanoGPT, run as it is in a process of its own; nothing is written to the clone.
 
@@ -212,10 +228,7 @@ class NanoGPT:
         self.name = "nanoGPT"
         self.clone, self.trainer, self.folder = clone, trainer, folder
         self._step_seconds = guess
-        for file in (*clone.glob("*.py"), *clone.glob("config/*.py")):
-            copy = folder / file.relative_to(clone)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+        copy_clone(clone, folder)
         self._write_text()
 
     def measure(self, seconds: float) -> float:

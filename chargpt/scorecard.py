@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +22,14 @@ from chargpt.data import (
     split_documents,
 )
 from chargpt.errors import UserError
-from chargpt.evaluation import evaluate
+from chargpt.evaluation import mean_nats
 from chargpt.hardware import choose_device
 from chargpt.metrics import bits_per_char, perplexity
+from chargpt.scoring import token_log_probabilities
 from chargpt.tokenizer import CharTokenizer
 from chargpt.validation import from_dict
 
 Split = Literal["validation", "train"]
-_REMEDY = "name a file to evaluate on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +39,8 @@ class Scorecard:
     text: str
     """What was read."""
     n_tokens: int
+    stride: int
+    """Tokens that the model's window moved; 0: block_size."""
     nats_per_char: float
     bits_per_char: float
     perplexity: float
@@ -56,6 +58,7 @@ def score_run(
     device: Device = "auto",
     encoding: str | None = None,
     unknown: Unknown = "error",
+    stride: int = 0,
     with_baselines: bool = True,
 ) -> Scorecard:
     """Evaluate a trained model over a whole text, in fp32.
@@ -69,21 +72,24 @@ def score_run(
         device: where to compute.
         encoding: of the files; default: as in training.
         unknown: what to do with characters that the model has never seen.
+        stride: tokens that the model's window moves (see `chargpt.scoring`); 0: block_size, as in
+            training. Smaller gives more context, and takes longer.
         with_baselines: compute what cheap methods reach.
 
     Raises:
-        UserError: no such run, the text is gone or has changed, or a character is unknown.
+        UserError: no such run, the text is gone or has changed, a character is unknown, or a
+            stride outside 0 … block_size.
     """
     data = read_config(Path(run))["data"]
-    config = from_dict(DataConfig, {name: data[name] for name in DataConfig.__dataclass_fields__})
+    config = data_config(data)
     model, tokenizer = load(run, which=which, device=choose_device(device).device)
     note, corpus = "", None
     try:
-        corpus = _training_corpus(data, config)
+        corpus = training_corpus(data)
     except UserError as error:
         if not files:
-            raise
-        note = f"no baselines: {str(error).removesuffix(f': {_REMEDY}')}"
+            raise UserError(f"{error}: name a file to evaluate on") from error
+        note = f"no baselines: {error}"
     if files:
         tokens = _read_tokens(files, tokenizer, config, encoding or config.encoding, unknown)
         name = ", ".join(files)
@@ -91,11 +97,12 @@ def score_run(
         assert corpus is not None
         tokens = corpus.validation if split == "validation" else corpus.train
         name = f"{split} part of {', '.join(corpus.sources)}"
-    loss = evaluate(model, tokens, model.config.block_size)
+    loss = mean_nats(token_log_probabilities(model, tokens, stride=stride))
     rows = _baselines(corpus, tokens, split if not files else None) if with_baselines else ()
     return Scorecard(
         text=name,
         n_tokens=len(tokens),
+        stride=stride,
         nats_per_char=loss,
         bits_per_char=bits_per_char(loss),
         perplexity=perplexity(loss),
@@ -104,22 +111,31 @@ def score_run(
     )
 
 
-def _training_corpus(data: dict[str, Any], config: DataConfig) -> Corpus:
+def training_corpus(data: Mapping[str, Any]) -> Corpus:
     """Read the text of a run again.
 
+    Args:
+        data: of the run's ``config.json``.
+
     Raises:
-        UserError: it is gone, came from standard input, or has changed.
+        UserError: it is gone, came from standard input, or has changed; what to do about it is the
+            caller's to say.
     """
     sources = data["sources"]
     if STANDARD_INPUT in sources:
-        raise UserError(f"the run read its text from standard input: {_REMEDY}")
+        raise UserError("the run read its text from standard input")
     try:
-        corpus = load_corpus(sources, config)
+        corpus = load_corpus(sources, data_config(data))
     except UserError as error:
         raise UserError(f"the run's text cannot be read again: {error}") from error
     if corpus.sha256 != data["sha256"]:
-        raise UserError(f"{', '.join(sources)} has changed since the run: {_REMEDY}")
+        raise UserError(f"{', '.join(sources)} has changed since the run")
     return corpus
+
+
+def data_config(data: Mapping[str, Any]) -> DataConfig:
+    """Return how a run read its text, given what its ``config.json`` says of data."""
+    return from_dict(DataConfig, {name: data[name] for name in DataConfig.__dataclass_fields__})
 
 
 def _read_tokens(

@@ -176,7 +176,7 @@ def test_help_shows_types_choices_and_the_values_of_the_preset(chargpt: Any) -> 
 
 
 def test_no_command_is_a_cry_for_help_and_version_is_a_version(chargpt: Any) -> None:
-    assert "{train,sample,eval,bench}" in chargpt().out
+    assert "{train,sample,eval,novelty,bench}" in chargpt().out
     assert chargpt("--version").out.startswith("chargpt 0.")
 
 

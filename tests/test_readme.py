@@ -1,5 +1,6 @@
-"""The README's commands and code run as they stand, only shorter."""
+"""The commands and code of the documents run as they stand, only shorter."""
 
+import io
 import re
 import shlex
 from pathlib import Path
@@ -11,10 +12,11 @@ from conftest import words
 from chargpt import cli, data, datasets
 
 README = Path(__file__).parent.parent / "README.md"
+WRITING = README.parent / "docs" / "generation.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+def blocks(language: str, document: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text("utf-8"), re.M | re.S)
 
 
 @pytest.fixture
@@ -23,6 +25,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     text = "Once upon a time\n" + words(5000)
     Path("my.txt").write_text(text)
+    for name in ("scene.txt", "chapter.txt"):
+        Path(name).write_text("the king and queen of hearts said: ")
+    typed = iter(["Once", "upon"])
+
+    def type_in(_: str) -> str:
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", type_in)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Once upon")))
     Path("names.txt").write_text("\n".join(["anna", "otto", "eve", "ada"] * 400))
     for block in blocks("toml"):
         Path("my.toml").write_text(block)
@@ -38,7 +51,9 @@ def shortened(command: str) -> list[str]:
         small = "--n-layer 1 --n-head 1 --d-model 16 --block-size 16 --batch-size 1"
         return [*arguments, *small.split(), "--rounds", "1", "--seconds", "0.01"]
     if arguments[0] != "train":
-        return [*arguments, "--max-new-tokens", "20"] if arguments[0] == "sample" else arguments
+        writes = arguments[0] in ("sample", "novelty")
+        few = ["--num-samples", "2"] if arguments[0] == "novelty" else []
+        return [*arguments, "--max-new-tokens", "20", *few] if writes else arguments
     budget = ("--minutes", "--steps", "--epochs")
     kept = [
         a for a, before in zip(arguments, ["", *arguments], strict=False) if before not in budget
@@ -49,9 +64,10 @@ def shortened(command: str) -> list[str]:
 
 
 def test_every_command_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    shown = [*blocks("bash"), *blocks("bash", WRITING)]
+    lines = [line for block in shown for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("chargpt ")]
-    assert len(commands) >= 8
+    assert len(commands) >= 16
     for command in commands:
         if "--resume" in command:
             continue
@@ -71,7 +87,7 @@ def test_every_make_target_exists() -> None:
 def test_the_python_runs_from_top_to_bottom(folder: Path) -> None:
     namespace: dict[str, Any] = {}
     assert blocks("python")
-    for block in blocks("python"):
+    for block in (*blocks("python"), *blocks("python", WRITING)):
         exec(block.replace("minutes=1", "minutes=0.01"), namespace)
     assert namespace["logits"].shape == (1, 5, namespace["tokenizer"].vocab_size)
 
