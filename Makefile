@@ -9,7 +9,7 @@ ARGS   ?=
 .PHONY: train test test-slow check clean
 
 train: $(VENV)/installed
-	$(BIN)/chargpt train --preset speedrun $(ARGS)
+	$(BIN)/chargpt train $(if $(findstring --resume,$(ARGS)),,--preset speedrun) $(ARGS)
 
 # One thread a process: the models are tiny, and two processes share two cores.
 test: $(VENV)/installed-dev
