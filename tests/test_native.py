@@ -5,10 +5,7 @@ with AVX2 and one with no vector extension would: other widths, other tails.
 """
 
 import math
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,18 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from variants import COMPILERS, kernels_of
 
 from chargpt import native
 from chargpt.muon import MuonSettings
 from chargpt.native import Kernels, load_kernels
 
-COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
 if not COMPILERS:
     pytest.skip("no C++ compiler here", allow_module_level=True)
 
 FP32, BF16 = torch.float32, torch.bfloat16
-# What no flag names is what the processor family always has: SSE2 or NEON, vectors of four.
-VARIANTS = {"avx2": ["-mavx2", "-mfma"], "plain": []}
 
 
 class Setting(NamedTuple):
@@ -42,34 +37,15 @@ class Setting(NamedTuple):
         return torch.autocast("cpu", BF16, enabled=self.dtype == BF16)
 
 
-def compiled_for(variant: str, folder: Path) -> Kernels:
-    """Return the kernels compiled with other flags than ours, and without OpenMP."""
-    if variant == "avx2":
-        cpuinfo = Path("/proc/cpuinfo")
-        if not cpuinfo.exists() or not {"avx2", "fma"} <= set(cpuinfo.read_text().split()):
-            pytest.skip("no AVX2 here")
-    flags = [flag for flag in native.FLAGS if not flag.startswith("-march")] + VARIANTS[variant]
-    library = folder / f"{variant}.so"
-    sources = map(str, native.SOURCES)
-    command = [COMPILERS[0], *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
-    subprocess.run(command, check=True)
-    return Kernels(library)
-
-
 @pytest.fixture(scope="module", params=["native-fp32", "native-bf16", "avx2-fp32", "plain-fp32"])
-def setting(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Setting]:
+def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     variant, precision = request.param.split("-")
     dtype = {"fp32": FP32, "bf16": BF16}[precision]
-    if variant == "native":
-        kernels = load_kernels()
-        if dtype not in kernels.dtypes:
-            pytest.skip(f"this processor does not multiply {precision}")
-    else:
-        kernels = compiled_for(variant, tmp_path_factory.mktemp("kernels"))
+    kernels = kernels_of(variant)
+    if dtype not in kernels.dtypes:
+        pytest.skip(f"this processor does not multiply {precision}")
+    if variant != "native":
         assert kernels.dtypes == {FP32}
-        assert kernels.lanes == {"avx2": 8, "plain": 4}[variant]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "load_kernels", lambda: kernels)
         yield Setting(kernels, dtype)
