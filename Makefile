@@ -6,17 +6,20 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS   ?=
 
-.PHONY: train test test-slow check clean
+.PHONY: train test test-slow test-reliability check clean
 
 train: $(VENV)/installed
 	$(BIN)/chargpt train $(if $(findstring --resume,$(ARGS)),,--preset speedrun) $(ARGS)
 
 # One thread a process: the models are tiny, and two processes share two cores.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not reliability" $(ARGS)
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-reliability: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m reliability $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

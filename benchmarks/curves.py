@@ -37,7 +37,7 @@ from protocols import learning_curve, whole_loss
 from torch import Tensor, nn
 
 import chargpt
-from chargpt import checkpoint
+from chargpt import durable
 from chargpt.bench import cpu_name
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
 from chargpt.errors import UserError
@@ -130,7 +130,7 @@ def measure(presets: dict[str, Preset], clone: Path | None, seconds: float, out:
             "seconds": seconds,
             "curves": [c._asdict() for c in curves],
         }
-        checkpoint.write_json(out / CURVES, report)
+        durable.write_json(out / CURVES, report)
         draw(out)
         end = f"{curve.points[-1].val_loss:.4f} after {curve.points[-1].seconds:.1f} s"
         print(f"{curve.name}: {end}", file=sys.stderr)

@@ -25,7 +25,7 @@ from typing import Any
 from protocols import half_losses, learning_curve, nanogpt_loss, standard_error
 
 import chargpt
-from chargpt import checkpoint
+from chargpt import durable, run_folder
 from chargpt.bench import cpu_name
 from chargpt.config import PRESETS
 from chargpt.data import load_corpus
@@ -104,7 +104,7 @@ def run_seeds(given: argparse.Namespace) -> None:
             "seeds": rows,
             **summed_up(rows),
         }
-        checkpoint.write_json(given.out / RESULTS, results)
+        durable.write_json(given.out / RESULTS, results)
         best, seconds = rows[-1]["best_val_loss"], rows[-1]["train_seconds"]
         print(f"seed {seed}: best {best:.4f}, {seconds:.1f} s of training", file=sys.stderr)
     print(table(results))
@@ -175,8 +175,8 @@ def score_run(run: Path, validation: Any, target: float) -> Row:
     summary = _summary(run)
     device = choose_device(saved(run)["training"].device).device
     autocast = PrecisionChoice(summary["precision"], "as trained").autocast(device)
-    best = checkpoint.load(run, which="best", device=device).model
-    last = checkpoint.load(run, which="last", device=device).model
+    best = run_folder.load(run, which="best", device=device).model
+    last = run_folder.load(run, which="last", device=device).model
     estimate = nanogpt_loss(best, validation, best.config.block_size, autocast=autocast)
     halves = half_losses(last, validation, last.config.block_size, autocast=autocast)
     curve = learning_curve(run)
@@ -241,7 +241,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _machine(run: Path) -> dict[str, Any]:
-    environment: dict[str, Any] = checkpoint.read_config(run)["environment"]
+    environment: dict[str, Any] = run_folder.read_config(run)["environment"]
     return environment | {"cpu": cpu_name(), "chargpt": chargpt.__version__}
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from chargpt.checkpoint import load as load
     from chargpt.config import PRESETS as PRESETS
     from chargpt.config import DataConfig as DataConfig
     from chargpt.config import GPT2Config as GPT2Config
@@ -36,11 +35,12 @@ if TYPE_CHECKING:
     from chargpt.generation import write as write
     from chargpt.model import GPT2 as GPT2
     from chargpt.run import train as train
+    from chargpt.run_folder import load as load
     from chargpt.scoring import score as score
     from chargpt.tokenizer import CharTokenizer as CharTokenizer
 
 _HOME = {
-    "load": "checkpoint",
+    "load": "run_folder",
     "PRESETS": "config",
     "DataConfig": "config",
     "GPT2Config": "config",

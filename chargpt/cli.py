@@ -1,4 +1,4 @@
-"""The command line: ``chargpt train``, ``sample``, ``eval``, ``novelty``, ``bench``.
+"""The command line: ``chargpt train``, ``sample``, ``eval``, ``novelty``, ``check``, ``bench``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 the user's mistake, 1
 anything else, 130 and 143 interrupted. torch is imported when a command runs, not to print help.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
 from chargpt import __version__, flags
-from chargpt.commands import bench, eval, novelty, sample, train
+from chargpt.commands import bench, check, eval, novelty, sample, train
 from chargpt.commands.shared import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from chargpt.config import PRESETS
-from chargpt.errors import TrainingError, UserError
+from chargpt.errors import RunWarning, TrainingError, UserError
+from chargpt.terminal import visible
 
 
 class Command(Protocol):
@@ -39,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "sample": sample,
     "eval": eval,
     "novelty": novelty,
+    "check": check,
     "bench": bench,
 }
 
@@ -49,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may lack a character of the text
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RunWarning)
+        warnings.showwarning = _one_line(warnings.showwarning)
+        sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: Sequence[str]) -> int:
+    """Run a command; tell what goes wrong, and return the code for it."""
     try:
         code = run(arguments)
         sys.stdout.flush()
@@ -61,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `chargpt sample … | head`: nobody reads on, which is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    sys.exit(code)
+    return code
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -90,6 +101,18 @@ def _preset_in(arguments: Sequence[str]) -> str:
     return names[-1] if names and names[-1] in PRESETS else "tiny"
 
 
+def _one_line(show: Callable[..., None]) -> Callable[..., None]:
+    """Return what shows a `RunWarning` as a line for a person, and any other as `show` does."""
+
+    def show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, RunWarning):
+            print(f"chargpt: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+        else:
+            show(message, category, *rest, **more)
+
+    return show_warning
+
+
 def _fail(error: Exception, code: int) -> int:
-    print(f"chargpt: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"chargpt: {visible(' '.join(str(error).split()))}", file=sys.stderr)
     return code

@@ -10,6 +10,7 @@ function at the end of the file; a flag wins over a file, a file over the preset
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class GPT2Config:
         for name in ("vocab_size", "d_ff"):
             check(getattr(self, name) >= 0, self, name, "give a positive number, or 0 to derive it")
         if self.d_model % self.n_head:
-            divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+            divisors = [h for h in range(1, min(self.d_model, 2**16) + 1) if self.d_model % h == 0]
             nearest = min(divisors, key=lambda h: abs(h - self.n_head))
             raise UserError(
                 f"n_head is {self.n_head}, which does not divide d_model {self.d_model}: "
@@ -118,7 +119,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check(self.encoding != "", self, "encoding", "give a name such as utf-8 or latin-1")
+        check(
+            self.encoding.isprintable() and self.encoding != "",
+            self,
+            "encoding",
+            "give a name such as utf-8 or latin-1",
+        )
         check(
             0 < self.validation_fraction < 1,
             self,
@@ -187,6 +193,9 @@ class TrainConfig:
     eval_interval: int = 0
     """Steps between evaluations over the whole validation part. 0: once an epoch, but no more often
     than every 25 steps or than keeps evaluation cheap, and at least every 250 where it is."""
+    save_interval: int = 0
+    """Steps between saves of the last state, besides those at evaluations: what a crash can cost.
+    0: at evaluations only."""
     patience: int = 5
     """Stop after this many evaluations in a row without a better one; 0: never."""
     log_interval: int = 10
@@ -209,6 +218,9 @@ class TrainConfig:
     parallel: Parallel = "auto"
     """dp shares each batch among all GPUs (torch.nn.DataParallel, in this process); auto uses
     one."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits every time, or fail where there is none. A CPU
+    does so anyway; a GPU gets slower."""
     track: Tracker = "none"
     """Send the metrics to a tracker as well."""
 
@@ -223,7 +235,7 @@ class TrainConfig:
             check(getattr(self, name) > 0, self, name, "give a positive number")
         for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
             check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
-        for name in ("eval_interval", "patience", "sample_length"):
+        for name in ("eval_interval", "save_interval", "patience", "sample_length"):
             check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
         for name in ("weight_decay", "embedding_decay", "grad_clip"):
             check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
@@ -268,7 +280,7 @@ class SampleConfig:
     """Draw among characters with at least this share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
     """Above 1 makes characters that the text has less likely; 1: does nothing."""
-    logit_bias: Mapping[str, float] = field(default_factory=dict)
+    logit_bias: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Make a character likelier (above 0) or less likely. May be given several times."""
     forbidden: str = ""
     """Characters never to write."""
@@ -286,23 +298,34 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("max_new_tokens", "num_samples"):
-            check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
+        check(self.num_samples >= 1, self, "num_samples", "give a whole number of at least 1")
         check_seed(self)
-        check(self.top_k >= 0, self, "top_k", "give a whole number of at least 0")
-        check(self.temperature >= 0, self, "temperature", "give 0 (greedy) or more, e.g. 0.8")
-        check(0 < self.top_p <= 1, self, "top_p", "give a share above 0 and up to 1")
-        check(0 <= self.min_p <= 1, self, "min_p", "give a share from 0 to 1")
-        check(0 < self.context_kept <= 1, self, "context_kept", "give a share above 0 and up to 1")
-        name = "repetition_penalty"
-        check(self.repetition_penalty > 0, self, name, "give a positive number, e.g. 1.1")
-        one = all(len(character) == 1 for character in self.logit_bias)
-        check(one, self, "logit_bias", "give single characters, such as e=-2")
+        check_sampling(self)
+        good = all(len(c) == 1 and abs(x) <= 10_000 for c, x in self.logit_bias.items())
+        remedy = "give single characters with numbers up to 10,000, such as e=-2"
+        check(good, self, "logit_bias", remedy)
         check(all(self.stop), self, "stop", "give strings that are not empty")
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`."""
         return dataclasses.replace(self, **changes)
+
+
+def check_sampling(config: Any) -> None:
+    """Refuse numbers of `SampleConfig` that a draw cannot be made with, whoever has them.
+
+    Raises:
+        UserError: a number outside its range.
+    """
+    check(config.max_new_tokens >= 1, config, "max_new_tokens", "give a whole number of at least 1")
+    check(config.top_k >= 0, config, "top_k", "give a whole number of at least 0")
+    good = 0 <= config.temperature < math.inf
+    check(good, config, "temperature", "give 0 (greedy) or more, e.g. 0.8")
+    check(0 < config.top_p <= 1, config, "top_p", "give a share above 0 and up to 1")
+    check(0 <= config.min_p <= 1, config, "min_p", "give a share from 0 to 1")
+    check(0 < config.context_kept <= 1, config, "context_kept", "give a share above 0 and up to 1")
+    good = 0.01 <= config.repetition_penalty <= 100
+    check(good, config, "repetition_penalty", "give a number from 0.01 to 100, e.g. 1.1")
 
 
 # --- presets: each is complete, nothing leaks from one to another

@@ -46,7 +46,7 @@ class Decoder(Protocol):
             every: tell what comes after every token, not after the last of each chunk only.
 
         Returns:
-            Logits in float32, (chunks, V), or with `every` (tokens of all chunks, V).
+            Logits in float32 on the CPU, (chunks, V), or with `every` (tokens of all chunks, V).
         """
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -76,12 +76,12 @@ class PyTorchDecoder:
     @torch.inference_mode()
     def read(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
         """See `Decoder`."""
-        with evaluating(self._model):
+        with evaluating(self._model), torch.autocast(self._device.type, enabled=False):
             if all(len(chunk.ids) == len(chunks[0].ids) for chunk in chunks):
                 logits = self._forward(chunks)  # (B, T, V)
-                return (logits.flatten(0, 1) if every else logits[:, -1]).float()
+                return (logits.flatten(0, 1) if every else logits[:, -1]).float().cpu()
             parts = [self._forward([chunk])[0] for chunk in chunks]  # (T, V) each
-            return torch.cat(parts if every else [part[-1:] for part in parts]).float()
+            return torch.cat(parts if every else [part[-1:] for part in parts]).float().cpu()
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder`."""

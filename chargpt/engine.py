@@ -16,9 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from chargpt.config import check_sampling
 from chargpt.decoder import Chunk, Decoder
 from chargpt.errors import UserError
 from chargpt.sampling import filter_logits, sample_next, uniform_stream
+from chargpt.validation import check
 
 Finish = Literal["length", "end_of_text", "stop"]
 
@@ -51,6 +53,10 @@ class Settings:
     """Share of block_size that is read anew when the context is full."""
     top_logprobs: int = 0
     """Alternatives to tell of each token."""
+
+    def __post_init__(self) -> None:
+        check_sampling(self)
+        check(self.top_logprobs >= 0, self, "top_logprobs", "give a whole number of at least 0")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -118,10 +124,31 @@ class Engine:
         if not 0 <= min(ids) <= max(ids) < self.decoder.vocab_size:
             known = self.decoder.vocab_size - 1
             raise UserError(f"the prompt has ids out of range: give ids from 0 to {known}")
+        if not all(0 <= seed < 2**63 for seed in seeds):
+            raise UserError(f"a seed is out of range ({list(seeds)}): give 0 to 2^63 - 1")
         assert 0 < len(seeds) <= self.n_free
+        slots, self._free = self._free[: len(seeds)], self._free[len(seeds) :]
+        try:
+            added = self._begin(ids, settings, seeds, slots, tell_prompt=tell_prompt)
+        except BaseException:
+            self._free += slots
+            raise
+        self.active += added
+        return added
+
+    def _begin(
+        self,
+        ids: list[int],
+        settings: Settings,
+        seeds: Ids[int],
+        slots: list[int],
+        *,
+        tell_prompt: bool,
+    ) -> list[Sequence]:
+        """Do what `add` says, in slots of its own."""
         added = [
-            Sequence(ids=ids.copy(), settings=settings, seed=seed, slot=self._free.pop(0))
-            for seed in seeds
+            Sequence(ids=ids.copy(), settings=settings, seed=seed, slot=slot)
+            for seed, slot in zip(seeds, slots, strict=True)
         ]
         leader = added[0]
         logits = self.decoder.read([self._chunk(leader)], every=tell_prompt)  # (1 or T, V)
@@ -135,7 +162,8 @@ class Engine:
             if settings.repetition_penalty != 1:
                 sequence.seen = torch.zeros_like(logits[-1], dtype=torch.bool)
                 sequence.seen[ids] = True
-        self.active += added
+                if settings.end_id is not None:  # it begins a document, and ends it only once
+                    sequence.seen[settings.end_id] = False
         return added
 
     @torch.inference_mode()
@@ -218,7 +246,7 @@ def _draw(logits: Tensor, sequences: list[Sequence], settings: Settings) -> list
         bias=settings.bias,
     )
     uniforms = torch.tensor([next(s.uniforms) for s in sequences], dtype=torch.float64)
-    ids = sample_next(filtered, uniforms.to(logits.device)).tolist()
+    ids = sample_next(filtered, uniforms).tolist()
     return _tokens(logits, ids, settings)
 
 
@@ -229,7 +257,7 @@ def _tokens(logits: Tensor, ids: Ids[int], settings: Settings) -> list[Token]:
         UserError: the logits are not numbers.
     """
     logprobs = logits.log_softmax(dim=-1)  # (n, V)
-    chosen = torch.tensor(ids, device=logits.device)[:, None]  # (n, 1)
+    chosen = torch.tensor(ids)[:, None]  # (n, 1)
     of_chosen: list[float] = logprobs.gather(-1, chosen)[:, 0].tolist()
     if any(map(math.isnan, of_chosen)):
         raise UserError("the model gives NaN: its weights are damaged, train it again")

@@ -1,4 +1,9 @@
-"""The two kinds of failure a person sees; every other exception is a bug of ours."""
+"""The two kinds of failure a person sees; every other exception is a bug of ours.
+
+What a person should know, but is no failure, is a `RunWarning`.
+"""
+
+import warnings
 
 
 class UserError(ValueError):
@@ -13,6 +18,18 @@ class TrainingError(RuntimeError):
 
     The command line prints it without a traceback and exits with 1.
     """
+
+
+class RunWarning(UserWarning):
+    """Something is not as it was or should be, and the work goes on; one line.
+
+    The command line prints it without a place in the code.
+    """
+
+
+def warn(message: str) -> None:
+    """Tell a person something that is no failure."""
+    warnings.warn(message, RunWarning, stacklevel=3)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -206,7 +206,7 @@ def saved_sources(run: Path) -> tuple[str, ...]:
 
 
 def _read_config(run: Path) -> dict[str, Any]:
-    from chargpt.checkpoint import read_config  # here, for help without torch
+    from chargpt.run_folder import read_config  # here, for help without torch
 
     return read_config(run)
 

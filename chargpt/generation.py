@@ -104,7 +104,8 @@ class Completion:
     """One for each character of the text, once that is finished."""
     prompt_tokens: list[Token] = field(default_factory=list)
     """One for each character of the prompt that the model had something to predict it from, if
-    asked for: not for the first one, unless documents start with an end-of-text token."""
+    asked for: not for the first one, unless documents start with an end-of-text token. Of a prompt
+    longer than block_size only the end is told."""
     finish: Finish | None = None
     """Why it ended: ``length``, ``end_of_text`` or ``stop``; None: it goes on."""
 
@@ -289,8 +290,8 @@ def make_settings(
     """Return a sampling configuration in terms of token ids.
 
     Raises:
-        UserError: a bias or a ban of characters that the model has never seen, or every character
-            is forbidden.
+        UserError: a bias of a character that the model has never seen, or every character is
+            forbidden.
     """
     return Settings(
         max_new_tokens=config.max_new_tokens,
@@ -312,6 +313,10 @@ def _bias(config: SampleConfig, tokenizer: CharTokenizer) -> torch.Tensor | None
         return None
     bias = torch.zeros(tokenizer.vocab_size)
     for character, value in config.logit_bias.items():
+        if character not in tokenizer.characters:
+            raise UserError(
+                f"logit_bias names {character!r}, which the model has never seen: leave it out"
+            )
         bias[int(tokenizer.encode(character)[0])] = value
     bias[tokenizer.encode(config.forbidden, unknown="skip").tolist()] = -torch.inf
     if not torch.isfinite(bias[: len(tokenizer.characters)]).any():

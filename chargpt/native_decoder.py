@@ -70,7 +70,8 @@ class NativeDecoder:
         assert ids.min() >= 0 and ids.max() < self.vocab_size
         assert slots.max() < self.n_slots and positions.max() < self.block_size
         wanted = np.arange(n, dtype=np.int32) if every else np.cumsum(lengths, dtype=np.int32) - 1
-        logits = torch.empty(len(wanted), self.vocab_size)  # (n or chunks, V)
+        size = (len(wanted), self.vocab_size)
+        logits = torch.empty(size, dtype=torch.float32, device="cpu")  # (n or chunks, V)
         threads = torch.get_num_threads() if n * self._weights >= THREADS_FROM else 1
         arrays = (array.ctypes.data for array in (ids, slots, positions))
         self._library.decoder_forward(

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from chargpt.checkpoint import read_config
 from chargpt.data import Corpus, decode, encode_documents, read_sources, split_documents
 from chargpt.errors import UserError
+from chargpt.run_folder import read_config
 from chargpt.scorecard import training_corpus
 from chargpt.tokenizer import CharTokenizer
 

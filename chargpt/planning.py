@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import chargpt
-from chargpt import checkpoint
+from chargpt.checkpoint import MODEL, find_checkpoint
 from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.data import Corpus, Windows, load_corpus
 from chargpt.distributed import choose_parallel, parallelize
@@ -21,15 +21,26 @@ from chargpt.hardware import PrecisionChoice, choose_device, choose_precision, d
 from chargpt.metrics import count_parameters, human_count
 from chargpt.model import GPT2
 from chargpt.optim import make_optimizer
+from chargpt.run_folder import read_config
 from chargpt.seeding import INIT, derive_seed
 from chargpt.tokenizer import CharTokenizer
 from chargpt.training import Trainer, restore_last
+from chargpt.weights import check_model_file
 
 # What may differ when a run goes on: how long, how often, and on what; nothing that it learns.
 FREE_ON_RESUME = {
     *BUDGETS,
-    *("eval_interval", "patience", "log_interval", "sample_length"),
-    *("device", "precision", "kernels", "attention", "compile", "parallel", "track"),
+    *("eval_interval", "save_interval", "patience", "log_interval", "sample_length"),
+    *(
+        "deterministic",
+        "device",
+        "precision",
+        "kernels",
+        "attention",
+        "compile",
+        "parallel",
+        "track",
+    ),
 }
 
 
@@ -68,7 +79,7 @@ def make_plan(
         UserError: anything that cannot work, found before the first step.
     """
     device, why_device = choose_device(training.device)
-    saved = checkpoint.read_config(out) if resuming else None
+    saved = read_config(out) if resuming else None
     precision = choose_precision(training.precision, device)
     if saved and training.precision == "auto":
         precision = _precision_as_before(saved["environment"], device) or precision
@@ -76,6 +87,8 @@ def make_plan(
     corpus = load_corpus(sources, data)
     model = _with_vocabulary(model, corpus.tokenizer)
     windows = Windows(corpus.train, model.block_size, training.seed)
+    if resuming:  # before memory is taken for what a file asks for
+        check_model_file(find_checkpoint(out, "last") / MODEL, model)
     torch.manual_seed(derive_seed(training.seed, INIT))
     gpt2 = GPT2(model).to(device)
     trainer = Trainer(
@@ -103,7 +116,8 @@ def _precision_as_before(
     environment: dict[str, Any], device: torch.device
 ) -> PrecisionChoice | None:
     """Return the precision that the run began with, if the device is the same."""
-    if environment["device"] != describe_device(device):
+    known = environment.get("precision") in ("fp32", "bf16", "fp16")
+    if not known or environment.get("device") != describe_device(device):
         return None
     return PrecisionChoice(environment["precision"], "as the run began")
 
@@ -125,7 +139,6 @@ def _with_vocabulary(config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config
 
 def _config_dict(trainer: Trainer, corpus: Corpus, data: DataConfig) -> dict[str, Any]:
     return {
-        "format": checkpoint.FORMAT,
         "model": asdict(trainer.model.config),
         "train": asdict(trainer.config),
         "data": {
@@ -164,10 +177,11 @@ def _check_resumed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                     f"{name} was {was!r} in this run and cannot become {wish!r}: leave it as it "
                     "was, or train anew with another --out"
                 )
+    environment = now["environment"]
     return [
-        f"resuming   {name} was {was}, is {now['environment'][name]}: losses may differ slightly"
+        f"resuming   {name} was {was}, is {environment.get(name)}: losses may differ slightly"
         for name, was in before["environment"].items()
-        if now["environment"].get(name) != was
+        if environment.get(name) != was
     ]
 
 

@@ -6,6 +6,7 @@ On a terminal the line moves; elsewhere plain lines are printed, one every ten s
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from chargpt.config import Tracker
+from chargpt.durable import write_text
 from chargpt.errors import UserError
 from chargpt.metrics import bits_per_char, human_count, human_time
+from chargpt.terminal import visible
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -41,7 +44,7 @@ class Reporter:
         quiet: tell only the run folder.
         track: a further place for the metrics.
         write_sample: writes a sample with the model as it is now; None: no samples.
-        resumed_step: forget what metrics.jsonl says of later steps.
+        resumed_step: forget what metrics.jsonl and samples.txt say of later steps.
 
     Raises:
         UserError: the tracker is not installed.
@@ -60,7 +63,8 @@ class Reporter:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._write_sample = write_sample
         self._tracker = make_tracker(track, out)
-        self._metrics = _open_metrics(out / METRICS, resumed_step)
+        _forget_after(out, resumed_step)
+        self._metrics = (out / METRICS).open("a", encoding="utf-8")
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._marks: list[tuple[float, float, float]] = []  # (train seconds, tokens, progress)
@@ -69,7 +73,8 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """Print a line above the progress line."""
-        (self._bar.console if self._bar else self.console).print(text, markup=False, emoji=False)
+        console = self._bar.console if self._bar else self.console
+        console.print(visible(text), markup=False, emoji=False)
 
     def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
         """Show a step; with `log`, also write it down.
@@ -103,7 +108,7 @@ class Reporter:
             sample = self._write_sample()
             with (self.out / SAMPLES).open("a", encoding="utf-8", errors="replace") as file:
                 file.write(f"--- step {step}, validation loss {val_loss:.4f}\n{sample}\n")
-            self.note("    " + sample.strip().replace("\n", "\n    "))
+            self.note("    " + visible(sample).strip().replace("\n", "\n    "))
 
     def close(self) -> None:
         """Take the progress line away and close the files."""
@@ -154,21 +159,42 @@ class Reporter:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    """Return the lines of a run's metrics.jsonl, up to the first that is none of ours.
+
+    A crash may have cut the last one short.
+    """
     rows: list[dict[str, Any]] = []
-    if (run / METRICS).exists():
-        for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    path = run / METRICS
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    break
+                if not _is_row(row):
+                    break
+                rows.append(row)
     return rows
 
 
-def _open_metrics(path: Path, resumed_step: int) -> Any:
-    kept = [row for row in read_metrics(path.parent) if row["step"] <= resumed_step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+def _is_row(row: Any) -> bool:
+    """Whether a line of metrics.jsonl is one of ours."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    kind = {"train": "loss", "validation": "val_loss"}.get(str(row.get("split")), "")
+    return kind in row and (row[kind] is None or isinstance(row[kind], int | float))
+
+
+def _forget_after(out: Path, step: int) -> None:
+    """Cut what a run wrote down of later steps than the one it goes on from."""
+    rows = [row for row in read_metrics(out) if row["step"] <= step]
+    write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    if (out / SAMPLES).is_file():
+        text = (out / SAMPLES).read_text(encoding="utf-8", errors="replace")
+        headers = re.finditer(r"^--- step (\d{1,15}), validation loss", text, flags=re.MULTILINE)
+        end = next((header.start() for header in headers if int(header[1]) > step), len(text))
+        write_text(out / SAMPLES, text[:end])
 
 
 # --- trackers

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from chargpt import checkpoint
 from chargpt.baselines import unigram_nats
+from chargpt.checkpoint import has_checkpoint
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
+from chargpt.durable import write_json
 from chargpt.errors import TrainingError, UserError, is_out_of_memory
 from chargpt.generation import generate_text
-from chargpt.hardware import describe_device
+from chargpt.hardware import describe_device, deterministic_algorithms
 from chargpt.metrics import bits_per_char, count_parameters
 from chargpt.model import GPT2
 from chargpt.planning import Plan, make_plan
 from chargpt.plotting import plot_loss
 from chargpt.reporting import Reporter
+from chargpt.run_folder import CONFIG, LOCK, load, locked, write_config, write_tokenizer
 from chargpt.seeding import own_random_state
 from chargpt.speed import prepare
-from chargpt.summary import Summary, verdict
+from chargpt.summary import SUMMARY, Summary, verdict
 from chargpt.tokenizer import CharTokenizer
 from chargpt.training import StopReason, Trainer, fit
-
-SUMMARY = "summary.json"
 
 
 class TrainResult(NamedTuple):
@@ -69,14 +70,15 @@ def train(
     sources = (texts,) if isinstance(texts, str) else tuple(texts)
     model, training, data = model or tiny().model, training or tiny().train, data or DataConfig()
     folder = Path(out) if out is not None else free_folder(sources)
-    resuming = _check_folder(folder, resume)
-    with own_random_state():
+    _check_folder(folder, resume)
+    with _held(folder), own_random_state():
+        resuming = (folder / CONFIG).exists() and has_checkpoint(folder, "last")
         plan = make_plan(
             sources, model=model, training=training, data=data, out=folder, resuming=resuming
         )
         if resume and not resuming:
             plan.lines.append(f"resuming   nothing to resume in {folder}: starting from step 0")
-        return _carry_out(plan, resuming=resuming, quiet=quiet)
+        return _carry_out(plan, quiet=quiet)
 
 
 def free_folder(sources: Sequence[str]) -> Path:
@@ -87,41 +89,84 @@ def free_folder(sources: Sequence[str]) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def _check_folder(folder: Path, resume: bool) -> bool:
-    """Return whether there is a run to go on with, stopped after its first checkpoint.
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a run folder that cannot be used.
 
     Raises:
         UserError: the folder is taken, or cannot be written.
     """
-    has_run = (folder / checkpoint.CONFIG).exists()
+    has_run = (folder / CONFIG).exists()
     if has_run and not resume:
         raise UserError(
             f"{folder} already holds a run: give another --out, or --resume to go on with it"
         )
-    if not has_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    taken = folder.exists() and (
+        not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
+    )
+    if not has_run and taken:
         raise UserError(f"{folder} is in use by something else: give another --out")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise UserError(f"{existing} is not writable: give another --out")
-    return has_run and checkpoint.has_checkpoint(folder, "last")
 
 
 # --- the run itself
 
 
-def _carry_out(plan: Plan, *, resuming: bool, quiet: bool) -> TrainResult:
-    trainer, out = plan.trainer, plan.trainer.out
-    is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Make a run folder and be the only one to train into it; if nothing is learned, undo that.
+
+    Raises:
+        UserError: it cannot be made, or another process trains into it.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    is_ours = bool(missing) or not any(folder.iterdir())  # nobody's work is in it
+    _refuse_links(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = ExitStack()
+        lock.enter_context(locked(folder))
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made a run ({error.strerror}): give another --out"
+        ) from error
+    with lock:
+        try:
+            yield
+        except BaseException:
+            if is_ours and not any(has_checkpoint(folder, which) for which in ("best", "last")):
+                _clear(folder)
+                for path in missing:
+                    path.rmdir()
+            raise
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse a folder whose files are elsewhere: writing to it would change what is there.
+
+    Raises:
+        UserError: naming the link.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a link or a pipe, which no run has: remove it")
+
+
+def _carry_out(plan: Plan, *, quiet: bool) -> TrainResult:
+    trainer = plan.trainer
     try:
         stop_reason = _train(plan, quiet=quiet)
-    except BaseException as error:
-        if not resuming and not any(checkpoint.has_checkpoint(out, w) for w in ("best", "last")):
-            _clear(out, remove=is_new)  # nothing was learned: leave nothing behind
+        return _finish(plan, stop_reason)
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or trainer.out}: {error.strerror or error}; the checkpoints in "
+            f"{trainer.out} are kept: make room there, or make it writable, and go on with --resume"
+        ) from error
+    except Exception as error:
         if is_out_of_memory(error):
             raise _out_of_memory(trainer) from error
         raise
-    return _finish(plan, stop_reason)
 
 
 def _train(plan: Plan, *, quiet: bool) -> StopReason:
@@ -134,25 +179,24 @@ def _train(plan: Plan, *, quiet: bool) -> StopReason:
         resumed_step=trainer.state.step,
     )
     try:
-        checkpoint.write_json(out / checkpoint.CONFIG, plan.config)
-        checkpoint.write_text(out / checkpoint.TOKENIZER, plan.corpus.tokenizer.to_json())
+        write_config(out, plan.config)
+        write_tokenizer(out, plan.corpus.tokenizer)
         for line in [*plan.lines, f"run        {out}"]:
             reporter.note(line)
-        prepare(trainer, reporter.note)
-        return fit(trainer, reporter)
+        with deterministic_algorithms(trainer.config.deterministic):
+            prepare(trainer, reporter.note)
+            return fit(trainer, reporter)
     finally:
         reporter.close()
 
 
-def _clear(folder: Path, *, remove: bool) -> None:
-    """Empty a folder that was empty before, and remove it if it was not there."""
+def _clear(folder: Path) -> None:
+    """Empty a folder."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-    if remove:
-        folder.rmdir()
 
 
 def _out_of_memory(trainer: Trainer) -> TrainingError:
@@ -177,9 +221,9 @@ def _sampler(plan: Plan) -> Callable[[], str]:
 def _finish(plan: Plan, stop_reason: StopReason) -> TrainResult:
     trainer = plan.trainer
     summary = _summarize(plan, stop_reason)
-    checkpoint.write_json(trainer.out / SUMMARY, asdict(summary))
+    write_json(trainer.out / SUMMARY, asdict(summary))
     plot_loss(trainer.out)
-    best = checkpoint.load(trainer.out, device=trainer.device)
+    best = load(trainer.out, device=trainer.device)
     return TrainResult(best.model, best.tokenizer, summary, trainer.out)
 
 

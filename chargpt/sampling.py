@@ -45,14 +45,18 @@ def filter_logits(
     if bias is not None:
         logits = logits + bias
     if repetition_penalty != 1 and seen is not None:
-        punished = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, punished, logits)
+        limits = torch.finfo(logits.dtype)
+        penalty = min(max(repetition_penalty, limits.tiny), limits.max)
+        punished = torch.where(logits > 0, logits / penalty, logits * penalty)
+        punished = punished.clamp(limits.min, limits.max)  # an infinity would forbid, or win alone
+        logits = torch.where(seen & logits.isfinite(), punished, logits)
     if temperature == 0:
         top_k, temperature = 1, 1.0
     # From the largest down: dividing by a tiny temperature gives -inf at worst, never inf or NaN.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     if temperature != 1:
-        logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
+        limits = torch.finfo(logits.dtype)
+        logits = logits / min(max(temperature, limits.tiny), limits.max)
     if 0 < top_k < logits.size(-1):
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
@@ -60,7 +64,9 @@ def filter_logits(
         ordered = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.values.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities  # held by the likelier ones
-        values = ordered.values.masked_fill(before >= top_p, -torch.inf)
+        beyond = before >= top_p
+        beyond[..., 0] = False  # the likeliest stays, however small top_p is
+        values = ordered.values.masked_fill(beyond, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ordered.indices, values)
     if min_p > 0:  # the likeliest one has logit 0
         logits = logits.masked_fill(logits < math.log(min_p), -torch.inf)

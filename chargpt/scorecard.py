@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from chargpt.baselines import Baseline, baselines
-from chargpt.checkpoint import Which, load, read_config
+from chargpt.checkpoint import Which
 from chargpt.config import DataConfig, Device, Unknown
 from chargpt.data import (
     STANDARD_INPUT,
@@ -25,6 +25,7 @@ from chargpt.errors import UserError
 from chargpt.evaluation import mean_nats
 from chargpt.hardware import choose_device
 from chargpt.metrics import bits_per_char, perplexity
+from chargpt.run_folder import load, read_config
 from chargpt.scoring import token_log_probabilities
 from chargpt.tokenizer import CharTokenizer
 from chargpt.validation import from_dict

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from chargpt.metrics import bits_per_char, perplexity
 from chargpt.training import StopReason, TrainState
 
+SUMMARY = "summary.json"
 OVERFIT_NATS = 0.01  # a validation loss this far above its best is no noise
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import math
-import unicodedata
 from itertools import pairwise
 from string import Template
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from rich.cells import cell_len
 
 from chargpt.errors import UserError
+from chargpt.terminal import visible
 
 HEAT_BITS = (1, 2, 3, 4, 6, 8, 10)
 """Where each colour begins, in bits; what is below the first has none."""
@@ -217,7 +217,7 @@ def surprise_page(
     legend = [f'<span class="h{level}">{label}</span>' for level, label in enumerate(_LABELS)]
     if (surprise.levels == _UNSCORED).any():
         legend.append('<span class="u">not scored</span>')
-    title = "".join(" " if character in "\n\t" else _visible(character) for character in title)
+    title = "".join(" " if character in "\n\t" else visible(character) for character in title)
     return _PAGE.substitute(
         title=html.escape(title),
         count=f"{len(text):,}",
@@ -298,15 +298,5 @@ def _examine(text: str, log_probabilities: npt.NDArray[Any]) -> _Surprise:
         bits=bits,
         levels=np.where(scored, np.digitize(bits, HEAT_BITS), _UNSCORED),
         mean=float(bits[scored].mean()),
-        visible={character: _visible(character) for character in set(text)},
+        visible={character: visible(character) for character in set(text)},
     )
-
-
-def _visible(character: str) -> str:
-    """Return a character, or how Python writes it where it would not be seen as itself."""
-    if character in "\n\t":
-        return character
-    # Controls, marks of direction and joiners, halves of surrogate pairs, two more line ends.
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return character.encode("unicode_escape").decode("ascii")
-    return character

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from chargpt.distributed import seed_dropout
 from chargpt.seeding import DROPOUT, derive_seed
-from chargpt.training import Trainer, clip_gradient
+from chargpt.training import Trainer, clip_gradient, gradient_norm
 
 WARM_UP_STEPS, MIN_STEPS = 2, 3
 PARTS = ("data", "forward", "backward", "clip", "optimizer")
@@ -136,8 +136,9 @@ def timed_step(trainer: Trainer) -> dict[str, float]:
         watch.lap("backward")
         total += loss.detach()
     scaler.unscale_(trainer.optimizer)
-    norm = clip_gradient(trainer)
+    norm = gradient_norm(trainer)
     bool(torch.isfinite(total) & torch.isfinite(norm))
+    clip_gradient(trainer, norm)
     watch.lap("clip")
     scaler.step(trainer.optimizer)
     scaler.update()

@@ -128,11 +128,11 @@ class CharTokenizer:
             end_of_text = bool(fields["end_of_text"])
             if not all(isinstance(character, str) for character in characters):
                 raise TypeError("a character is not a text")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"not a tokenizer file ({error!r}): train the model again") from error
         if version != FORMAT:
             raise UserError(
-                f"the tokenizer has format {version}, this chargpt reads {FORMAT}: upgrade"
+                f"the tokenizer has format {version!r:.20}, this chargpt reads {FORMAT}: upgrade"
             )
         return cls(characters, end_of_text=end_of_text)
 

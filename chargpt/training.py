@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,21 +19,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chargpt import checkpoint
+from chargpt.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    Which,
+    find_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from chargpt.config import TrainConfig
 from chargpt.data import Windows
 from chargpt.distributed import ParallelChoice, seed_dropout
-from chargpt.errors import TrainingError
+from chargpt.errors import TrainingError, UserError
 from chargpt.evaluation import evaluate
 from chargpt.hardware import PrecisionChoice
 from chargpt.interrupts import Interruption, Interrupts
+from chargpt.metrics import human_count
 from chargpt.model import GPT2
 from chargpt.optim import schedule
 from chargpt.reporting import Reporter
 from chargpt.seeding import DROPOUT, derive_seed
+from chargpt.validation import check, check_types, from_dict
+from chargpt.weights import (
+    Tensors,
+    check_model_file,
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    optimizer_tensors,
+    read_tensors,
+)
 
 StopReason = Literal["budget", "patience"] | Interruption
 FIRST_PROGRESS = 1e-3  # of a first step on the clock, whose length nobody knows yet
+SPIKE, SPIKE_SETTLING = 10, 100  # times the usual norm; steps until one is known
 MAX_SKIPPED_IN_A_ROW = 50  # the loss scale halves each time: 2^16 is gone long before
 
 
@@ -58,8 +77,15 @@ class TrainState:
     skipped_steps: int = 0
     """Steps whose fp16 gradient overflowed, so that no update was made."""
     skipped_in_a_row: int = 0
+    usual_grad_norm: float | None = None
+    """Running mean of the gradient's norm."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 gradient scaler."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("step", "train_seconds", "compile_seconds", "eval_seconds"):
+            check(getattr(self, name) >= 0, self, name, "the run is damaged")
 
 
 @dataclass(kw_only=True)
@@ -159,25 +185,50 @@ def train_step(trainer: Trainer) -> StepResult:
         scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
         loss += micro_loss.detach()
     scaler.unscale_(trainer.optimizer)
-    grad_norm = clip_gradient(trainer)
+    grad_norm = gradient_norm(trainer)
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
     if not finite and not scaler.is_enabled():
+        reason = _first_non_finite(trainer, float(loss))
         trainer.optimizer.zero_grad()
-        raise NonFiniteError(f"loss {float(loss)}, gradient norm {float(grad_norm)}")
+        raise NonFiniteError(reason)
+    clip_gradient(trainer, grad_norm)
     scaler.step(trainer.optimizer)  # makes no update if the scaled gradient overflowed
     scaler.update()
     trainer.optimizer.zero_grad()
     return StepResult(float(loss), float(grad_norm), lr, skipped=not finite)
 
 
-def clip_gradient(trainer: Trainer) -> Tensor:
-    """Shorten the gradient to ``grad_clip``, if that is not 0; return its norm before."""
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(
-        parameters,
-        trainer.config.grad_clip or math.inf,
-        foreach=True if trainer.device.type == "cpu" else None,  # CPUs do not do so by themselves
-    )
+def _first_non_finite(trainer: Trainer, loss: float) -> str:
+    """Return what of a step is not a number, by name."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    for name, parameter in trainer.model.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            return f"the gradient of {name} is not finite"
+    return "the norm of the gradient is too large for a number"
+
+
+def gradient_norm(trainer: Trainer) -> Tensor:
+    """Return the norm of the whole gradient, a scalar."""
+    gradients = [p.grad for p in _parameters(trainer) if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, foreach=_foreach(trainer))
+
+
+def clip_gradient(trainer: Trainer, norm: Tensor) -> None:
+    """Shorten the gradient, whose norm this is, to ``grad_clip``, if that is not 0."""
+    if trainer.config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(
+            _parameters(trainer), trainer.config.grad_clip, norm, foreach=_foreach(trainer)
+        )
+
+
+def _parameters(trainer: Trainer) -> list[Tensor]:
+    return [p for group in trainer.optimizer.param_groups for p in group["params"]]
+
+
+def _foreach(trainer: Trainer) -> bool | None:
+    return True if trainer.device.type == "cpu" else None  # CPUs do not do so by themselves
 
 
 def _micro_loss(trainer: Trainer, micro_step: int) -> Tensor:
@@ -225,18 +276,20 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     Raises:
         TrainingError: the loss is not finite; the last good state is in the run folder.
     """
-    state = trainer.state
+    state, config = trainer.state, trainer.config
     trainer.model.train()
     with Interrupts() as interrupts:
         while trainer.progress < 1:
             if _evaluation_is_due(trainer):
                 _evaluate_and_save(trainer, reporter)
-                if 0 < trainer.config.patience <= state.evaluations_since_best:
+                if 0 < config.patience <= state.evaluations_since_best:
                     return "patience"
             _timed_step(trainer, reporter)
             if interrupts.received:
                 save_last(trainer)
                 return interrupts.received
+            if config.save_interval and state.step % config.save_interval == 0:
+                save_last(trainer)
         if state.evaluated_step != state.step:
             _evaluate_and_save(trainer, reporter)
     return "budget"
@@ -264,6 +317,7 @@ def _timed_step(trainer: Trainer, reporter: Reporter) -> None:
     state.step += 1
     state.train_loss = result.loss if not result.skipped else state.train_loss
     _count_skipped(trainer, result)
+    _note_spike(trainer, result, reporter)
     reporter.step(
         {
             "step": state.step,
@@ -276,6 +330,22 @@ def _timed_step(trainer: Trainer, reporter: Reporter) -> None:
         progress=trainer.progress,
         log=state.step % trainer.config.log_interval == 0,
     )
+
+
+def _note_spike(trainer: Trainer, result: StepResult, reporter: Reporter) -> None:
+    """Tell of a gradient far longer than usual, which a look at the mean loss does not show."""
+    state, norm = trainer.state, result.grad_norm
+    if result.skipped:
+        return
+    usual = state.usual_grad_norm
+    if usual is not None and state.step > SPIKE_SETTLING and norm > SPIKE * usual:
+        reporter.note(
+            f"step {state.step:,}: the gradient's norm is {norm:.3g}, {norm / usual:.0f} times "
+            "the usual"
+        )
+    # A spike counts as little as the largest norm that is none.
+    norm = norm if usual is None else min(norm, SPIKE * usual)
+    state.usual_grad_norm = norm if usual is None else 0.98 * usual + 0.02 * norm
 
 
 def _count_skipped(trainer: Trainer, result: StepResult) -> None:
@@ -313,13 +383,8 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter) -> None:
         state.best_val_loss, state.best_step = state.val_loss, state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
     if is_best:
-        weights = checkpoint.model_tensors(trainer.model)
-        checkpoint.save_checkpoint(
-            trainer.out,
-            "best",
-            {checkpoint.MODEL: weights},
-            {"step": state.step, "val_loss": state.val_loss},
-        )
+        weights = {MODEL: model_tensors(trainer.model)}
+        _save(trainer, "best", weights, {"step": state.step, "val_loss": state.val_loss})
     save_last(trainer)
     reporter.evaluation(step=state.step, val_loss=state.val_loss, is_best=is_best)
 
@@ -328,10 +393,27 @@ def save_last(trainer: Trainer) -> None:
     """Write everything needed to go on from here."""
     trainer.state.scaler = trainer.scaler.state_dict()
     parts = {
-        checkpoint.MODEL: checkpoint.model_tensors(trainer.model),
-        checkpoint.OPTIMIZER: checkpoint.optimizer_tensors(trainer.optimizer, trainer.model),
+        MODEL: model_tensors(trainer.model),
+        OPTIMIZER: optimizer_tensors(trainer.optimizer, trainer.model),
     }
-    checkpoint.save_checkpoint(trainer.out, "last", parts, asdict(trainer.state))
+    _save(trainer, "last", parts, asdict(trainer.state))
+
+
+def _save(trainer: Trainer, which: Which, parts: Mapping[str, Tensors], state: Any) -> None:
+    """Write a checkpoint.
+
+    Raises:
+        TrainingError: it cannot be written; the one before it is kept.
+    """
+    try:
+        save_checkpoint(trainer.out, which, parts, state)
+    except OSError as error:
+        n_bytes = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+        raise TrainingError(
+            f"{trainer.out / which} could not be saved after step {trainer.state.step} "
+            f"({error.strerror or error}; it needs {human_count(n_bytes)}B): those before it are "
+            "kept; make room there, or make it writable, and go on with --resume"
+        ) from error
 
 
 def restore_last(trainer: Trainer) -> None:
@@ -340,11 +422,13 @@ def restore_last(trainer: Trainer) -> None:
     Raises:
         UserError: there is no whole checkpoint, or it does not fit the model.
     """
-    folder = checkpoint.find_checkpoint(trainer.out, "last")
-    checkpoint.load_model_tensors(trainer.model, checkpoint.read_tensors(folder / checkpoint.MODEL))
-    tensors = checkpoint.read_tensors(folder / checkpoint.OPTIMIZER)
-    checkpoint.load_optimizer_tensors(trainer.optimizer, trainer.model, tensors)
-    trainer.state = TrainState(**checkpoint.read_state(folder))
+    folder = find_checkpoint(trainer.out, "last")
+    check_model_file(folder / MODEL, trainer.model.config)
+    load_model_tensors(trainer.model, read_tensors(folder / MODEL))
+    load_optimizer_tensors(trainer.optimizer, trainer.model, read_tensors(folder / OPTIMIZER))
+    trainer.state = from_dict(TrainState, read_state(folder))
+    if not trainer.optimizer.state and trainer.state.step > trainer.state.skipped_steps:
+        raise UserError(f"{folder / OPTIMIZER} is empty: the run is damaged")
     trainer.state.skipped_in_a_row = 0
     if trainer.scaler.is_enabled() and trainer.state.scaler:
         trainer.scaler.load_state_dict(trainer.state.scaler)

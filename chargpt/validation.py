@@ -59,7 +59,7 @@ def check(good: bool, config: object, name: str, remedy: str) -> None:
         UserError: what, the value, the remedy and the flag.
     """
     if not good:
-        raise UserError(f"{name} is {getattr(config, name)!r}: {remedy} ({flag(name)})")
+        raise UserError(f"{name} is {getattr(config, name)!r:.80}: {remedy} ({flag(name)})")
 
 
 def check_seed(config: Any) -> None:
@@ -104,7 +104,7 @@ def _as_type(value: Any, hint: Any) -> Any:
     if origin is tuple:
         good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         return tuple(value) if good else _WRONG
-    if origin is Mapping:
+    if origin in (dict, Mapping):
         return _as_mapping(value, *arguments)
     if hint is float and type(value) in (int, float):
         return float(value) if abs(value) <= sys.float_info.max else _WRONG  # no NaN, no infinity
@@ -114,6 +114,8 @@ def _as_type(value: Any, hint: Any) -> Any:
 def _as_mapping(value: Any, key_hint: Any, value_hint: Any) -> Any:
     if not isinstance(value, Mapping):
         return _WRONG
+    if value_hint is Any:
+        return dict(value)
     good = {_as_type(k, key_hint): _as_type(v, value_hint) for k, v in value.items()}
     return _WRONG if _WRONG in (*good, *good.values()) else good
 

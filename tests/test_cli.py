@@ -176,7 +176,7 @@ def test_help_shows_types_choices_and_the_values_of_the_preset(chargpt: Any) -> 
 
 
 def test_no_command_is_a_cry_for_help_and_version_is_a_version(chargpt: Any) -> None:
-    assert "{train,sample,eval,novelty,bench}" in chargpt().out
+    assert "{train,sample,eval,novelty,check,bench}" in chargpt().out
     assert chargpt("--version").out.startswith("chargpt 0.")
 
 
@@ -271,10 +271,19 @@ def test_resume_goes_on_as_the_run_began_and_for_longer(chargpt: Any) -> None:
     changed = chargpt("train", "--out", "run", "--resume")
     assert changed.code == 2
     assert "sha256 was" in changed.err
-    assert (
-        "a preset is for a new run"
-        in chargpt("train", "--out", "run", "--resume", "--preset", "baby").err
-    )
+
+
+def test_the_same_command_begins_a_run_and_goes_on_with_it(chargpt: Any) -> None:
+    """So that a supervisor need only start it again."""
+    write("text.txt", words(3000))
+    command = ("train", "text.txt", "--preset", "speedrun", "--out", "run", "--resume", *SHORT)
+    for said in ("nothing to resume in run", "resuming   after step 4"):
+        outcome = chargpt(*command)
+        assert outcome.code == 0
+        assert said in outcome.err
+    other = chargpt("train", "--out", "run", "--resume", "--preset", "baby")
+    assert other.code == 2
+    assert "was 16 in this run and cannot become" in other.err
 
 
 def test_resume_without_a_run_begins_one(chargpt: Any) -> None:
@@ -393,10 +402,16 @@ def test_a_damaged_run_is_named(chargpt: Any, result: TrainResult, tmp_path: Pat
     with (run / "best" / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\0")
-    for name in ("last", "best"):
-        outcome = chargpt("sample", "run", "--which", name, "--max-new-tokens", "1")
-        assert outcome.code == (2 if name == "best" else 0)
-    assert "run/best is damaged" in outcome.err.replace(os.sep, "/")
+    said = "run/best is damaged (model.safetensors has changed, its SHA-256 differs)"
+    outcome = chargpt("sample", "run", "--max-new-tokens", "1")
+    assert outcome.code == 0
+    assert outcome.err.replace(os.sep, "/") == (
+        f"chargpt: {said}: using run/best.previous, the one before\n"
+    )
+    shutil.rmtree(run / "best.previous")
+    outcome = chargpt("sample", "run", "--max-new-tokens", "1")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert said in outcome.err.replace(os.sep, "/")
 
 
 def test_a_bug_of_ours_is_not_disguised(chargpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ SEED = "give a whole number from 0 to 2^63 - 1"
 AT_LEAST_0 = "give a whole number of at least 0"
 DERIVE = "give a positive number, or 0 to derive it"
 BELOW_1 = "give a number from 0 up to, not with, 1"
+BIAS = "give single characters with numbers up to 10,000, such as e=-2"
 SHARE = "give a share from 0 to 1"
 
 OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
@@ -76,6 +77,12 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
     (SampleConfig, "temperature", -0.1, "give 0 (greedy) or more, e.g. 0.8"),
     (SampleConfig, "temperature", math.inf, "give a number"),
     (SampleConfig, "top_p", 0.0, "give a share above 0 and up to 1"),
+    (SampleConfig, "min_p", -0.1, "give a share from 0 to 1"),
+    (SampleConfig, "repetition_penalty", 0.0, "give a number from 0.01 to 100, e.g. 1.1"),
+    (SampleConfig, "context_kept", 0.0, "give a share above 0 and up to 1"),
+    (SampleConfig, "logit_bias", {"ee": 1.0}, BIAS),
+    (SampleConfig, "logit_bias", {"e": 1e300}, BIAS),
+    (TrainConfig, "save_interval", -1, AT_LEAST_0),
     (SampleConfig, "top_p", 1.1, "give a share above 0 and up to 1"),
     (SampleConfig, "stop", ("a", ""), "give strings that are not empty"),
 ]

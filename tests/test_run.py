@@ -24,7 +24,8 @@ from chargpt.training import TrainState
 def test_a_run_leaves_what_the_documents_promise(result: TrainResult) -> None:
     names = {path.name for path in result.run.iterdir()}
     assert names == {
-        *("config.json", "tokenizer.json", "best", "last"),
+        *("config.json", "tokenizer.json", "best", "last", "best.previous", "last.previous"),
+        ".lock",
         *("metrics.jsonl", "summary.json", "samples.txt", "loss.png"),
     }
     assert json.loads((result.run / "summary.json").read_text()) == asdict(result.summary)

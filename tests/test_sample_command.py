@@ -171,7 +171,7 @@ def test_surprise_is_shown_in_the_terminal_and_kept_as_a_page(
         (["--logit-bias", "e"], "--logit-bias is 'e': give CHARACTER=NUMBER"),
         (["--logit-bias", "ee=1"], "give single characters"),
         (["--logit-bias", "e=nan"], "logit_bias is {'e': nan}"),
-        (["--logit-bias", "£=1"], "never seen '£'"),
+        (["--logit-bias", "£=1"], "logit_bias names '£', which the model has never seen"),
         (["--out", "no/such/folder"], "no/such/folder cannot be written"),
         (["--stride", "2"], "--stride belongs to --surprise"),
         (["--surprise", "here.txt", "--out", "page.txt"], "give NAME.html"),

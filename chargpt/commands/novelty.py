@@ -62,9 +62,9 @@ def run(command: Any) -> int:
 
 
 def _written(command: Any, config: SampleConfig) -> list[str]:
-    from chargpt.checkpoint import load
     from chargpt.generation import complete
     from chargpt.hardware import choose_device
+    from chargpt.run_folder import load
 
     device = choose_device(command.device).device
     model, tokenizer = load(command.run, which=command.which, device=device)

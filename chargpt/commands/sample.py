@@ -15,6 +15,7 @@ from chargpt import flags
 from chargpt.commands.shared import RunFolder, Which, arg, unescaped
 from chargpt.config import Device, SampleConfig, Switch
 from chargpt.errors import UserError
+from chargpt.terminal import for_stream
 from chargpt.validation import from_dict
 
 REPEATED = ("stop", "logit_bias")
@@ -68,8 +69,8 @@ def run(command: Any) -> int:
     config = from_dict(SampleConfig, given)
     text = None if command.surprise is None else _read(command.surprise)
 
-    from chargpt.checkpoint import load
     from chargpt.hardware import choose_device
+    from chargpt.run_folder import load
 
     device = choose_device(command.device).device
     model, tokenizer = load(command.run, which=command.which, device=device)
@@ -143,7 +144,8 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
         return
     half = path.with_name(f".{path.name}.half")
     try:
-        with half.open("w", encoding="utf-8", newline="") as file:
+        half.unlink(missing_ok=True)
+        with half.open("x", encoding="utf-8", errors="replace", newline="") as file:
             yield file
         half.replace(path)
     except OSError as error:
@@ -190,7 +192,7 @@ def _begin(number: int, config: SampleConfig, file: TextIO) -> None:
 
 def _say(pieces: Iterable[str], file: TextIO) -> None:
     for piece in pieces:
-        print(piece, end="", file=file, flush=True)
+        print(for_stream(piece, file), end="", file=file, flush=True)
 
 
 def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: Switch) -> None:

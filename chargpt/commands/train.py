@@ -21,6 +21,11 @@ from chargpt.commands.shared import (
 )
 from chargpt.config import SampleConfig
 from chargpt.errors import UserError
+from chargpt.terminal import for_stream
+
+_RESUME_HELP = (
+    "Go on with the run in --out, or begin it if there is none: the same command again does both."
+)
 
 
 def make_flags(shown_preset: str) -> type:
@@ -32,7 +37,7 @@ def make_flags(shown_preset: str) -> type:
             ("texts", Annotated[Texts, arg(TEXTS_HELP, "[TEXT ...]")], ()),
             *origins(shown_preset),
             ("out", Annotated[Path | None, arg(out_help, "FOLDER")], None),
-            ("resume", Annotated[bool, arg("Go on with the run in --out.")], False),
+            ("resume", Annotated[bool, arg(_RESUME_HELP)], False),
             *settings(shown_preset),
         ],
         frozen=True,
@@ -81,9 +86,9 @@ def _base(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, 
         raise UserError(f"{command.out} holds no run to go on with: check --out, or name a text")
     if saved is None or not saved.is_file():
         return flags.preset(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
-    if chosen is not None:
-        raise UserError("a preset is for a new run; this one goes on as it began: leave it out")
-    return flags.saved(command.out), command.texts or flags.saved_sources(command.out)
+    # The command that began the run may go on with it: what differs is refused by name later.
+    base = flags.saved(command.out) if chosen is None else flags.preset(chosen)
+    return base, command.texts or flags.saved_sources(command.out)
 
 
 def _print_sample(result: Any) -> None:
@@ -91,5 +96,5 @@ def _print_sample(result: Any) -> None:
 
     print()
     for piece in generate_text(result.model, result.tokenizer, SampleConfig()):
-        print(piece, end="", flush=True)
+        print(for_stream(piece, sys.stdout), end="", flush=True)
     print()

@@ -1,0 +1,106 @@
+"""A run killed again and again, at random and inside saves, is the run that was left in peace."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import words
+from safetensors.torch import load_file
+
+KILLS = int(os.environ.get("CHARGPT_KILLS", "200"))
+STEPS, SAVE_INTERVAL = 600, 5
+pytestmark = pytest.mark.reliability
+
+COMMAND = [
+    *(sys.executable, "-m", "chargpt", "train", "text.txt", "--resume", "--steps", str(STEPS)),
+    *("--save-interval", str(SAVE_INTERVAL), "--eval-interval", "100", "--log-interval", "1"),
+    *("--n-layer", "1", "--n-head", "2", "--d-model", "32", "--block-size", "16"),
+    *("--batch-size", "2", "--optimizer", "muon", "--sample-length", "0", "--patience", "0"),
+    *("--device", "cpu", "--precision", "fp32", "--out"),
+]
+
+
+def last_step(run: Path) -> int:
+    """Return the step of the newest checkpoint, by a reading of its own."""
+    steps = [0]
+    for state in run.glob("*last*/state.json"):
+        try:
+            steps.append(json.loads(state.read_text())["step"])
+        except ValueError:
+            continue  # it was being written
+    return max(steps)
+
+
+def start(folder: Path, run: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, run],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], child: subprocess.Popen[str]) -> bool:
+    """Wait for a condition, as long as the child lives."""
+    while child.poll() is None:
+        if condition():
+            return True
+    return False
+
+
+def kill_through(run: Path, kills: int, rng: random.Random) -> int:
+    """Start a run until it ends, killing it at most `kills` times; return how often."""
+    for killed in range(kills + 1):
+        before = last_step(run)
+        child = start(run.parent, run.name)
+        if killed == kills or not wait_until(lambda: last_step(run) > before, child):  # noqa: B023
+            _, said = child.communicate()
+            assert child.returncode == 0, said
+            return killed
+        # It has gone on and saved. Every other time it is killed inside the next save.
+        inside = wait_until((run / ".last.new").exists, child) if killed % 2 else False
+        for _ in range(0 if inside else rng.randrange(20_000)):
+            child.poll()
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        step = max((step for step, _ in losses(run)), default=0)
+        assert last_step(run) >= max(before, step - SAVE_INTERVAL), "more than one interval lost"
+    raise AssertionError("unreachable")
+
+
+def test_killed_at_random_and_inside_saves(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(words(3000))
+    peaceful = tmp_path / "peaceful"
+    assert start(tmp_path, peaceful.name).wait() == 0
+    rng = random.Random(0)
+    kills = runs = 0
+    while kills < KILLS:
+        run = tmp_path / f"killed-{runs}"
+        kills += kill_through(run, KILLS - kills, rng)
+        runs += 1
+        assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
+        for part in ("best", "last"):
+            ours, theirs = (load_file(r / part / "model.safetensors") for r in (run, peaceful))
+            assert all((ours[name] == theirs[name]).all() for name in theirs)
+        assert losses(run) == losses(peaceful)
+    print(f"{kills} kills, {runs} runs, all of them bit-equal to the one left in peace")
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Return what the metrics file says, but for a last line cut short."""
+    rows = []
+    if (run / "metrics.jsonl").exists():
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return [(row["step"], row.get("loss", row.get("val_loss"))) for row in rows]

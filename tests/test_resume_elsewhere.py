@@ -1,0 +1,59 @@
+"""A run gone on with at another number of threads: nearly the same, and the difference is named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import words
+
+pytestmark = pytest.mark.reliability
+
+COMMAND = [
+    *(sys.executable, "-m", "chargpt", "train", "text.txt", "--resume", "--dropout", "0"),
+    *("--n-layer", "2", "--n-head", "2", "--d-model", "32", "--block-size", "32"),
+    *("--batch-size", "16", "--eval-interval", "100", "--log-interval", "1", "--patience", "0"),
+    *("--sample-length", "0", "--device", "cpu", "--precision", "fp32"),
+    *("--learning-rate", "1e-3", "--cooldown-fraction", "0", "--warmup-fraction", "0"),
+]
+
+
+def chargpt_train(folder: Path, out: str, steps: int, threads: int) -> str:
+    done = subprocess.run(
+        [*COMMAND, "--steps", str(steps), "--out", out],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stderr
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_another_number_of_threads(
+    tmp_path: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core")
+    monkeypatch.setattr(sys.modules[__name__], "COMMAND", [*COMMAND, "--kernels", kernels])
+    (tmp_path / "text.txt").write_text(words(5000))
+    chargpt_train(tmp_path, "one", 50, threads=1)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert "threads" not in chargpt_train(tmp_path, "one", 150, threads=1)
+    assert "threads was 1, is 2: losses may differ slightly" in chargpt_train(
+        tmp_path, "two", 150, threads=2
+    )
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    first, hundredth = abs(one[51] - two[51]), abs(one[150] - two[150])
+    print(f"kernels {kernels}: first loss differs by {first:.1e}, the hundredth by {hundredth:.1e}")
+    assert first <= 1e-6
+    assert hundredth <= 1e-3
