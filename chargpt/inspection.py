@@ -25,7 +25,6 @@ from chargpt.training import TrainState
 from chargpt.validation import from_dict
 from chargpt.weights import check_model_file, read_tensors
 
-
 LONGEST_LINE = 2**16  # of metrics.jsonl, in characters; ours have some hundred
 
 
