@@ -365,7 +365,7 @@ def speedrun() -> Preset:
 
 
 def best() -> Preset:
-    """4.8 M parameters and dropout: half an hour on two fast cores, for a loss below speedrun's."""
+    """4.8 M parameters and dropout: half an hour on two fast cores; 1.40 on Tiny Shakespeare."""
     return Preset(
         model=GPT2Config(
             block_size=256,

@@ -25,6 +25,7 @@ from chargpt.run_folder import read_config
 from chargpt.seeding import INIT, derive_seed
 from chargpt.tokenizer import CharTokenizer
 from chargpt.training import Trainer, restore_last
+from chargpt.validation import from_dict
 from chargpt.weights import check_model_file
 
 # What may differ when a run goes on: how long, how often, and on what; nothing that it learns.
@@ -87,8 +88,9 @@ def make_plan(
     corpus = load_corpus(sources, data)
     model = _with_vocabulary(model, corpus.tokenizer)
     windows = Windows(corpus.train, model.block_size, training.seed)
-    if resuming:  # before memory is taken for what a file asks for
-        check_model_file(find_checkpoint(out, "last") / MODEL, model)
+    if saved is not None:  # before memory is taken for what a file asks for
+        was = from_dict(GPT2Config, saved["model"])
+        check_model_file(find_checkpoint(out, "last") / MODEL, was)
     torch.manual_seed(derive_seed(training.seed, INIT))
     gpt2 = GPT2(model).to(device)
     trainer = Trainer(

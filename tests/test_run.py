@@ -228,12 +228,13 @@ def test_a_tracker_that_is_not_installed_is_named_before_training(
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"split": "train", "step": 1}\n{"split": "tr')
-    assert read_metrics(tmp_path) == [{"split": "train", "step": 1}]
+    row = {"split": "train", "step": 1, "loss": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + '\n{"split": "tr')
+    assert read_metrics(tmp_path) == [row]
 
 
 def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    lines = [json.dumps({"split": "train", "step": step}) for step in range(1, 6)]
+    lines = [json.dumps({"split": "train", "step": step, "loss": 2.5}) for step in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     Reporter(tmp_path, quiet=True, resumed_step=3).close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
