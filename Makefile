@@ -19,7 +19,7 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-reliability: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m reliability $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m reliability -rP $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

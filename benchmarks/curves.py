@@ -38,11 +38,10 @@ from torch import Tensor, nn
 
 import chargpt
 from chargpt import durable
-from chargpt.bench import cpu_name
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
 from chargpt.errors import UserError
 from chargpt.flags import preset
-from chargpt.hardware import describe_device
+from chargpt.hardware import cpu_name, describe_device
 from chargpt.optim import schedule
 from chargpt.peers import HuggingFace, NanoGPT, Own, parse_peers
 from chargpt.planning import make_plan

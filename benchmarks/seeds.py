@@ -26,12 +26,11 @@ from protocols import half_losses, learning_curve, nanogpt_loss, standard_error
 
 import chargpt
 from chargpt import durable, run_folder
-from chargpt.bench import cpu_name
 from chargpt.config import PRESETS
 from chargpt.data import load_corpus
 from chargpt.errors import UserError
 from chargpt.flags import RUN_CONFIGS, preset, resolve, saved, saved_sources
-from chargpt.hardware import PrecisionChoice, choose_device
+from chargpt.hardware import PrecisionChoice, choose_device, cpu_name
 from chargpt.reporting import read_metrics
 from chargpt.run import SUMMARY, train
 from chargpt.validation import check_names

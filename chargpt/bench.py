@@ -7,7 +7,6 @@ median over the rounds, a ratio the median of the rounds' ratios.
 from __future__ import annotations
 
 import math
-import platform
 import random
 import statistics
 import string
@@ -24,7 +23,7 @@ import chargpt
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.data import STANDARD_INPUT, load_corpus
 from chargpt.errors import TrainingError, is_out_of_memory
-from chargpt.hardware import choose_device, describe_device
+from chargpt.hardware import choose_device, cpu_name, describe_device
 from chargpt.metrics import count_parameters, human_count, training_flops_per_token
 from chargpt.peers import NanoGPT, Own, Runner, hugging_face, parse_peers
 from chargpt.planning import make_plan
@@ -200,16 +199,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "chargpt": chargpt.__version__,
         "torch": torch.__version__,
     }
-
-
-def cpu_name() -> str:
-    """Return what the processor calls itself, or else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), "") or platform.processor() or platform.machine()
 
 
 def _dtypes(device: torch.device) -> Sequence[str]:

@@ -42,18 +42,37 @@ def save_checkpoint(run: Path, which: Which, parts: Mapping[str, Tensors], state
     Raises:
         OSError: it cannot be written; those before it are as they were.
     """
-    new, current, previous = _new(run, which), run / which, _previous(run, which)
+    new = _new(run, which)
     try:
         _write(new, parts, state)
     except OSError:
         shutil.rmtree(new, ignore_errors=True)  # the space may be needed
         raise
+    _move_into_place(run, which)
+
+
+def _move_into_place(run: Path, which: Which) -> None:
+    """Make the new checkpoint, which is whole, the current one."""
+    new, current, previous = _new(run, which), run / which, _previous(run, which)
     if current.exists():
         shutil.rmtree(previous, ignore_errors=True)
         current.rename(previous)
     new.rename(current)
     sync_folder(run)
     shutil.rmtree(_old(run, which), ignore_errors=True)
+
+
+def finish_save(run: Path, which: Which) -> None:
+    """Finish what a save that was cut off had begun, or take it away; only its trainer may do so.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    if _new(run, which).exists():
+        if find_problem(_new(run, which)) is None:
+            _move_into_place(run, which)
+        else:
+            shutil.rmtree(_new(run, which))
 
 
 def _write(folder: Path, parts: Mapping[str, Tensors], state: Any) -> None:

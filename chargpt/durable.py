@@ -44,7 +44,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     part.unlink(missing_ok=True)
     try:
         write_file(part, text.encode())
@@ -53,6 +53,11 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """Return where a text is while it is being written."""
+    return path.with_name(f".{path.name}.part")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -146,6 +148,16 @@ def describe_device(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
     return device.type
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself, or else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), "") or platform.processor() or platform.machine()
 
 
 # --- determinism

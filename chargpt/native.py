@@ -132,7 +132,8 @@ def _processor() -> str:
     """Return what tells processors apart, for a home folder that several machines share."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join({line for line in lines if line.startswith(("model name", "flags"))})
+        told = {line for line in lines if line.startswith(("model name", "flags"))}
+        return "\n".join(sorted(told))
     except OSError:
         return platform.processor()
 

@@ -17,7 +17,13 @@ from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.data import Corpus, Windows, load_corpus
 from chargpt.distributed import choose_parallel, parallelize
 from chargpt.errors import UserError
-from chargpt.hardware import PrecisionChoice, choose_device, choose_precision, describe_device
+from chargpt.hardware import (
+    PrecisionChoice,
+    choose_device,
+    choose_precision,
+    cpu_name,
+    describe_device,
+)
 from chargpt.metrics import count_parameters, human_count
 from chargpt.model import GPT2
 from chargpt.optim import make_optimizer
@@ -53,6 +59,8 @@ class Plan:
     corpus: Corpus
     config: dict[str, Any]
     """What config.json will hold."""
+    environment_before: dict[str, Any]
+    """Of the run that is gone on with; empty: it begins."""
     lines: list[str]
     """For the user: what was found, what was decided, and why."""
 
@@ -108,10 +116,16 @@ def make_plan(
     config = _config_dict(trainer, corpus, data)
     lines = _describe(trainer, corpus, data, why_device)
     if saved is not None:
-        lines += _check_resumed(saved, config)
+        _refuse_changes(saved, config)
         restore_last(trainer)
         lines.append(f"resuming   after step {trainer.state.step:,}")
-    return Plan(trainer=trainer, corpus=corpus, config=config, lines=lines)
+    return Plan(
+        trainer=trainer,
+        corpus=corpus,
+        config=config,
+        environment_before=saved["environment"] if saved else {},
+        lines=lines,
+    )
 
 
 def _precision_as_before(
@@ -156,15 +170,17 @@ def _config_dict(trainer: Trainer, corpus: Corpus, data: DataConfig) -> dict[str
             "numpy": np.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
+            "processor": cpu_name(),
             "device": describe_device(trainer.device),
+            "devices": max(1, len(trainer.parallel.device_ids)),
             "precision": trainer.precision.name,
             "threads": torch.get_num_threads(),
         },
     }
 
 
-def _check_resumed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each harmless difference between a run and the way it is to go on.
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with a run as if it were another.
 
     Raises:
         UserError: a difference in the model, the data, or how it learns.
@@ -179,11 +195,14 @@ def _check_resumed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                     f"{name} was {was!r} in this run and cannot become {wish!r}: leave it as it "
                     "was, or train anew with another --out"
                 )
-    environment = now["environment"]
+
+
+def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each condition under which a run is gone on with that is not as it was."""
     return [
-        f"resuming   {name} was {was}, is {environment.get(name)}: losses may differ slightly"
-        for name, was in before["environment"].items()
-        if environment.get(name) != was
+        f"resuming   {name} was {was}, is {now.get(name)}: losses may differ by rounding"
+        for name, was in before.items()
+        if now.get(name) != was
     ]
 
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -37,7 +37,7 @@ class TrackerClient(Protocol):
 
 
 class Reporter:
-    """Tells the user and the run folder how training goes.
+    """Tells the user and, within ``with``, the run folder how training goes.
 
     Args:
         out: the run folder, which exists.
@@ -45,9 +45,6 @@ class Reporter:
         track: a further place for the metrics.
         write_sample: writes a sample with the model as it is now; None: no samples.
         resumed_step: forget what metrics.jsonl and samples.txt say of later steps.
-
-    Raises:
-        UserError: the tracker is not installed.
     """
 
     def __init__(
@@ -62,14 +59,36 @@ class Reporter:
         self.out = out
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._write_sample = write_sample
-        self._tracker = make_tracker(track, out)
-        _forget_after(out, resumed_step)
-        self._metrics = (out / METRICS).open("a", encoding="utf-8")
+        self._track = track
+        self._resumed_step = resumed_step
+        self._metrics: TextIO | None = None
+        self._tracker: TrackerClient | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._marks: list[tuple[float, float, float]] = []  # (train seconds, tokens, progress)
         self._last_line = -PLAIN_INTERVAL_SECONDS
         self._val_loss: float | None = None
+
+    def __enter__(self) -> Reporter:
+        """Open the files.
+
+        Raises:
+            UserError: the tracker is not installed.
+        """
+        self._tracker = make_tracker(self._track, self.out)
+        _forget_after(self.out, self._resumed_step)
+        self._metrics = (self.out / METRICS).open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the progress line away and close the files."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def note(self, text: str) -> None:
         """Print a line above the progress line."""
@@ -110,15 +129,6 @@ class Reporter:
                 file.write(f"--- step {step}, validation loss {val_loss:.4f}\n{sample}\n")
             self.note("    " + visible(sample).strip().replace("\n", "\n    "))
 
-    def close(self) -> None:
-        """Take the progress line away and close the files."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        self._metrics.close()
-        if self._tracker is not None:
-            self._tracker.close()
-
     def _line(self, values: dict[str, Any], progress: float) -> tuple[str, float | None]:
         seconds, tokens, before = self._marks[0]
         passed = values["train_seconds"] - seconds
@@ -149,6 +159,7 @@ class Reporter:
         self._bar.update(self._task, description=line, completed=min(progress, 1.0))
 
     def _record(self, values: dict[str, Any], split: str) -> None:
+        assert self._metrics is not None, "within `with`"
         self._metrics.write(json.dumps({"split": split} | values) + "\n")
         self._metrics.flush()
         if self._tracker is not None:

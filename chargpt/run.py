@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from chargpt.baselines import unigram_nats
-from chargpt.checkpoint import has_checkpoint
+from chargpt.checkpoint import Which, finish_save, has_checkpoint
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.durable import write_json
 from chargpt.errors import TrainingError, UserError, is_out_of_memory
@@ -19,10 +19,18 @@ from chargpt.generation import generate_text
 from chargpt.hardware import describe_device, deterministic_algorithms
 from chargpt.metrics import bits_per_char, count_parameters
 from chargpt.model import GPT2
-from chargpt.planning import Plan, make_plan
+from chargpt.planning import Plan, environment_changes, make_plan
 from chargpt.plotting import plot_loss
 from chargpt.reporting import Reporter
-from chargpt.run_folder import CONFIG, LOCK, load, locked, write_config, write_tokenizer
+from chargpt.run_folder import (
+    CONFIG,
+    CONFIG_PART,
+    LOCK,
+    load,
+    locked,
+    write_config,
+    write_tokenizer,
+)
 from chargpt.seeding import own_random_state
 from chargpt.speed import prepare
 from chargpt.summary import SUMMARY, Summary, verdict
@@ -100,14 +108,18 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise UserError(
             f"{folder} already holds a run: give another --out, or --resume to go on with it"
         )
-    taken = folder.exists() and (
-        not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())
-    )
-    if not has_run and taken:
+    if not has_run and not _is_free(folder):
         raise UserError(f"{folder} is in use by something else: give another --out")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise UserError(f"{existing} is not writable: give another --out")
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only what a run leaves that was killed as it began."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name in (LOCK, CONFIG_PART) for path in folder.iterdir())
 
 
 # --- the run itself
@@ -121,7 +133,7 @@ def _held(folder: Path) -> Iterator[None]:
         UserError: it cannot be made, or another process trains into it.
     """
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    is_ours = bool(missing) or not any(folder.iterdir())  # nobody's work is in it
+    is_ours = _is_free(folder)  # nobody's work is in it
     _refuse_links(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +147,7 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if is_ours and not any(has_checkpoint(folder, which) for which in ("best", "last")):
+            if is_ours and not any(has_checkpoint(folder, which) for which in get_args(Which)):
                 _clear(folder)
                 for path in missing:
                     path.rmdir()
@@ -178,16 +190,19 @@ def _train(plan: Plan, *, quiet: bool) -> StopReason:
         write_sample=_sampler(plan) if trainer.config.sample_length else None,
         resumed_step=trainer.state.step,
     )
-    try:
+    for line in [*plan.lines, f"run        {out}"]:
+        reporter.note(line)
+    with deterministic_algorithms(trainer.config.deterministic):
+        environment = plan.config["environment"]
+        environment |= prepare(trainer, reporter.note)._asdict()
+        for line in environment_changes(plan.environment_before, environment):
+            reporter.note(line)
+        for which in get_args(Which):
+            finish_save(out, which)
         write_config(out, plan.config)
         write_tokenizer(out, plan.corpus.tokenizer)
-        for line in [*plan.lines, f"run        {out}"]:
-            reporter.note(line)
-        with deterministic_algorithms(trainer.config.deterministic):
-            prepare(trainer, reporter.note)
+        with reporter:
             return fit(trainer, reporter)
-    finally:
-        reporter.close()
 
 
 def _clear(folder: Path) -> None:

@@ -26,6 +26,7 @@ from chargpt.durable import (
     SEAL,
     check_seal,
     parse_json,
+    part_of,
     read_json,
     read_text,
     seal,
@@ -42,6 +43,7 @@ FORMAT = 2
 """Of config.json. 1 was not sealed."""
 MAX_TOKENIZER_BYTES = 32 * 2**20  # all of Unicode takes half of it
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", ".lock"
+CONFIG_PART = part_of(Path(CONFIG)).name
 
 
 class Loaded(NamedTuple):

@@ -27,11 +27,22 @@ from chargpt.native import KernelsError, library_path, load_kernels
 from chargpt.training import Trainer, trial_step
 
 Note = Callable[[str], None]
+
+
+class SpeedChoices(NamedTuple):
+    """How a model computes; another choice rounds differently."""
+
+    kernels: str
+    """The library's name, which stands for its sources and the processor; or "off"."""
+    attention: Backend
+    compiled: bool
+
+
 SDPA_MIN_BLOCK = 1024  # below it, the textbook's matrix products are faster on a CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 
-def prepare(trainer: Trainer, note: Note) -> None:
+def prepare(trainer: Trainer, note: Note) -> SpeedChoices:
     """Make a trainer's steps as fast as its configuration allows.
 
     The seconds it takes are counted as compilation, which is a part of training.
@@ -39,6 +50,9 @@ def prepare(trainer: Trainer, note: Note) -> None:
     Args:
         trainer: before its first step; its model and `forward` are changed.
         note: takes lines for the user.
+
+    Returns:
+        What was chosen.
 
     Raises:
         UserError: kernels were asked for, and there are none here.
@@ -49,15 +63,20 @@ def prepare(trainer: Trainer, note: Note) -> None:
     compiling = choose_compile(trainer.config.compile, trainer.device)
     if trainer.parallel.device_ids:
         compiling = CompileChoice(False, "not over several GPUs in one process")
-    _choose_layers(trainer, note, compiling=compiling.on)
-    if not _compile(trainer, compiling, note) and compiling.on:
-        _choose_layers(trainer, note, compiling=False)
+    kernels, attention = _choose_layers(trainer, note, compiling=compiling.on)
+    compiled = _compile(trainer, compiling, note)
+    if compiling.on and not compiled:
+        kernels, attention = _choose_layers(trainer, note, compiling=False)
     seconds = time.perf_counter() - start
     trainer.state.compile_seconds += seconds
     trainer.state.train_seconds += seconds
+    library = library_path().stem if kernels.on else "off"
+    return SpeedChoices(kernels=library, attention=attention.backend, compiled=compiled)
 
 
-def _choose_layers(trainer: Trainer, note: Note, *, compiling: bool) -> None:
+def _choose_layers(
+    trainer: Trainer, note: Note, *, compiling: bool
+) -> tuple[KernelsChoice, AttentionChoice]:
     config, model, device = trainer.config, trainer.model, trainer.device
     kernels = choose_kernels(config.kernels, device, compiling)
     if kernels.on:
@@ -68,6 +87,7 @@ def _choose_layers(trainer: Trainer, note: Note, *, compiling: bool) -> None:
     attention = choose_attention(config.attention, model.config, device, kernels=kernels.on)
     set_backend(model, attention.backend)
     note(f"attention  {attention.backend} ({attention.reason})")
+    return kernels, attention
 
 
 def keep_memory() -> None:

@@ -187,12 +187,12 @@ def test_a_gradient_much_longer_than_usual_is_told(
     told: list[str] = []
     reporter = Reporter(trainer.out, quiet=True)
     monkeypatch.setattr(reporter, "note", told.append)
-    for step in range(12):
-        scale = 50.0 if step in (2, 8) else 1.0
-        hook = trainer.model.final_norm.weight.register_hook(lambda g, s=scale: g * s * s)
-        training._timed_step(trainer, reporter)
-        hook.remove()
-    reporter.close()
+    with reporter:
+        for step in range(12):
+            scale = 50.0 if step in (2, 8) else 1.0
+            hook = trainer.model.final_norm.weight.register_hook(lambda g, s=scale: g * s * s)
+            training._timed_step(trainer, reporter)
+            hook.remove()
     assert len(told) == 1  # what is usual was not known at step 3
     assert told[0].startswith("step 9: the gradient's norm is ")
     assert trainer.state.usual_grad_norm is not None

@@ -20,7 +20,14 @@ import pytest
 from conftest import words
 
 import chargpt.run
-from chargpt.checkpoint import find_checkpoint, find_problem, has_checkpoint
+from chargpt import training
+from chargpt.checkpoint import (
+    checkpoint_folders,
+    find_checkpoint,
+    find_problem,
+    has_checkpoint,
+    save_checkpoint,
+)
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.errors import TrainingError, UserError
 from chargpt.run import train
@@ -55,6 +62,11 @@ class Faults:
         self.folder, self.n, self.fail = str(folder), n, fail
         self.count = 0
 
+    def next(self) -> bool:
+        """Count an operation; return whether it is the one to fail."""
+        self.count += 1
+        return self.count == self.n
+
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             reads = name == "open" and "r" in (
@@ -63,12 +75,36 @@ class Faults:
             of_open_file = Path(f"/proc/self/fd/{args[0]}")
             target = str(of_open_file.readlink() if name == "fsync" else args[0])
             if not reads and target.startswith(self.folder):
-                self.count += 1
-                if self.count == self.n:
+                if self.next():
                     self.fail()
+                if name == "open":
+                    return WatchedFile(function(*args, **kwargs), self)
             return function(*args, **kwargs)
 
         return watched
+
+
+class WatchedFile:
+    """A file whose writes are counted; one that fails has written half."""
+
+    def __init__(self, file: Any, faults: Faults) -> None:
+        self.file, self.faults = file, faults
+
+    def write(self, data: Any) -> Any:
+        if self.faults.next():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            self.faults.fail()
+        return self.file.write(data)
+
+    def __enter__(self) -> "WatchedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> bool:
@@ -121,6 +157,7 @@ def test_an_error_in_every_file_operation(text: Path, tmp_path: Path, number: in
         assert goes_on(text, out), n
     assert n > 50, "the faults were not reached"
     assert reported > n / 2
+    print(f"{os.strerror(number)}: {n - 1} operations failed in turn, {reported} ended the run")
 
 
 def test_the_end_of_the_process_in_every_file_operation(text: Path, tmp_path: Path) -> None:
@@ -142,6 +179,36 @@ def test_the_end_of_the_process_in_every_file_operation(text: Path, tmp_path: Pa
         if code == 0:
             break
     assert n > 50, "the faults were not reached"
+    print(f"the process ended in each of {n - 1} operations")
+
+
+def test_two_whole_checkpoints_stand_at_every_file_operation(text: Path, tmp_path: Path) -> None:
+    """From the third save on, counted before each operation."""
+    out = tmp_path / "run"
+    saves = 0
+    standing: list[int] = []
+
+    class Count(Faults):
+        def next(self) -> bool:
+            if saves >= 3:
+                folders = checkpoint_folders(out, "last")
+                standing.append(sum(find_problem(folder) is None for folder in folders))
+            return False
+
+    def counted(*args: Any) -> None:
+        nonlocal saves
+        saves += args[1] == "last"
+        save_checkpoint(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", counted)
+        patch.setattr(sys.modules[__name__], "Faults", Count)
+        run_with_faults(text, out, 0, lambda: None)
+    assert saves == 5
+    assert len(standing) > 40
+    assert min(standing) == 2
+    assert max(standing) == 3
+    print(f"{len(standing)} operations, two whole checkpoints or three at each")
 
 
 CROWDED = """

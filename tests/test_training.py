@@ -311,11 +311,8 @@ def test_evaluations_come_once_an_epoch_within_reason(
 
 
 def fit_quietly(trainer: Trainer) -> None:
-    reporter = Reporter(trainer.out, quiet=True)
-    try:
+    with Reporter(trainer.out, quiet=True) as reporter:
         fit(trainer, reporter)
-    finally:
-        reporter.close()
 
 
 def poison(trainer: Trainer, value: float, at_steps: set[int]) -> None:
