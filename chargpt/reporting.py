@@ -115,7 +115,7 @@ class Reporter:
             self.console.print(f"{progress:4.0%}  {line}", markup=False, emoji=False)
 
     def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
-        """Show and write down a loss over the whole validation part, and perhaps a sample."""
+        """Show and write down a loss over the whole validation part."""
         self._val_loss = val_loss
         self._record({"step": step, "val_loss": val_loss}, "validation")
         best = "  (best so far)" if is_best else ""
@@ -123,6 +123,9 @@ class Reporter:
             f"step {step:,}: validation loss {val_loss:.4f} = "
             f"{bits_per_char(val_loss):.3f} bits/char{best}"
         )
+
+    def sample(self, *, step: int, val_loss: float) -> None:
+        """Show and write down a sample, where samples are wanted."""
         if self._write_sample is not None:
             sample = self._write_sample()
             with (self.out / SAMPLES).open("a", encoding="utf-8", errors="replace") as file:

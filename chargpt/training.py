@@ -33,7 +33,7 @@ from chargpt.distributed import ParallelChoice, seed_dropout
 from chargpt.errors import TrainingError, UserError
 from chargpt.evaluation import evaluate
 from chargpt.hardware import PrecisionChoice
-from chargpt.interrupts import Interruption, Interrupts
+from chargpt.interrupts import Interrupted, Interruption, Interrupts
 from chargpt.metrics import human_count
 from chargpt.model import GPT2
 from chargpt.optim import schedule
@@ -279,19 +279,21 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     state, config = trainer.state, trainer.config
     trainer.model.train()
     with Interrupts() as interrupts:
-        while trainer.progress < 1:
-            if _evaluation_is_due(trainer):
-                _evaluate_and_save(trainer, reporter)
-                if 0 < config.patience <= state.evaluations_since_best:
-                    return "patience"
-            _timed_step(trainer, reporter)
-            if interrupts.received:
-                save_last(trainer)
-                return interrupts.received
-            if config.save_interval and state.step % config.save_interval == 0:
-                save_last(trainer)
-        if state.evaluated_step != state.step:
-            _evaluate_and_save(trainer, reporter)
+        try:
+            while trainer.progress < 1:
+                if _evaluation_is_due(trainer):
+                    _evaluate_and_save(trainer, reporter, interrupts)
+                    if 0 < config.patience <= state.evaluations_since_best:
+                        return "patience"
+                _timed_step(trainer, reporter)
+                interrupts.grant()
+                if config.save_interval and state.step % config.save_interval == 0:
+                    save_last(trainer)
+            if state.evaluated_step != state.step:
+                _evaluate_and_save(trainer, reporter, interrupts)
+        except Interrupted as interruption:
+            save_last(trainer)
+            return interruption.reason
     return "budget"
 
 
@@ -360,16 +362,18 @@ def _count_skipped(trainer: Trainer, result: StepResult) -> None:
         )
 
 
-def _evaluate_and_save(trainer: Trainer, reporter: Reporter) -> None:
+def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interrupts) -> None:
     state = trainer.state
     start = time.perf_counter()
-    state.val_loss = evaluate(
-        trainer.model,
-        trainer.validation,
-        trainer.windows.block_size,
-        batch_size=trainer.config.batch_size,
-        autocast=trainer.precision.autocast(trainer.device),
-    )
+    with interrupts.amid():
+        val_loss = evaluate(
+            trainer.model,
+            trainer.validation,
+            trainer.windows.block_size,
+            batch_size=trainer.config.batch_size,
+            autocast=trainer.precision.autocast(trainer.device),
+        )
+    state.val_loss = val_loss
     state.eval_seconds += time.perf_counter() - start
     if not math.isfinite(state.val_loss):
         state.val_loss = None
@@ -387,6 +391,8 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter) -> None:
         _save(trainer, "best", weights, {"step": state.step, "val_loss": state.val_loss})
     save_last(trainer)
     reporter.evaluation(step=state.step, val_loss=state.val_loss, is_best=is_best)
+    with interrupts.amid():
+        reporter.sample(step=state.step, val_loss=state.val_loss)
 
 
 def save_last(trainer: Trainer) -> None:

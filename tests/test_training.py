@@ -250,6 +250,34 @@ def test_a_signal_ends_the_run_after_its_step_and_keeps_it(
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.parametrize("amid", ["evaluate", "a sample"])
+def test_a_signal_amid_an_evaluation_ends_it_there_and_it_is_made_up_for(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amid: str
+) -> None:
+    whole = run_with(text_file, tmp_path / "whole", QUICK)
+    module, name = (training, "evaluate") if amid == "evaluate" else (chargpt.run, "generate_text")
+    plain, calls = getattr(module, name), 0
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("it went on")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, cut)
+    part = run_with(text_file, tmp_path / "part", QUICK)
+    summary = json.loads((part / "summary.json").read_text())
+    assert (summary["stop_reason"], summary["steps"]) == ("terminated", 10)
+    assert summary["best_step"] == (5 if amid == "evaluate" else 10)
+    monkeypatch.undo()
+    resumed = run_with(text_file, tmp_path / "part", QUICK, resume=True)
+    assert_equal(weights(whole), weights(resumed))
+    losses = [[row.get("val_loss") for row in read_metrics(run)] for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
 def test_patience_ends_a_run_that_gets_no_better_and_the_best_is_kept(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
