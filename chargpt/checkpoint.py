@@ -78,7 +78,7 @@ def finish_save(run: Path, which: Which) -> None:
 def _write(folder: Path, parts: Mapping[str, Tensors], state: Any) -> None:
     """Write a new checkpoint, the manifest last."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     manifest: dict[str, dict[str, Any]] = {}
     for name in (*parts, STATE):  # one at a time: the bytes of a file are as large as its tensors
         data = to_json(state).encode() if name == STATE else to_bytes(parts[name])

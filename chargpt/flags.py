@@ -190,7 +190,8 @@ def saved(run: Path) -> dict[str, Any]:
     config = _read_config(run)
     data = {name: config["data"][name] for name in DataConfig.__dataclass_fields__}
     return {
-        "model": from_dict(GPT2Config, config["model"]),
+        # The vocabulary follows the text, which is compared with the run's.
+        "model": from_dict(GPT2Config, config["model"] | {"vocab_size": 0}),
         "training": from_dict(TrainConfig, config["train"]),
         "data": from_dict(DataConfig, data),
     }

@@ -187,9 +187,14 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     """
     learning = [name for name in now["train"] if name not in FREE_ON_RESUME]
     data = [name for name in now["data"] if name != "sources"]
-    for part, names in (("model", list(now["model"])), ("train", learning), ("data", data)):
+    for part, names in (("data", data), ("model", list(now["model"])), ("train", learning)):
         for name in names:
             was, wish = before[part].get(name), now[part][name]
+            if was != wish and name == "sha256":
+                raise UserError(
+                    f"{', '.join(now['data']['sources'])}: not the text this run learned from (its "
+                    "SHA-256 differs): give that text, or train anew with another --out"
+                )
             if was != wish:
                 raise UserError(
                     f"{name} was {was!r} in this run and cannot become {wish!r}: leave it as it "

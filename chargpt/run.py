@@ -81,6 +81,11 @@ def train(
     _check_folder(folder, resume)
     with _held(folder), own_random_state():
         resuming = (folder / CONFIG).exists() and has_checkpoint(folder, "last")
+        if not resuming and has_checkpoint(folder, "best"):
+            raise UserError(
+                f"{folder} has a best checkpoint and no last one, from which a run goes on: take "
+                "last/ from a backup, or train anew with another --out"
+            )
         plan = make_plan(
             sources, model=model, training=training, data=data, out=folder, resuming=resuming
         )
@@ -147,7 +152,8 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if is_ours and not any(has_checkpoint(folder, which) for which in get_args(Which)):
+            learned = any(has_checkpoint(folder, which) for which in get_args(Which))
+            if is_ours and not learned and folder.exists():
                 _clear(folder)
                 for path in missing:
                     path.rmdir()

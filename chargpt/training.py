@@ -24,6 +24,7 @@ from chargpt.checkpoint import (
     OPTIMIZER,
     Which,
     find_checkpoint,
+    has_checkpoint,
     read_state,
     save_checkpoint,
 )
@@ -364,6 +365,8 @@ def _count_skipped(trainer: Trainer, result: StepResult) -> None:
 
 def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interrupts) -> None:
     state = trainer.state
+    if not has_checkpoint(trainer.out, "last"):
+        save_last(trainer)  # so that a best one without it has lost it
     start = time.perf_counter()
     with interrupts.amid():
         val_loss = evaluate(

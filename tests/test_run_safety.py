@@ -92,6 +92,17 @@ def test_the_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_that_lost_its_last_state_does_not_begin_anew(text_file: Path, run: Path) -> None:
+    """It would write over the best one."""
+    for name in ("last", "last.previous"):
+        shutil.rmtree(run / name)
+    before = (run / "best" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="has a best checkpoint and no last one"):
+        train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+    assert (run / "best" / "model.safetensors").read_bytes() == before
+    assert load(run)
+
+
 def test_a_mistake_leaves_no_folder_behind(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder" / "run"
     with pytest.raises(UserError):
@@ -124,6 +135,26 @@ def test_a_save_that_fails_ends_the_run_with_the_reason(
         train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "run", quiet=True)
     assert read_state(tmp_path / "run" / "last")["step"] == 5
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_run_folder_that_vanishes_ends_the_run(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not made anew: a checkpoint without config.json would be no run."""
+    run = tmp_path / "run"
+    step = training.train_step
+
+    def vanish(trainer: Trainer) -> Any:
+        if trainer.state.step == 7:
+            shutil.rmtree(run)
+        return step(trainer)
+
+    monkeypatch.setattr(training, "train_step", vanish)
+    with pytest.raises(
+        TrainingError, match=r"run/(best|last) could not be saved after step 10 \(No such"
+    ):
+        train(str(text_file), model=SMALL, training=QUICK, out=run, quiet=True)
+    assert not run.exists()
 
 
 def test_other_files_that_cannot_be_written_end_it_too(

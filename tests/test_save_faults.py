@@ -252,6 +252,7 @@ def test_the_order_of_system_calls_of_a_save(text: Path, tmp_path: Path) -> None
         pytest.skip("no strace here")
     script = (
         "import torch; from pathlib import Path; from chargpt.checkpoint import save_checkpoint\n"
+        "Path('run').mkdir()\n"
         "for i in range(3): save_checkpoint(Path('run'), 'last', "
         "{'model.safetensors': {'x': torch.zeros(3)}}, {'step': i})"
     )
