@@ -33,7 +33,7 @@ SETTINGS = [
     for optimizer in ("adamw", "muon")
     for precision in ("fp32", "bf16")
     for compiling, name in (("off", "eager"), ("on", "compiled"))
-]
+] + [pytest.param("adamw", "scaled", "off", id="adamw-scaled-eager")]
 
 
 def train_on(trainer: Trainer) -> None:
@@ -45,12 +45,12 @@ def make_trainer(text_file: Path, out: Path, optimizer: Any, precision: Any, on:
     out.mkdir()
     config = TrainConfig(
         steps=STEPS, batch_size=4, gradient_accumulation_steps=2, optimizer=optimizer,
-        precision=precision, compile=on, eval_interval=7, log_interval=1, sample_length=0,
-        patience=0, device="cpu",
+        precision="fp32" if precision == "scaled" else precision, compile=on, eval_interval=7,
+        log_interval=1, sample_length=0, patience=0, device="cpu",
     )  # fmt: skip
     plan = make_plan(
         [str(text_file)],
-        model=SMALL.replace(dropout=0.2),
+        model=SMALL.replace(d_model=32, dropout=0.2),  # heads of 16, which the kernels take
         training=config,
         data=DataConfig(),
         out=out,
@@ -58,7 +58,21 @@ def make_trainer(text_file: Path, out: Path, optimizer: Any, precision: Any, on:
     )
     choices = prepare(plan.trainer, print)
     assert choices.compiled == (on == "on")
+    if precision == "scaled":
+        scale_and_overflow(plan.trainer)
     return plan.trainer
+
+
+def scale_and_overflow(trainer: Trainer) -> None:
+    """Scale gradients as fp16 does on a GPU; every ninth step overflows and is skipped."""
+    trainer.scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    plain = trainer.forward
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        logits = plain(ids)
+        return logits * torch.inf if trainer.state.step % 9 == 8 else logits
+
+    trainer.forward = forward
 
 
 def outcome(trainer: Trainer) -> dict[str, Any]:
@@ -86,6 +100,8 @@ def spoil(trainer: Trainer) -> None:
             parameter.add_(1.0)
     for tensor in optimizer_tensors(trainer.optimizer, trainer.model).values():
         tensor.add_(1.0)
+    if trainer.scaler.is_enabled():
+        trainer.scaler.update(3.0)
     trainer.state = TrainState(step=999, best_val_loss=0.0, evaluations_since_best=99)
     torch.manual_seed(7)
 
@@ -132,6 +148,7 @@ def test_cut_after_every_step(
     expected = outcome(trainer)
     assert len(expected["rows"]) == STEPS + 8
     assert expected["state"]["best_step"] is not None
+    assert expected["state"]["skipped_steps"] == (5 if precision == "scaled" else 0)
     monkeypatch.undo()
     for cut, copy in enumerate(kept, start=1):
         spoil(trainer)
@@ -142,3 +159,5 @@ def test_cut_after_every_step(
         assert differences(outcome(trainer), expected) == [], f"cut after step {cut}"
         shutil.rmtree(copy)
     assert len(kept) == STEPS
+    n = len(expected["tensors"])
+    print(f"{STEPS} cuts, each time {n} tensors and {STEPS + 8} lines compared: no difference")
