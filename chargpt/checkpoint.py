@@ -15,13 +15,12 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from chargpt.config import Which
 from chargpt.durable import check_seal, read_json, seal, sync_folder, to_json, write_file
 from chargpt.errors import UserError, warn
 from chargpt.weights import Tensors, to_bytes
-
-Which = Literal["best", "last"]
 
 FORMAT = 2
 """Of the manifest. 1 had no sizes and no seal."""

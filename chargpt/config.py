@@ -30,6 +30,8 @@ Cooldown = Literal["cosine", "linear"]
 Switch = Literal["auto", "on", "off"]
 Attention = Literal["auto", "native", "matmul", "sdpa"]
 Parallel = Literal["auto", "none", "dp"]
+Which = Literal["best", "last"]
+"""A checkpoint: of the lowest validation loss, or where the run is."""
 Tracker = Literal["none", "tensorboard", "wandb"]
 Unknown = Literal["error", "skip", "replace"]
 

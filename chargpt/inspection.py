@@ -10,12 +10,11 @@ from typing import NamedTuple
 from chargpt.checkpoint import (
     MODEL,
     OPTIMIZER,
-    Which,
     checkpoint_folders,
     find_problem,
     read_state,
 )
-from chargpt.config import GPT2Config, TrainConfig
+from chargpt.config import GPT2Config, TrainConfig, Which
 from chargpt.durable import read_json
 from chargpt.errors import UserError
 from chargpt.reporting import METRICS

@@ -15,7 +15,7 @@ import chargpt
 from chargpt.checkpoint import MODEL, find_checkpoint
 from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.data import Corpus, Windows, load_corpus
-from chargpt.distributed import choose_parallel, parallelize
+from chargpt.distributed import ParallelChoice, choose_parallel, parallelize
 from chargpt.errors import UserError
 from chargpt.hardware import (
     PrecisionChoice,
@@ -95,24 +95,12 @@ def make_plan(
     parallel = choose_parallel(training.parallel, device, training.batch_size)
     corpus = load_corpus(sources, data)
     model = _with_vocabulary(model, corpus.tokenizer)
-    windows = Windows(corpus.train, model.block_size, training.seed)
     if saved is not None:  # before memory is taken for what a file asks for
         was = from_dict(GPT2Config, saved["model"])
         check_model_file(find_checkpoint(out, "last") / MODEL, was)
     torch.manual_seed(derive_seed(training.seed, INIT))
     gpt2 = GPT2(model).to(device)
-    trainer = Trainer(
-        model=gpt2,
-        forward=parallelize(gpt2, parallel, precision),
-        optimizer=make_optimizer(gpt2, training, muon_dtype=_muon_dtype(device, precision)),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
-        windows=windows,
-        validation=corpus.validation,
-        config=training,
-        precision=precision,
-        parallel=parallel,
-        out=out,
-    )
+    trainer = _make_trainer(gpt2, training, corpus, precision=precision, parallel=parallel, out=out)
     config = _config_dict(trainer, corpus, data)
     lines = _describe(trainer, corpus, data, why_device)
     if saved is not None:
@@ -125,6 +113,30 @@ def make_plan(
         config=config,
         environment_before=saved["environment"] if saved else {},
         lines=lines,
+    )
+
+
+def _make_trainer(
+    gpt2: GPT2,
+    training: TrainConfig,
+    corpus: Corpus,
+    *,
+    precision: PrecisionChoice,
+    parallel: ParallelChoice,
+    out: Path,
+) -> Trainer:
+    device = gpt2.token_embedding.weight.device
+    return Trainer(
+        model=gpt2,
+        forward=parallelize(gpt2, parallel, precision),
+        optimizer=make_optimizer(gpt2, training, muon_dtype=_muon_dtype(device, precision)),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
+        windows=Windows(corpus.train, gpt2.config.block_size, training.seed),
+        validation=corpus.validation,
+        config=training,
+        precision=precision,
+        parallel=parallel,
+        out=out,
     )
 
 

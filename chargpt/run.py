@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from chargpt.baselines import unigram_nats
-from chargpt.checkpoint import Which, finish_save, has_checkpoint
-from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
+from chargpt.checkpoint import finish_save, has_checkpoint
+from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, Which, tiny
 from chargpt.durable import write_json
 from chargpt.errors import TrainingError, UserError, is_out_of_memory
 from chargpt.generation import generate_text

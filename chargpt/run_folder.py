@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import filelock
 import torch
 
-from chargpt.checkpoint import MODEL, Which, find_checkpoint, has_checkpoint
-from chargpt.config import DataConfig, GPT2Config
+from chargpt.checkpoint import MODEL, find_checkpoint, has_checkpoint
+from chargpt.config import DataConfig, GPT2Config, Which
 from chargpt.durable import (
     SEAL,
     check_seal,

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from chargpt.baselines import Baseline, baselines
-from chargpt.checkpoint import Which
-from chargpt.config import DataConfig, Device, Unknown
+from chargpt.config import DataConfig, Device, Unknown, Which
 from chargpt.data import (
     STANDARD_INPUT,
     Corpus,

@@ -22,13 +22,12 @@ from torch import Tensor
 from chargpt.checkpoint import (
     MODEL,
     OPTIMIZER,
-    Which,
     find_checkpoint,
     has_checkpoint,
     read_state,
     save_checkpoint,
 )
-from chargpt.config import TrainConfig
+from chargpt.config import TrainConfig, Which
 from chargpt.data import Windows
 from chargpt.distributed import ParallelChoice, seed_dropout
 from chargpt.errors import TrainingError, UserError

@@ -2,9 +2,11 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from variants import kernels_of
 
 import chargpt
 from chargpt.config import GPT2Config, TrainConfig
@@ -39,6 +41,14 @@ def result(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> TrainRe
     """A finished run; do not change its folder."""
     out = tmp_path_factory.mktemp("runs") / "hearts"
     return train(str(text_file), model=SMALL, training=QUICK, out=out, quiet=True)
+
+
+@pytest.fixture(scope="module", params=["on", "off"])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """Each test with the kernels, where there are any, and without."""
+    if request.param == "on":
+        kernels_of("native")
+    return request.param
 
 
 @pytest.fixture

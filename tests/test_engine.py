@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import slow
 import torch
-from twin import shake
-from variants import kernels_of
+from twin import shake, untie
 
 from chargpt.config import GPT2Config
 from chargpt.decoder import PyTorchDecoder
@@ -23,27 +22,10 @@ T, V = 16, 19
 INF = float("inf")
 
 
-@pytest.fixture(scope="module", params=["on", "off"])
-def kernels(request: pytest.FixtureRequest) -> Any:
-    if request.param == "on":
-        kernels_of("native")
-    return request.param
-
-
 def some_model(**changes: Any) -> GPT2:
-    """A model whose greedy text does not soon repeat itself, as one with tied weights does."""
-    shape: dict[str, Any] = {
-        "block_size": T,
-        "vocab_size": V,
-        "n_layer": 1,
-        "n_head": 2,
-        "d_model": 32,
-        "dropout": 0.1,
-    }
-    model = shake(GPT2(GPT2Config(**shape | changes)), seed=1, std=0.4).eval()
-    head = model.token_embedding.weight.detach().flip(0).roll(3, 0)
-    model.head.weight = torch.nn.Parameter(head.clone())
-    return model
+    shape = {"block_size": T, "vocab_size": V, "n_layer": 1, "n_head": 2, "d_model": 32}
+    config = GPT2Config(**shape | {"dropout": 0.1} | changes)
+    return untie(shake(GPT2(config), seed=1, std=0.4)).eval()
 
 
 MODEL = some_model()

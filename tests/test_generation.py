@@ -13,7 +13,7 @@ import slow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twin import shake
+from twin import shake, untie
 from variants import kernels_of
 
 import chargpt
@@ -43,27 +43,10 @@ ONE_TEXT = CharTokenizer("abcdefghij\n")
 DOCUMENTS = CharTokenizer("abcdefghi\n", end_of_text=True)
 
 
-@pytest.fixture(scope="module", params=["on", "off"])
-def kernels(request: pytest.FixtureRequest) -> Any:
-    if request.param == "on":
-        kernels_of("native")
-    return request.param
-
-
 def some_model(**changes: Any) -> GPT2:
-    """A model whose greedy text does not soon repeat itself, as one with tied weights does."""
-    shape: dict[str, Any] = {
-        "block_size": T,
-        "vocab_size": V,
-        "n_layer": 1,
-        "n_head": 2,
-        "d_model": 32,
-        "dropout": 0.1,
-    }
-    gpt2 = shake(GPT2(GPT2Config(**shape | changes)), seed=1, std=0.3).eval()
-    head = gpt2.token_embedding.weight.detach().flip(0).roll(3, 0)
-    gpt2.head.weight = torch.nn.Parameter(head.clone())
-    return gpt2
+    shape = {"block_size": T, "vocab_size": V, "n_layer": 1, "n_head": 2, "d_model": 32}
+    config = GPT2Config(**shape | {"dropout": 0.1} | changes)
+    return untie(shake(GPT2(config), seed=1, std=0.3)).eval()
 
 
 MODEL = some_model()

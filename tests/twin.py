@@ -100,6 +100,13 @@ def shake(model: GPT2, seed: int = 0, std: float = 0.3) -> GPT2:
     return model
 
 
+def untie(model: GPT2) -> GPT2:
+    """Give a model a head of its own: greedy text of one with tied weights soon repeats itself."""
+    head = model.token_embedding.weight.detach().flip(0).roll(3, 0)
+    model.head.weight = torch.nn.Parameter(head.clone())
+    return model
+
+
 # --- the formulas
 
 

@@ -8,8 +8,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from chargpt.commands.shared import RunFolder, Texts, Which, arg
-from chargpt.config import Device, Unknown
+from chargpt.commands.shared import RunFolder, Texts, arg
+from chargpt.config import Device, Unknown, Which
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from chargpt import flags
-from chargpt.commands.shared import RunFolder, Which, arg
-from chargpt.config import Device, SampleConfig
+from chargpt.commands.shared import RunFolder, arg
+from chargpt.config import Device, SampleConfig, Which
 from chargpt.validation import from_dict
 
 SHOWN = SampleConfig(num_samples=100, max_new_tokens=1000, echo=False)

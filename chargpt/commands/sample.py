@@ -12,8 +12,8 @@ from typing import Annotated, Any, TextIO
 import tyro
 
 from chargpt import flags
-from chargpt.commands.shared import RunFolder, Which, arg, unescaped
-from chargpt.config import Device, SampleConfig, Switch
+from chargpt.commands.shared import RunFolder, arg, unescaped
+from chargpt.config import Device, SampleConfig, Switch, Which
 from chargpt.errors import UserError
 from chargpt.terminal import for_stream
 from chargpt.validation import from_dict

@@ -21,7 +21,6 @@ def arg(text: str, metavar: str | None = None) -> Any:
 
 # --- kinds of flags
 
-Which = Literal["best", "last"]
 Texts = tyro.conf.Positional[tuple[str, ...]]
 TEXTS_HELP = (
     "Files, folders, 'patterns*', - for standard input, or the data set tiny-shakespeare (default)."
