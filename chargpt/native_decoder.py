@@ -61,12 +61,9 @@ class NativeDecoder:
         lengths = [len(chunk.ids) for chunk in chunks]
         n = sum(lengths)
         ids = np.fromiter(chain.from_iterable(chunk.ids for chunk in chunks), np.int32, n)
-        slots, positions = np.empty(n, np.int32), np.empty(n, np.int32)
-        end = 0
-        for chunk, length in zip(chunks, lengths, strict=True):
-            slots[end : end + length] = chunk.slot
-            positions[end : end + length] = range(chunk.start, chunk.start + length)
-            end += length
+        slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), lengths)
+        ranges = (range(chunk.start, chunk.start + len(chunk.ids)) for chunk in chunks)
+        positions = np.fromiter(chain.from_iterable(ranges), np.int32, n)
         assert ids.min() >= 0 and ids.max() < self.vocab_size
         assert slots.max() < self.n_slots and positions.max() < self.block_size
         wanted = np.arange(n, dtype=np.int32) if every else np.cumsum(lengths, dtype=np.int32) - 1
