@@ -11,7 +11,7 @@ PROMISES := checkpoint.py run_safety.py corruption.py hostile_files.py old_forma
 .PHONY: train test test-slow test-reliability check clean
 
 train: $(VENV)/installed
-	$(BIN)/chargpt train $(if $(findstring --resume,$(ARGS)),,--preset speedrun) $(ARGS)
+	$(BIN)/chargpt train $(if $(filter --resume,$(subst --resume auto,,$(ARGS))),,--preset speedrun) $(ARGS)
 
 # One thread a process: the models are tiny, and two processes share two cores.
 test: $(VENV)/installed-dev

@@ -146,7 +146,7 @@ def train_seed(run: Path, texts: Sequence[str], configs: Mapping[str, Any]) -> N
         if old != {**configs, "model": shape} or saved_sources(run) != tuple(texts):
             raise UserError(f"{run} was trained with other settings: give another --out")
         return
-    result = train(texts, **configs, out=run, resume=True, quiet=True)
+    result = train(texts, **configs, out=run, resume="auto", quiet=True)
     if result.summary.stop_reason in ("interrupted", "terminated"):
         raise SystemExit(f"{result.summary.stop_reason} in {run}: the same command goes on")
 

@@ -87,6 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if not arguments:
         arguments = ["--help"]
+    arguments = flags.spell_out(arguments, "--resume", ("auto",), implied="yes")
     shown_preset = _preset_in(arguments)
     kinds = {verb: command.make_flags(shown_preset) for verb, command in COMMANDS.items()}
     parsed = flags.parse(kinds, arguments)

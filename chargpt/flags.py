@@ -43,6 +43,17 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+def spell_out(
+    arguments: Sequence[str], flag: str, values: Sequence[str], implied: str
+) -> list[str]:
+    """Give a flag that stands alone the value that it implies, which tyro cannot."""
+    following = [*arguments[1:], ""]
+    return [
+        f"{flag}={implied}" if argument == flag and after not in values else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
+
+
 def optional_flags(cls: type, shown: Mapping[str, Any], *, without: Sequence[str] = ()) -> Any:
     """Return a type for tyro with a flag for each field of a dataclass, none of them required.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from chargpt.baselines import unigram_nats
 from chargpt.checkpoint import finish_save, has_checkpoint
@@ -28,6 +28,7 @@ from chargpt.run_folder import (
     LOCK,
     load,
     locked,
+    read_config,
     write_config,
     write_tokenizer,
 )
@@ -54,7 +55,7 @@ def train(
     training: TrainConfig | None = None,
     data: DataConfig | None = None,
     out: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     quiet: bool = False,
 ) -> TrainResult:
     """Train a GPT-2 on text and leave a run folder.
@@ -65,7 +66,7 @@ def train(
         training: budget, optimizer, device; default: the preset ``tiny``.
         data: encoding, documents, split.
         out: the run folder; default: a new one below ``runs/``.
-        resume: go on with the run in `out`, if there is one.
+        resume: go on with the run in `out`; "auto": or begin it, if there is none.
         quiet: print nothing.
 
     Returns:
@@ -86,11 +87,15 @@ def train(
                 f"{folder} has a best checkpoint and no last one, from which a run goes on: take "
                 "last/ from a backup, or train anew with another --out"
             )
+        if resume is True and not resuming:
+            raise UserError(
+                f"{folder} has no checkpoint to go on from: give --resume auto to begin anew"
+            )
         plan = make_plan(
             sources, model=model, training=training, data=data, out=folder, resuming=resuming
         )
         if resume and not resuming:
-            plan.lines.append(f"resuming   nothing to resume in {folder}: starting from step 0")
+            plan.lines.append(f"resuming   nothing yet in {folder}: starting from step 0")
         return _carry_out(plan, quiet=quiet)
 
 
@@ -102,13 +107,19 @@ def free_folder(sources: Sequence[str]) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
+def _check_folder(folder: Path, resume: bool | Literal["auto"]) -> None:
     """Refuse a run folder that cannot be used.
 
     Raises:
-        UserError: the folder is taken, or cannot be written.
+        UserError: the folder is taken, has no run to go on with, or cannot be written.
     """
     has_run = (folder / CONFIG).exists()
+    if resume is True and not has_run:
+        raise UserError(
+            f"{folder} holds no run to go on with: check --out, or give --resume auto to begin one"
+        )
+    if has_run:
+        read_config(folder)  # others have files of this name, too
     if has_run and not resume:
         raise UserError(
             f"{folder} already holds a run: give another --out, or --resume to go on with it"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import words
 
-from chargpt import cli
+from chargpt import cli, flags
 from chargpt.run import TrainResult
 
 SHAPE = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--block-size", "16"]
@@ -277,8 +277,18 @@ def test_resume_goes_on_as_the_run_began_and_for_longer(chargpt: Any) -> None:
 def test_the_same_command_begins_a_run_and_goes_on_with_it(chargpt: Any) -> None:
     """So that a supervisor need only start it again."""
     write("text.txt", words(3000))
-    command = ("train", "text.txt", "--preset", "speedrun", "--out", "run", "--resume", *SHORT)
-    for said in ("nothing to resume in run", "resuming   after step 4"):
+    command = (
+        "train",
+        "text.txt",
+        "--preset",
+        "speedrun",
+        "--out",
+        "run",
+        *SHORT,
+        "--resume",
+        "auto",
+    )
+    for said in ("nothing yet in run: starting from step 0", "resuming   after step 4"):
         outcome = chargpt(*command)
         assert outcome.code == 0
         assert said in outcome.err
@@ -287,18 +297,28 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(chargpt: Any) -> None
     assert "was 16 in this run and cannot become" in other.err
 
 
-def test_resume_without_a_run_begins_one(chargpt: Any) -> None:
+def test_resume_without_a_run_is_a_mistake(chargpt: Any) -> None:
     write("text.txt", words(3000))
-    outcome = chargpt("train", "text.txt", "--out", "new", "--resume", *SHORT)
-    assert outcome.code == 0
-    assert "nothing to resume in new: starting from step 0" in outcome.err
+    for texts in ([], ["text.txt"]):
+        outcome = chargpt("train", *texts, "--out", "typo", "--resume", *SHORT)
+        assert outcome.code == 2
+        assert "typo holds no run to go on with: check --out, or give --resume auto" in outcome.err
+        assert not Path("typo").exists()
 
 
-def test_resume_with_neither_run_nor_text_is_a_mistake(chargpt: Any) -> None:
-    outcome = chargpt("train", "--out", "typo", "--resume")
-    assert outcome.code == 2
-    assert "typo holds no run to go on with: check --out, or name a text" in outcome.err
-    assert not Path("typo").exists()
+@pytest.mark.parametrize(
+    ("arguments", "spelt"),
+    [
+        ("--resume", "--resume=yes"),
+        ("--resume auto", "--resume auto"),
+        ("--resume text.txt", "--resume=yes text.txt"),
+        ("--resume --out auto", "--resume=yes --out auto"),
+        ("--resume=auto", "--resume=auto"),
+        ("a b", "a b"),
+    ],
+)
+def test_a_flag_may_stand_alone(arguments: str, spelt: str) -> None:
+    assert flags.spell_out(arguments.split(), "--resume", ("auto",), "yes") == spelt.split()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(chargpt: Any) -> None:
@@ -306,9 +326,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(chargpt: Any) -> 
     assert chargpt("train", "text.txt", "--out", "run", *SHORT).code == 0
     for folder in (path for path in Path("run").iterdir() if path.is_dir()):
         shutil.rmtree(folder)
-    again = chargpt("train", "--out", "run", "--resume")
+    refused = chargpt("train", "--out", "run", "--resume")
+    assert refused.code == 2
+    assert "run has no checkpoint to go on from: give --resume auto to begin anew" in refused.err
+    again = chargpt("train", "--out", "run", "--resume", "auto")
     assert again.code == 0
-    assert "nothing to resume in run: starting from step 0" in again.err
+    assert "nothing yet in run: starting from step 0" in again.err
     assert json.loads(Path("run/summary.json").read_text())["steps"] == 4
 
 

@@ -832,7 +832,7 @@ def test_what_is_no_run_is_never_cleared(run: Path, do: Any) -> None:
     (run / "thesis.tex").write_text("years of work")
     before = contents(run)
     with pytest.raises((UserError, chargpt.TrainingError)):
-        chargpt.train("missing.txt", out=run, resume=True, quiet=True)
+        chargpt.train("missing.txt", out=run, resume="auto", quiet=True)
     after = contents(run)
     assert {name: after.get(name) for name in before if name != ".lock"} == {
         name: data for name, data in before.items() if name != ".lock"
@@ -843,7 +843,7 @@ def test_a_run_whose_text_is_gone_is_not_cleared(run: Path, do: Any) -> None:
     for name in ("best", "last"):
         shutil.rmtree(run / name)
     with pytest.raises(UserError):
-        chargpt.train("missing.txt", out=run, resume=True, quiet=True)
+        chargpt.train("missing.txt", out=run, resume="auto", quiet=True)
     assert (run / "metrics.jsonl").exists()
     assert (run / "summary.json").exists()
 

@@ -19,7 +19,8 @@ STEPS, SAVE_INTERVAL = 600, 5
 pytestmark = pytest.mark.reliability
 
 COMMAND = [
-    *(sys.executable, "-m", "chargpt", "train", "text.txt", "--resume", "--steps", str(STEPS)),
+    *(sys.executable, "-m", "chargpt", "train", "text.txt", "--resume", "auto"),
+    *("--steps", str(STEPS)),
     *("--save-interval", str(SAVE_INTERVAL), "--eval-interval", "100", "--log-interval", "1"),
     *("--n-layer", "1", "--n-head", "2", "--d-model", "32", "--block-size", "16"),
     *("--batch-size", "2", "--optimizer", "muon", "--sample-length", "0", "--patience", "0"),

@@ -115,7 +115,7 @@ def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> 
             patch.setattr(module, name, faults.wrap(getattr(module, name), name))
         patch.setattr(builtins, "open", io.open)
         try:
-            train(str(text), model=MODEL, training=TRAINING, out=out, resume=True, quiet=True)
+            train(str(text), model=MODEL, training=TRAINING, out=out, resume="auto", quiet=True)
         finally:
             reached = faults.count >= n
     return reached
@@ -123,7 +123,7 @@ def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> 
 
 def goes_on(text: Path, out: Path) -> bool:
     """Whether the run can be gone on with, to its end."""
-    result = train(str(text), model=MODEL, training=TRAINING, out=out, resume=True, quiet=True)
+    result = train(str(text), model=MODEL, training=TRAINING, out=out, resume="auto", quiet=True)
     return result.summary.steps == TRAINING.steps and find_problem(out / "last") is None
 
 
@@ -221,7 +221,8 @@ cli.main(sys.argv[2:])
 
 def test_a_full_disk_is_told_at_once_and_costs_nothing(text: Path, tmp_path: Path) -> None:
     arguments = [
-        *("train", str(text), "--out", "run", "--resume", "--n-layer", "1", "--n-head", "1"),
+        *("train", str(text), "--out", "run", "--resume", "auto", "--n-layer", "1"),
+        *("--n-head", "1"),
         *("--d-model", "16", "--block-size", "8", "--batch-size", "1", "--eval-interval", "3"),
         *("--sample-length", "0", "--device", "cpu", "--precision", "fp32", "--steps"),
     ]

@@ -21,7 +21,8 @@ pytestmark = [
 ]
 
 ARGUMENTS = [
-    *("train", "text.txt", "--out", "run", "--resume", "--preset", "tiny", "--steps", "100000"),
+    *("train", "text.txt", "--out", "run", "--resume", "auto", "--preset", "tiny"),
+    *("--steps", "100000"),
     *("--device", "cpu", "--eval-interval", "20", "--save-interval", "1", "--log-interval", "1"),
 ]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from chargpt import flags
 from chargpt.commands.shared import (
@@ -24,7 +24,8 @@ from chargpt.errors import UserError
 from chargpt.terminal import for_stream
 
 _RESUME_HELP = (
-    "Go on with the run in --out, or begin it if there is none: the same command again does both."
+    "Go on with the run in --out. --resume auto begins it if there is none: the same command, "
+    "repeated, does both."
 )
 
 
@@ -37,7 +38,7 @@ def make_flags(shown_preset: str) -> type:
             ("texts", Annotated[Texts, arg(TEXTS_HELP, "[TEXT ...]")], ()),
             *origins(shown_preset),
             ("out", Annotated[Path | None, arg(out_help, "FOLDER")], None),
-            ("resume", Annotated[bool, arg(_RESUME_HELP)], False),
+            ("resume", Annotated[Literal["no", "yes", "auto"], arg(_RESUME_HELP, "[auto]")], "no"),
             *settings(shown_preset),
         ],
         frozen=True,
@@ -64,7 +65,7 @@ def run(command: Any) -> int:
         training=configs["training"],
         data=configs["data"],
         out=command.out,
-        resume=command.resume,
+        resume="auto" if command.resume == "auto" else command.resume == "yes",
     )
     print(result.summary.verdict)
     reason = result.summary.stop_reason
@@ -79,12 +80,10 @@ def run(command: Any) -> int:
 
 def _base(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return where the settings start, and the texts: a preset's, or those of a run to resume."""
-    saved = command.out / "config.json" if command.resume and command.out else None
-    if command.resume and command.out is None:
+    resuming = command.resume != "no"
+    if resuming and command.out is None:
         raise UserError("--resume needs the run to go on with: give --out FOLDER")
-    if saved is not None and not saved.is_file() and not command.texts:
-        raise UserError(f"{command.out} holds no run to go on with: check --out, or name a text")
-    if saved is None or not saved.is_file():
+    if not resuming or not (command.out / "config.json").is_file():
         return flags.preset(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
     # The command that began the run may go on with it: what differs is refused by name later.
     base = flags.saved(command.out) if chosen is None else flags.preset(chosen)
