@@ -1,4 +1,4 @@
-"""``chargpt bench``: how fast this machine trains, beside what it could do."""
+"""``chargpt bench``: how fast this machine trains or writes, beside what it could do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_flags(shown_preset: str) -> type:
     command.__doc__ = (
         "Measure this machine: products of matrices, training in characters a second on random "
         "text, its share of the products' speed, its parts, and Hugging Face's GPT-2 of the same "
-        "shape. Settings are those of train."
+        "shape; or, with --generate, writing. Settings are those of train."
     )
     return command
 

@@ -15,7 +15,7 @@ from chargpt import flags
 from chargpt.commands.shared import RunFolder, arg, unescaped
 from chargpt.config import Device, SampleConfig, Switch, Which
 from chargpt.errors import UserError
-from chargpt.terminal import for_stream
+from chargpt.terminal import for_stream, visible
 from chargpt.validation import from_dict
 
 REPEATED = ("stop", "logit_bias")
@@ -216,7 +216,7 @@ def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: Switch) -> 
             _say(pieces, sys.stdout)
             print()
         except UserError as error:
-            print(f"chargpt: {error}", file=sys.stderr)
+            print(f"chargpt: {visible(str(error))}", file=sys.stderr)
         except KeyboardInterrupt:
             print()
         number += 1
