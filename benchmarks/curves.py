@@ -328,7 +328,7 @@ def draw(folder: Path) -> Path:
     from matplotlib.figure import Figure  # no pyplot: no windows, no global state
 
     report = json.loads((folder / CURVES).read_text(encoding="utf-8"))
-    figure = Figure(figsize=(9, 5.6), dpi=200)
+    figure = Figure(figsize=(9, 5.6), dpi=120)
     figure.set_layout_engine("none")  # whatever the user's matplotlib settings say
     axes = figure.add_axes((0.08, 0.12, 0.89, 0.85))
     for curve, color in zip(report["curves"], COLORS, strict=False):
@@ -337,7 +337,8 @@ def draw(folder: Path) -> Path:
         label = f"{curve['name']}: {min(loss for _, loss in points):.3f}"
         axes.plot(*zip(*points, strict=True), style, color=color, linewidth=2.2, label=label)
     axes.set_xscale("log")
-    axes.set_ylim(1.4, 2.6)
+    axes.set_ylim(1.3, 3.5)  # the legend is above the curves
+    axes.set_yticks([1.5, 2.0, 2.5, 3.0, 3.5])
     left, right = axes.get_xlim()
     axes.axhline(PUBLISHED, color="0.35", linestyle=(0, (6, 4)), linewidth=1.2)
     axes.text(

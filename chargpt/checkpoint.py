@@ -64,14 +64,22 @@ def _move_into_place(run: Path, which: Which) -> None:
 def finish_save(run: Path, which: Which) -> None:
     """Finish what a save that was cut off had begun, or take it away; only its trainer may do so.
 
+    A damaged checkpoint goes, too, if the one before is whole: the next save would put it there.
+
     Raises:
+        UserError: one is of a newer format.
         OSError: it cannot be moved.
     """
-    if _new(run, which).exists():
-        if find_problem(_new(run, which)) is None:
+    new, current, previous = _new(run, which), run / which, _previous(run, which)
+    if new.exists():
+        if _problem(new) is None:
             _move_into_place(run, which)
         else:
-            shutil.rmtree(_new(run, which))
+            shutil.rmtree(new)
+    if current.exists() and _problem(current) and previous.exists() and _problem(previous) is None:
+        shutil.rmtree(current)
+        previous.rename(current)
+        sync_folder(run)
 
 
 def _write(folder: Path, parts: Mapping[str, Tensors], state: Any) -> None:
@@ -94,11 +102,11 @@ def find_checkpoint(run: Path, which: Which) -> Path:
     A damaged one that is passed over is named in a warning.
 
     Raises:
-        UserError: there is none, or every one is damaged.
+        UserError: there is none, every one is damaged, or one is of a newer format.
     """
     damaged: list[str] = []
     for folder in checkpoint_folders(run, which):
-        problem = find_problem(folder)
+        problem = _problem(folder)
         if problem is None:
             if damaged:
                 warn(f"{'; '.join(damaged)}: using {folder}, the one before")
@@ -125,12 +133,24 @@ def has_checkpoint(run: Path, which: Which) -> bool:
 
 def find_problem(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, with the file's name; None: it is whole."""
+    try:
+        return _problem(checkpoint)
+    except _NewerError as error:
+        return str(error)
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint.
+
+    Raises:
+        _NewerError: it is of a newer format, which is no damage.
+    """
     if not (checkpoint / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
     try:
         files = _manifest(checkpoint)
-    except _NewerError as error:
-        return str(error)
+    except _NewerError:
+        raise
     except (UserError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} has changed or is none"
     if not {MODEL, STATE} <= files.keys() <= _FILES:  # a path out of the folder is none of them
@@ -151,9 +171,11 @@ def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     manifest = read_json(checkpoint / MANIFEST)
     if manifest["format"] == 1:
         return {name: {"sha256": digest} for name, digest in manifest["sha256"].items()}
+    check_seal(manifest, MANIFEST)  # first: a number that has changed is no newer format
     if manifest["format"] != FORMAT:
-        raise _NewerError(f"{MANIFEST} has format {manifest['format']!r:.20}: upgrade chargpt")
-    check_seal(manifest, MANIFEST)
+        raise _NewerError(
+            f"{checkpoint / MANIFEST} has format {manifest['format']!r:.20}: upgrade chargpt"
+        )
     return {name: {k: v[k] for k in ("bytes", "sha256")} for name, v in manifest["files"].items()}
 
 

@@ -141,6 +141,7 @@ class DataConfig:
 
 BUDGETS = ("steps", "epochs", "minutes")
 DEFAULT_MINUTES = 3.0
+MAX_BUDGET = 10**12  # steps, epochs or minutes; beyond, numbers overflow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +235,8 @@ class TrainConfig:
         if not given:
             object.__setattr__(self, "minutes", DEFAULT_MINUTES)
         for name in given:
-            check(getattr(self, name) > 0, self, name, "give a positive number")
+            good = 0 < getattr(self, name) <= MAX_BUDGET
+            check(good, self, name, "give a positive number of at most 10^12")
         for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
             check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
         for name in ("eval_interval", "save_interval", "patience", "sample_length"):

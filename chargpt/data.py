@@ -58,6 +58,8 @@ class Corpus:
     """What the user named, to read it again."""
     sha256: str
     """Of the bytes of all sources, one after the other."""
+    boundaries: str
+    """SHA-256 of the documents' lengths."""
     n_characters: int
     n_documents: int
 
@@ -100,6 +102,7 @@ def load_corpus(sources: Sequence[str], config: DataConfig | None = None) -> Cor
         validation=tokens[cut:],
         sources=tuple(sources),
         sha256=digest.hexdigest(),
+        boundaries=hashlib.sha256(np.array(lengths, dtype="<i8").tobytes()).hexdigest(),
         n_characters=sum(lengths),
         n_documents=len(documents),
     )

@@ -44,10 +44,15 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file in place of the one before, whole or not at all."""
     part = part_of(path)
     part.unlink(missing_ok=True)
     try:
-        write_file(part, text.encode())
+        write_file(part, data)
         part.replace(path)  # atomic
     except OSError:
         part.unlink(missing_ok=True)

@@ -214,7 +214,9 @@ def saved_sources(run: Path) -> tuple[str, ...]:
     Raises:
         UserError: the run is damaged, or of a newer format.
     """
-    return tuple(_read_config(run)["data"]["sources"])
+    from chargpt.run_folder import text_sources
+
+    return text_sources(_read_config(run)["data"])
 
 
 def _read_config(run: Path) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def _precision_as_before(
     known = environment.get("precision") in ("fp32", "bf16", "fp16")
     if not known or environment.get("device") != describe_device(device):
         return None
+    choose_precision(environment["precision"], device)  # refuses what cannot be here
     return PrecisionChoice(environment["precision"], "as the run began")
 
 
@@ -173,6 +174,7 @@ def _config_dict(trainer: Trainer, corpus: Corpus, data: DataConfig) -> dict[str
             **asdict(data),
             "sources": list(corpus.sources),
             "sha256": corpus.sha256,
+            "boundaries": corpus.boundaries,
             "characters": corpus.n_characters,
             "documents": corpus.n_documents,
         },
@@ -201,8 +203,10 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     data = [name for name in now["data"] if name != "sources"]
     for part, names in (("data", data), ("model", list(now["model"])), ("train", learning)):
         for name in names:
+            if name == "boundaries" and name not in before[part]:
+                continue  # of an older chargpt
             was, wish = before[part].get(name), now[part][name]
-            if was != wish and name == "sha256":
+            if was != wish and name in ("sha256", "boundaries"):
                 raise UserError(
                     f"{', '.join(now['data']['sources'])}: not the text this run learned from (its "
                     "SHA-256 differs): give that text, or train anew with another --out"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+from chargpt.durable import write_bytes
 from chargpt.reporting import read_metrics
 
 PICTURE = "loss.png"
@@ -40,7 +42,9 @@ def plot_loss(run: Path) -> Path:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(run / PICTURE)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write_bytes(run / PICTURE, picture.getvalue())
     return run / PICTURE
 
 

@@ -36,6 +36,21 @@ class TrackerClient(Protocol):
         """Send what is left."""
 
 
+class _Terminal(Console):
+    """The console of stderr; where nobody reads on, a run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        """Say no more; rich would end the program."""
+        self.quiet = True
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, if there is a terminal yet."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+
 class Reporter:
     """Tells the user and, within ``with``, the run folder how training goes.
 
@@ -45,6 +60,7 @@ class Reporter:
         track: a further place for the metrics.
         write_sample: writes a sample with the model as it is now; None: no samples.
         resumed_step: forget what metrics.jsonl and samples.txt say of later steps.
+        evaluated_step: of the last evaluation that the run knows; forget later ones.
     """
 
     def __init__(
@@ -55,12 +71,13 @@ class Reporter:
         track: Tracker = "none",
         write_sample: Callable[[], str] | None = None,
         resumed_step: int = 0,
+        evaluated_step: int | None = None,
     ) -> None:
         self.out = out
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console: Console = _Terminal(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._write_sample = write_sample
         self._track = track
-        self._resumed_step = resumed_step
+        self._known = resumed_step, evaluated_step or 0
         self._metrics: TextIO | None = None
         self._tracker: TrackerClient | None = None
         self._bar: Progress | None = None
@@ -76,7 +93,7 @@ class Reporter:
             UserError: the tracker is not installed.
         """
         self._tracker = make_tracker(self._track, self.out)
-        _forget_after(self.out, self._resumed_step)
+        _forget_after(self.out, *self._known)
         self._metrics = (self.out / METRICS).open("a", encoding="utf-8")
         return self
 
@@ -169,7 +186,11 @@ class Reporter:
             numbers = {
                 f"{split}/{k}": v for k, v in values.items() if k != "step" and v is not None
             }
-            self._tracker.log(numbers, values["step"])
+            try:
+                self._tracker.log(numbers, values["step"])
+            except Exception as error:  # a service that fails is no reason to stop learning
+                self.note(f"track      {self._track} failed, going on without it: {error!r:.200}")
+                self._tracker = None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -200,9 +221,10 @@ def _is_row(row: Any) -> bool:
     return kind in row and (row[kind] is None or isinstance(row[kind], int | float))
 
 
-def _forget_after(out: Path, step: int) -> None:
-    """Cut what a run wrote down of later steps than the one it goes on from."""
-    rows = [row for row in read_metrics(out) if row["step"] <= step]
+def _forget_after(out: Path, step: int, evaluated_step: int) -> None:
+    """Cut what a run wrote down of later steps and evaluations than those it goes on from."""
+    known = {"train": step, "validation": evaluated_step}
+    rows = [row for row in read_metrics(out) if row["step"] <= known[row["split"]]]
     write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
     if (out / SAMPLES).is_file():
         text = (out / SAMPLES).read_text(encoding="utf-8", errors="replace")
@@ -218,7 +240,7 @@ def make_tracker(track: Tracker, out: Path) -> TrackerClient | None:
     """Return a client for the tracker.
 
     Raises:
-        UserError: its package is not installed.
+        UserError: its package is not installed, or does not start.
     """
     if track == "none":
         return None
@@ -227,6 +249,10 @@ def make_tracker(track: Tracker, out: Path) -> TrackerClient | None:
     except ImportError as error:
         raise UserError(
             f"track is {track!r}, which is not installed: pip install 'chargpt[{track}]'"
+        ) from error
+    except Exception as error:  # no account, no network, whatever its makers thought of
+        raise UserError(
+            f"track is {track!r}, which does not start ({error!r:.200}): mend that, or leave it out"
         ) from error
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from chargpt.baselines import unigram_nats
 from chargpt.checkpoint import finish_save, has_checkpoint
-from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, Which, tiny
+from chargpt.config import DataConfig, GPT2Config, SampleConfig, Tracker, TrainConfig, Which, tiny
 from chargpt.durable import write_json
 from chargpt.errors import TrainingError, UserError, is_out_of_memory
 from chargpt.generation import generate_text
@@ -36,7 +36,7 @@ from chargpt.seeding import own_random_state
 from chargpt.speed import prepare
 from chargpt.summary import SUMMARY, Summary, verdict
 from chargpt.tokenizer import CharTokenizer
-from chargpt.training import StopReason, Trainer, fit
+from chargpt.training import StopReason, Trainer, fit, saved_best
 
 
 class TrainResult(NamedTuple):
@@ -79,7 +79,12 @@ def train(
     sources = (texts,) if isinstance(texts, str) else tuple(texts)
     model, training, data = model or tiny().model, training or tiny().train, data or DataConfig()
     folder = Path(out) if out is not None else free_folder(sources)
-    _check_folder(folder, resume)
+    try:
+        _check_folder(folder, resume)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be a run folder ({error.strerror}): give another --out"
+        ) from error
     with _held(folder), own_random_state():
         resuming = (folder / CONFIG).exists() and has_checkpoint(folder, "last")
         if not resuming and has_checkpoint(folder, "best"):
@@ -91,12 +96,32 @@ def train(
             raise UserError(
                 f"{folder} has no checkpoint to go on from: give --resume auto to begin anew"
             )
-        plan = make_plan(
-            sources, model=model, training=training, data=data, out=folder, resuming=resuming
-        )
+        plan = _plan(sources, model, training, data, folder, resuming=resuming)
         if resume and not resuming:
             plan.lines.append(f"resuming   nothing yet in {folder}: starting from step 0")
         return _carry_out(plan, quiet=quiet)
+
+
+def _plan(
+    sources: Sequence[str],
+    model: GPT2Config,
+    training: TrainConfig,
+    data: DataConfig,
+    folder: Path,
+    *,
+    resuming: bool,
+) -> Plan:
+    try:
+        return make_plan(
+            sources, model=model, training=training, data=data, out=folder, resuming=resuming
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(
+                f"the model does not fit into memory: give a lower --d-model ({model.d_model}), "
+                f"--n-layer ({model.n_layer}) or --block-size ({model.block_size})"
+            ) from error
+        raise
 
 
 def free_folder(sources: Sequence[str]) -> Path:
@@ -150,8 +175,8 @@ def _held(folder: Path) -> Iterator[None]:
     """
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     is_ours = _is_free(folder)  # nobody's work is in it
-    _refuse_links(folder)
     try:
+        _refuse_links([folder / LOCK])
         folder.mkdir(parents=True, exist_ok=True)
         lock = ExitStack()
         lock.enter_context(locked(folder))
@@ -161,24 +186,34 @@ def _held(folder: Path) -> Iterator[None]:
         ) from error
     with lock:
         try:
+            _refuse_links(_own_paths(folder))
             yield
         except BaseException:
             learned = any(has_checkpoint(folder, which) for which in get_args(Which))
             if is_ours and not learned and folder.exists():
                 _clear(folder)
-                for path in missing:
-                    path.rmdir()
+                with suppress(OSError):  # another run may have come into a folder above
+                    for path in missing:
+                        path.rmdir()
             raise
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuse a folder whose files are elsewhere: writing to it would change what is there.
+def _own_paths(folder: Path) -> Iterator[Path]:
+    """Yield everything in a run folder but what trackers keep there."""
+    for path in folder.iterdir():
+        if path.name not in get_args(Tracker):
+            yield path
+            yield from path.rglob("*")
+
+
+def _refuse_links(paths: Iterable[Path]) -> None:
+    """Refuse files that are elsewhere: writing to them would change what is there.
 
     Raises:
         UserError: naming the link.
     """
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+    for path in paths:
+        if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
             raise UserError(f"{path} is a link or a pipe, which no run has: remove it")
 
 
@@ -206,6 +241,7 @@ def _train(plan: Plan, *, quiet: bool) -> StopReason:
         track=trainer.config.track,
         write_sample=_sampler(plan) if trainer.config.sample_length else None,
         resumed_step=trainer.state.step,
+        evaluated_step=trainer.state.evaluated_step,
     )
     for line in [*plan.lines, f"run        {out}"]:
         reporter.note(line)
@@ -263,6 +299,9 @@ def _summarize(plan: Plan, stop_reason: StopReason) -> Summary:
     trainer, state = plan.trainer, plan.trainer.state
     tokens = state.step * trainer.tokens_per_step
     stepping = state.train_seconds - state.compile_seconds
+    saved = saved_best(trainer.out)  # that of a future that was cut off may be better
+    if saved and state.best_val_loss is not None and saved.val_loss < state.best_val_loss:
+        state.best_val_loss, state.best_step = saved.val_loss, saved.step
     best = state.best_val_loss
     corpus = plan.corpus
     guess = unigram_nats(corpus.train, corpus.validation, corpus.tokenizer.vocab_size)

@@ -12,7 +12,7 @@ folder, run code, or take memory beyond what the files themselves have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +115,27 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{run / CONFIG} does not say how its text was read: the run is damaged")
     from_dict(DataConfig, {name: data[name] for name in names})
     return config
+
+
+def text_sources(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the texts that a run names, to read them again.
+
+    Args:
+        data: of ``config.json``.
+
+    Raises:
+        UserError: one is a device or a pipe, which may never end; the user may still name it.
+    """
+    sources = tuple(data["sources"])
+    for source in sources:
+        try:
+            path = Path(source).expanduser()
+            endless = path.exists() and not (path.is_file() or path.is_dir())
+        except (OSError, RuntimeError, ValueError):
+            continue  # reading it will say what is wrong
+        if endless:
+            raise UserError(f"{source}, which the run names as its text, is no file: name the text")
+    return sources
 
 
 def write_config(run: Path, config: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from chargpt.errors import UserError
 from chargpt.evaluation import mean_nats
 from chargpt.hardware import choose_device
 from chargpt.metrics import bits_per_char, perplexity
-from chargpt.run_folder import load, read_config
+from chargpt.run_folder import load, read_config, text_sources
 from chargpt.scoring import token_log_probabilities
 from chargpt.tokenizer import CharTokenizer
 from chargpt.validation import from_dict
@@ -121,7 +121,7 @@ def training_corpus(data: Mapping[str, Any]) -> Corpus:
         UserError: it is gone, came from standard input, or has changed; what to do about it is the
             caller's to say.
     """
-    sources = data["sources"]
+    sources = text_sources(data)
     if STANDARD_INPUT in sources:
         raise UserError("the run read its text from standard input")
     try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from chargpt.checkpoint import (
     MODEL,
     OPTIMIZER,
+    STATE,
     find_checkpoint,
     has_checkpoint,
     read_state,
@@ -85,7 +86,9 @@ class TrainState:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("step", "train_seconds", "compile_seconds", "eval_seconds"):
-            check(getattr(self, name) >= 0, self, name, "the run is damaged")
+            check(0 <= getattr(self, name) < 2**53, self, name, "the run is damaged")
+        usual = self.usual_grad_norm
+        check(usual is None or usual > 0, self, "usual_grad_norm", "the run is damaged")
 
 
 @dataclass(kw_only=True)
@@ -106,6 +109,8 @@ class Trainer:
     out: Path
     """The run folder."""
     state: TrainState = field(default_factory=TrainState)
+    saved_step: int | None = None
+    """Of the last checkpoint written or read."""
 
     @property
     def device(self) -> torch.device:
@@ -283,8 +288,8 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
             while trainer.progress < 1:
                 if _evaluation_is_due(trainer):
                     _evaluate_and_save(trainer, reporter, interrupts)
-                    if 0 < config.patience <= state.evaluations_since_best:
-                        return "patience"
+                if _patience_is_over(trainer):  # perhaps before this process began
+                    return "patience"
                 _timed_step(trainer, reporter)
                 interrupts.grant()
                 if config.save_interval and state.step % config.save_interval == 0:
@@ -303,13 +308,19 @@ def _evaluation_is_due(trainer: Trainer) -> bool:
     return step > 0 and step % trainer.eval_interval == 0 and trainer.state.evaluated_step != step
 
 
+def _patience_is_over(trainer: Trainer) -> bool:
+    state, patience = trainer.state, trainer.config.patience
+    return state.evaluated_step == state.step and 0 < patience <= state.evaluations_since_best
+
+
 def _timed_step(trainer: Trainer, reporter: Reporter) -> None:
     state = trainer.state
     start = time.perf_counter()
     try:
         result = train_step(trainer)
     except NonFiniteError as error:
-        save_last(trainer)
+        if trainer.saved_step != state.step:  # a repeated failure keeps what was there before
+            save_last(trainer)
         raise TrainingError(
             f"step {state.step + 1} stopped before its update ({error}); the state before it is in "
             f"{trainer.out / 'last'}: try --precision fp32, or, in a new run, a "
@@ -388,34 +399,68 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interru
     if is_best:
         state.best_val_loss, state.best_step = state.val_loss, state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
-    if is_best:
+    reporter.evaluation(step=state.step, val_loss=state.val_loss, is_best=is_best)
+    saved = saved_best(trainer.out)
+    if is_best and (saved is None or saved.val_loss >= state.val_loss):
         weights = {MODEL: model_tensors(trainer.model)}
         _save(trainer, "best", weights, {"step": state.step, "val_loss": state.val_loss})
     save_last(trainer)
-    reporter.evaluation(step=state.step, val_loss=state.val_loss, is_best=is_best)
     with interrupts.amid():
         reporter.sample(step=state.step, val_loss=state.val_loss)
 
 
+class Best(NamedTuple):
+    """What a best checkpoint says of itself."""
+
+    step: int
+    val_loss: float
+
+
+def saved_best(run: Path) -> Best | None:
+    """Return what the best checkpoint is; it may be of a future that was cut off."""
+    try:
+        state = read_state(run / "best")
+    except UserError:
+        return None
+    step, val_loss = state.get("step"), state.get("val_loss")
+    return Best(step, val_loss) if type(step) is int and type(val_loss) is float else None
+
+
 def save_last(trainer: Trainer) -> None:
-    """Write everything needed to go on from here."""
+    """Write everything needed to go on from here.
+
+    Raises:
+        TrainingError: it cannot be written, or holds what is no number.
+    """
     trainer.state.scaler = trainer.scaler.state_dict()
     parts = {
         MODEL: model_tensors(trainer.model),
         OPTIMIZER: optimizer_tensors(trainer.optimizer, trainer.model),
     }
     _save(trainer, "last", parts, asdict(trainer.state))
+    trainer.saved_step = trainer.state.step
 
 
 def _save(trainer: Trainer, which: Which, parts: Mapping[str, Tensors], state: Any) -> None:
     """Write a checkpoint.
 
     Raises:
-        TrainingError: it cannot be written; the one before it is kept.
+        TrainingError: it cannot be written, or holds what is no number; those before it are kept.
     """
+    for name, tensor in (item for tensors in parts.values() for item in tensors.items()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"{name} is not finite after step {trainer.state.step}, so that nothing was saved: "
+                f"the states before are in {trainer.out}; go on with --resume, perhaps with "
+                "--precision fp32"
+            )
     try:
         save_checkpoint(trainer.out, which, parts, state)
     except OSError as error:
+        if not trainer.out.exists():
+            raise TrainingError(
+                f"{trainer.out} has vanished, with all that was saved: train again"
+            ) from error
         n_bytes = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
         raise TrainingError(
             f"{trainer.out / which} could not be saved after step {trainer.state.step} "
@@ -435,8 +480,11 @@ def restore_last(trainer: Trainer) -> None:
     load_model_tensors(trainer.model, read_tensors(folder / MODEL))
     load_optimizer_tensors(trainer.optimizer, trainer.model, read_tensors(folder / OPTIMIZER))
     trainer.state = from_dict(TrainState, read_state(folder))
+    trainer.saved_step = trainer.state.step
     if not trainer.optimizer.state and trainer.state.step > trainer.state.skipped_steps:
         raise UserError(f"{folder / OPTIMIZER} is empty: the run is damaged")
     trainer.state.skipped_in_a_row = 0
     if trainer.scaler.is_enabled() and trainer.state.scaler:
+        if trainer.state.scaler.keys() != trainer.scaler.state_dict().keys():
+            raise UserError(f"{folder / STATE} has a scaler of other fields: the run is damaged")
         trainer.scaler.load_state_dict(trainer.state.scaler)

@@ -150,14 +150,24 @@ def check_model_file(path: Path, config: GPT2Config) -> None:
         raise UserError(
             f"{path} holds {n_there:,} parameters, config.json asks for others: {_DAMAGED}"
         )
-    with torch.device("meta"):  # as large as the file at most: the numbers of parameters agree
-        shapes = {name: list(p.shape) for name, p in GPT2(config).named_parameters()}
+    # Layers are alike, so that two models tell how many tensors any number of them has.
+    one, two = (len(_shapes(config.replace(n_layer=n))) for n in (1, 2))
+    if len(header) != one + (config.n_layer - 1) * (two - one):
+        raise UserError(
+            f"{path} holds {len(header):,} tensors, config.json asks for others: {_DAMAGED}"
+        )
+    shapes = _shapes(config)  # as large as the file at most: the numbers of parameters agree
     wrong = sorted(shapes.keys() ^ header.keys())
     wrong += [
         name for name, shape in shapes.items() if name in header and header[name]["shape"] != shape
     ]
     if wrong:
         raise UserError(f"the weights do not fit config.json at {wrong[0]!r:.80}: {_DAMAGED}")
+
+
+def _shapes(config: GPT2Config) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        return {name: list(p.shape) for name, p in GPT2(config).named_parameters()}
 
 
 def _read_header(path: Path) -> dict[str, Any]:

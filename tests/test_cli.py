@@ -108,6 +108,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "text.txt", "--config", "text.txt"], "text.txt is not TOML"),
     (["train", "text.txt", "--config", "typo.toml"], "typo.toml: unknown setting 'n_layers': did"),
     (["train", "text.txt", "--config", "type.toml"], "n_layer is '6': give a whole number"),
+    (["train", "text.txt", "--epochs", "1e308"], "epochs is 1e.308: give a positive number of at"),
+    (["train", "text.txt", "--steps", "1" + 400 * "0"], "steps is 10000.*: give a positive number"),
+    (["train", "text.txt", "--out", 300 * "x"], "x cannot be a run folder .File name too long."),
     (["train", "text.txt", "--resume"], "--resume needs the run to go on with: give --out FOLDER"),
     (
         ["train", "text.txt", "--out", "full"],
@@ -272,6 +275,36 @@ def test_resume_goes_on_as_the_run_began_and_for_longer(chargpt: Any) -> None:
         changed = chargpt("train", "--out", "run", "--resume")
         assert changed.code == 2
         assert "text.txt: not the text this run learned from (its SHA-256 differs)" in changed.err
+
+
+def test_other_boundaries_are_another_text(chargpt: Any) -> None:
+    """The same characters in other files: end-of-text stands elsewhere."""
+    Path("d").mkdir()
+    for name, text in (("a", words(1500)), ("b", words(1500, seed=1))):
+        write(f"d/{name}.txt", text)
+    assert chargpt("train", "d", "--out", "run", *SHORT).code == 0
+    write("d/a.txt", words(1500) + words(1500, seed=1)[:5])
+    write("d/b.txt", words(1500, seed=1)[5:])
+    moved = chargpt("train", "--out", "run", "--resume")
+    assert moved.code == 2
+    assert "d: not the text this run learned from" in moved.err
+
+
+def test_a_run_goes_on_where_nobody_reads(tmp_path: Path) -> None:
+    """Its messages go into a pipe whose other end is closed."""
+    write("text.txt", words(3000))
+    arguments = ["train", "text.txt", "--out", "run", *SHORT]
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "wb") as closed:
+        code = subprocess.run(
+            [sys.executable, "-m", "chargpt", *arguments],
+            stdout=closed,
+            stderr=closed,
+            check=False,
+        ).returncode
+    assert code == 0
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 4
 
 
 def test_the_same_command_begins_a_run_and_goes_on_with_it(chargpt: Any) -> None:

@@ -37,7 +37,9 @@ SETTINGS = [
 
 
 def train_on(trainer: Trainer) -> None:
-    with Reporter(trainer.out, quiet=True, resumed_step=trainer.state.step) as reporter:
+    state = trainer.state
+    known = {"resumed_step": state.step, "evaluated_step": state.evaluated_step}
+    with Reporter(trainer.out, quiet=True, **known) as reporter:
         fit(trainer, reporter)
 
 

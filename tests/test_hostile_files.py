@@ -494,6 +494,14 @@ CASES: dict[str, Case] = {
             in_json("config.json", lambda c: c["environment"].update(precision=["fp32"])),
         )
     ),
+    "a precision of GPUs": Case(
+        then(
+            in_config("train", precision="auto"),
+            in_json("config.json", lambda c: c["environment"].update(precision="fp16")),
+        ),
+        "resume",
+    ),
+    "sources without end": Case(in_config("data", sources=["/dev/zero"]), "resume"),
     "sources that are a number": Case(in_config("data", sources=5), RESUMED),
     "sources that are numbers": Case(in_config("data", sources=[5]), RESUMED),
     "no sources": Case(in_config("data", sources=[]), "resume"),
@@ -587,7 +595,9 @@ CASES: dict[str, Case] = {
             "a command": TITLE,
         }.items()
     },
-    "a step of 10^30": Case(in_state(step=10**30)),
+    "a step of 10^30": Case(in_state(step=10**30), RESUMED),
+    "a norm of zero": Case(in_state(usual_grad_norm=0.0), RESUMED),
+    "a scaler of other fields": Case(in_state(scaler={"x": 1})),
     "seconds that are a text": Case(in_state(train_seconds="1"), RESUMED),
     "seconds that are NaN": Case(in_state(train_seconds=float("nan")), RESUMED),
     "a best loss that is a text": Case(in_state(best_val_loss="1"), RESUMED),
@@ -1099,6 +1109,29 @@ def amplified(run: Path) -> None:
     put(MODEL, struct.pack("<Q", len(text)) + text + bytes(4 * n_here))(run)
 
 
+def many_layers(run: Path) -> None:
+    """A file of 2 MB whose config asks for 40,000 layers of one number each."""
+    config = json.loads((run / "config.json").read_text())
+    ones = dict.fromkeys(("d_model", "d_ff", "n_head", "block_size"), 1)
+    config["model"] |= ones | {"n_layer": 40_000}
+    (run / "config.json").write_text(json.dumps(seal(config)))
+    from chargpt.metrics import parameters_of
+
+    v = config["model"]["vocab_size"]
+    sizes = {
+        "token_embedding.weight": [v, 1],
+        "position_embedding.weight": [1, 1],
+        "final_norm.weight": [1],
+    }
+    sizes["x"] = [parameters_of(GPT2Config(**config["model"])) - v - 2]
+    header, end = {}, 0
+    for name, size in sizes.items():
+        start, end = end, end + 4 * size[0]
+        header[name] = {"dtype": "F32", "shape": size, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    put(MODEL, struct.pack("<Q", len(text)) + text + bytes(end))(run)
+
+
 def endless_shape(run: Path) -> None:
     """Numbers whose product takes hours."""
     shape = ",".join(["9" * 4200] * 3000)
@@ -1168,6 +1201,7 @@ HEAVY: dict[str, tuple[Spoil, str, bool]] = {
     ),
     "millions of lists in the summary": (put("summary.json", many_lists()), "check", False),
     "tensors upon each other": (amplified, "load check", True),
+    "layers without end": (many_layers, "load check resume", True),
     "a shape without end": (endless_shape, "load check", True),
     "metrics of 150 MB": (sparse("metrics.jsonl", 150 * 2**20), "check", True),
     "a tokenizer of zeros without end": (link("tokenizer.json", "/dev/zero"), "load check", True),

@@ -536,6 +536,7 @@ def corpus_of(train: str, validation: list[str]) -> Corpus:
         validation=np.concatenate(ids).astype(tokenizer.dtype),
         sources=(),
         sha256="",
+        boundaries="",
         n_characters=0,
         n_documents=len(validation),
     )

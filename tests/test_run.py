@@ -236,6 +236,6 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
 def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.dumps({"split": "train", "step": step, "loss": 2.5}) for step in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    with Reporter(tmp_path, quiet=True, resumed_step=3):
+    with Reporter(tmp_path, quiet=True, resumed_step=3, evaluated_step=3):
         pass
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]

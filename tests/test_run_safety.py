@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICK, SMALL
+from safetensors.torch import load_file
 
 import chargpt.run
-from chargpt import cli, training
-from chargpt.checkpoint import read_state
+from chargpt import cli, reporting, training
+from chargpt.checkpoint import finish_save, read_state, save_checkpoint
 from chargpt.config import DataConfig
 from chargpt.errors import RunWarning, TrainingError, UserError
 from chargpt.hardware import deterministic_algorithms
@@ -150,9 +151,7 @@ def test_a_run_folder_that_vanishes_ends_the_run(
         return step(trainer)
 
     monkeypatch.setattr(training, "train_step", vanish)
-    with pytest.raises(
-        TrainingError, match=r"run/(best|last) could not be saved after step 10 \(No such"
-    ):
+    with pytest.raises(TrainingError, match=r"run has vanished, with all that was saved"):
         train(str(text_file), model=SMALL, training=QUICK, out=run, quiet=True)
     assert not run.exists()
 
@@ -198,7 +197,153 @@ def test_what_was_written_down_of_lost_steps_is_forgotten(text_file: Path, run: 
     assert (run / "samples.txt").read_text() == kept
 
 
+def test_an_evaluation_is_written_down_before_it_is_saved(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run that ends between the two has it once, whichever way it goes on."""
+
+    def losses(run: Path) -> list[Any]:
+        return [(row["step"], row.get("val_loss")) for row in read_metrics(run)]
+
+    def run_in(name: str, resume: Any = False) -> Path:
+        out = tmp_path / name
+        train(str(text_file), model=SMALL, training=QUICK, out=out, resume=resume, quiet=True)
+        return out
+
+    whole = run_in("whole")
+    save = training.save_checkpoint
+    for n in range(1, 6):  # ends before the n-th save: best, last, best, last, …
+        calls = 0
+
+        def end(*arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == n:  # noqa: B023
+                raise KeyboardInterrupt
+            save(*arguments)
+
+        monkeypatch.setattr(training, "save_checkpoint", end)
+        with pytest.raises(KeyboardInterrupt):
+            run_in(f"run-{n}")
+        monkeypatch.undo()
+        monkeypatch.setattr(chargpt.run, "plot_loss", lambda _: None)
+        assert losses(run_in(f"run-{n}", resume="auto")) == losses(whole)
+
+
+def test_patience_that_was_over_is_over_when_the_run_is_started_again(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: next(worse))
+    config = QUICK.replace(steps=100, patience=2)
+    for resume in (False, True, "auto"):
+        summary = train(
+            str(text_file), model=SMALL, training=config, out=tmp_path / "run", resume=resume,
+            quiet=True,
+        ).summary  # fmt: skip
+        assert (summary.steps, summary.stop_reason) == (15, "patience")
+
+
+def test_a_better_best_checkpoint_is_never_replaced(text_file: Path, run: Path) -> None:
+    """One of a future that was cut off, in which evaluations came at other steps."""
+    weights = {"model.safetensors": load_file(run / "best" / "model.safetensors")}
+    save_checkpoint(run, "best", weights, {"step": 14, "val_loss": 0.25})
+    longer = QUICK.replace(steps=20)
+    result = train(str(text_file), model=SMALL, training=longer, out=run, resume=True, quiet=True)
+    assert (result.summary.best_step, result.summary.val_loss) == (14, 0.25)
+    assert read_state(run / "best") == {"step": 14, "val_loss": 0.25}
+
+
+def test_a_damaged_checkpoint_does_not_outlive_the_whole_one_before(run: Path) -> None:
+    shutil.copytree(run / "last", run / "last.previous", dirs_exist_ok=True)
+    whole = (run / "last.previous" / "model.safetensors").read_bytes()
+    (run / "last" / "model.safetensors").write_bytes(whole[:-1] + b"?")
+    finish_save(run, "last")
+    assert (run / "last" / "model.safetensors").read_bytes() == whole
+    assert not (run / "last.previous").exists()
+
+
+def test_links_that_a_tracker_keeps_are_its_own(text_file: Path, run: Path) -> None:
+    (run / "wandb").mkdir()
+    (run / "wandb" / "latest-run").symlink_to(run)
+    assert train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+    (run / "samples.txt").unlink()
+    (run / "samples.txt").symlink_to(text_file)
+    with pytest.raises(UserError, match=r"samples.txt is a link"):
+        train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+
+
+def test_a_tracker_that_fails_stops_no_run(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    class Failing:
+        def log(self, values: dict[str, float], step: int) -> None:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(reporting, "make_tracker", lambda *_: Failing())
+    result = train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "run")
+    assert result.summary.steps == 12
+    assert capsys.readouterr().err.count("failed, going on without it") == 1
+
+    def refuse(_: Path) -> None:
+        raise RuntimeError("no account")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(reporting, "_WandB", refuse)
+    with pytest.raises(UserError, match="track is 'wandb', which does not start .*no account"):
+        reporting.make_tracker("wandb", tmp_path)
+
+
+def test_a_model_too_large_for_memory_is_a_mistake(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+
+    monkeypatch.setattr(chargpt.run, "make_plan", fail)
+    with pytest.raises(UserError, match="does not fit into memory: give a lower --d-model .16."):
+        train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "run", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- numbers
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, step = tmp_path / "run", training.train_step
+
+    def spoil(trainer: Trainer) -> Any:
+        if trainer.state.step == 7:
+            with torch.no_grad():
+                trainer.model.final_norm.weight[3] = torch.inf
+        return step(trainer)
+
+    monkeypatch.setattr(training, "train_step", spoil)
+    for resume in (False, True, True):  # however often it is tried
+        with pytest.raises(TrainingError, match=r"final_norm.weight is not finite after step 7"):
+            train(str(text_file), model=SMALL, training=QUICK, out=run, resume=resume, quiet=True)
+        assert read_state(run / "last")["step"] == 5
+    monkeypatch.setattr(training, "train_step", step)
+    again = train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+    assert again.summary.steps == 12
+
+
+def test_a_step_that_fails_again_and_again_keeps_what_was_before_it(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, loss = tmp_path / "run", training._micro_loss
+
+    def poison(trainer: Trainer, micro_step: int) -> Any:
+        return loss(trainer, micro_step) * (torch.nan if trainer.state.step == 7 else 1)
+
+    monkeypatch.setattr(training, "_micro_loss", poison)
+    for resume in (False, True, True):
+        with pytest.raises(TrainingError, match=r"step 8 stopped before its update"):
+            train(str(text_file), model=SMALL, training=QUICK, out=run, resume=resume, quiet=True)
+    assert read_state(run / "last")["step"] == 7
+    assert read_state(run / "last.previous")["step"] == 5
 
 
 def test_the_first_tensor_that_is_no_number_is_named(text_file: Path, tmp_path: Path) -> None:
