@@ -155,7 +155,7 @@ def test_an_interrupted_seed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(seeds, "train", train)
     with pytest.raises(KeyboardInterrupt):
         seeds.train_seed(tmp_path, ["text"], {})
-    assert seen[0]["resume"] is True
+    assert seen[0]["resume"] == "auto"
 
 
 def test_settings_are_read_as_toml() -> None:

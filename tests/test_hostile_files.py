@@ -45,7 +45,7 @@ SHAPE = GPT2Config(block_size=8, n_layer=1, n_head=1, d_model=8)
 COMMANDS = {
     "check": ["check", "run"],
     "sample": "sample run --max-new-tokens 5 --device cpu --kernels off".split(),
-    "resume": "train --out run --resume --steps 6".split(),
+    "resume": "train --out run --resume=yes --steps 6".split(),
 }
 VERBS = ("load", *COMMANDS)
 
