@@ -448,7 +448,7 @@ def _save(trainer: Trainer, which: Which, parts: Mapping[str, Tensors], state: A
         TrainingError: it cannot be written, or holds what is no number; those before it are kept.
     """
     for name, tensor in (item for tensors in parts.values() for item in tensors.items()):
-        if not bool(torch.isfinite(tensor).all()):
+        if not _is_finite(tensor):
             raise TrainingError(
                 f"{name} is not finite after step {trainer.state.step}, so that nothing was saved: "
                 f"the states before are in {trainer.out}; go on with --resume, perhaps with "
@@ -467,6 +467,11 @@ def _save(trainer: Trainer, which: Which, parts: Mapping[str, Tensors], state: A
             f"({error.strerror or error}; it needs {human_count(n_bytes)}B): those before it are "
             "kept; make room there, or make it writable, and go on with --resume"
         ) from error
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum takes a tenth of the time, and nothing that is no number gets lost in it.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def restore_last(trainer: Trainer) -> None:
