@@ -49,7 +49,7 @@ from chargpt.run import train
 from chargpt.seeding import own_random_state
 from chargpt.speed import prepare
 from chargpt.timing import synchronize
-from chargpt.training import Trainer
+from chargpt.trainer import Trainer
 
 TEXT = "tiny-shakespeare"
 CURVES, PICTURE = "curves.json", "curves.png"

@@ -17,7 +17,8 @@ from chargpt.config import PRESETS, Preset
 from chargpt.hardware import deterministic_algorithms
 from chargpt.speed import prepare
 from chargpt.timing import synchronize
-from chargpt.training import Trainer, train_step
+from chargpt.trainer import Trainer
+from chargpt.training import train_step
 
 
 def main() -> None:

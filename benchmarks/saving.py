@@ -18,8 +18,9 @@ from pathlib import Path
 from chargpt.bench import synthetic_trainer
 from chargpt.config import PRESETS
 from chargpt.metrics import human_count
+from chargpt.saving import save_last
 from chargpt.speed import prepare
-from chargpt.training import save_last, train_step
+from chargpt.training import train_step
 
 STEPS = 3
 

@@ -32,7 +32,7 @@ from chargpt.run import train
 from chargpt.seeding import own_random_state
 from chargpt.speed import prepare
 from chargpt.timing import ceiling, forget_peak_memory, peak_memory_bytes, step_parts
-from chargpt.training import Trainer
+from chargpt.trainer import Trainer
 from chargpt.validation import check
 
 N_CHARACTERS = 200_000

@@ -20,7 +20,7 @@ from chargpt.errors import UserError
 from chargpt.reporting import METRICS
 from chargpt.run_folder import CONFIG, TOKENIZER, read_config, read_tokenizer
 from chargpt.summary import SUMMARY
-from chargpt.training import TrainState
+from chargpt.trainer import TrainState
 from chargpt.validation import from_dict
 from chargpt.weights import check_model_file, read_tensors
 

@@ -23,7 +23,8 @@ from chargpt.config import GPT2Config
 from chargpt.errors import UserError
 from chargpt.hardware import PrecisionChoice
 from chargpt.timing import median_seconds
-from chargpt.training import Trainer, train_step
+from chargpt.trainer import Trainer
+from chargpt.training import train_step
 from chargpt.validation import check_names
 
 PEERS = ("nanogpt",)

@@ -28,9 +28,10 @@ from chargpt.metrics import count_parameters, human_count
 from chargpt.model import GPT2
 from chargpt.optim import make_optimizer
 from chargpt.run_folder import read_config
+from chargpt.saving import restore_last
 from chargpt.seeding import INIT, derive_seed
 from chargpt.tokenizer import CharTokenizer
-from chargpt.training import Trainer, restore_last
+from chargpt.trainer import Trainer
 from chargpt.validation import from_dict
 from chargpt.weights import check_model_file
 

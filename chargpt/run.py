@@ -32,11 +32,13 @@ from chargpt.run_folder import (
     write_config,
     write_tokenizer,
 )
+from chargpt.saving import saved_best
 from chargpt.seeding import own_random_state
 from chargpt.speed import prepare
 from chargpt.summary import SUMMARY, Summary, verdict
 from chargpt.tokenizer import CharTokenizer
-from chargpt.training import StopReason, Trainer, fit, saved_best
+from chargpt.trainer import Trainer
+from chargpt.training import StopReason, fit
 
 
 class TrainResult(NamedTuple):

@@ -24,7 +24,8 @@ from chargpt.hardware import CompileChoice, choose_compile
 from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.muon import MuonAdamW
 from chargpt.native import KernelsError, library_path, load_kernels
-from chargpt.training import Trainer, trial_step
+from chargpt.trainer import Trainer
+from chargpt.training import trial_step
 
 Note = Callable[[str], None]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chargpt.metrics import bits_per_char, perplexity
-from chargpt.training import StopReason, TrainState
+from chargpt.trainer import TrainState
+from chargpt.training import StopReason
 
 SUMMARY = "summary.json"
 OVERFIT_NATS = 0.01  # a validation loss this far above its best is no noise

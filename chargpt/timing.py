@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from chargpt.distributed import seed_dropout
 from chargpt.seeding import DROPOUT, derive_seed
-from chargpt.training import Trainer, clip_gradient, gradient_norm
+from chargpt.trainer import Trainer
+from chargpt.training import clip_gradient, gradient_norm
 
 WARM_UP_STEPS, MIN_STEPS = 2, 3
 PARTS = ("data", "forward", "backward", "clip", "optimizer")

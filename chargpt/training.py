@@ -9,154 +9,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chargpt.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    find_checkpoint,
-    has_checkpoint,
-    read_state,
-    save_checkpoint,
-)
-from chargpt.config import TrainConfig, Which
-from chargpt.data import Windows
-from chargpt.distributed import ParallelChoice, seed_dropout
-from chargpt.errors import TrainingError, UserError
+from chargpt.checkpoint import has_checkpoint
+from chargpt.distributed import seed_dropout
+from chargpt.errors import TrainingError
 from chargpt.evaluation import evaluate
-from chargpt.hardware import PrecisionChoice
 from chargpt.interrupts import Interrupted, Interruption, Interrupts
-from chargpt.metrics import human_count
-from chargpt.model import GPT2
 from chargpt.optim import schedule
 from chargpt.reporting import Reporter
+from chargpt.saving import save_best, save_last
 from chargpt.seeding import DROPOUT, derive_seed
-from chargpt.validation import check, check_types, from_dict
-from chargpt.weights import (
-    Tensors,
-    check_model_file,
-    load_model_tensors,
-    load_optimizer_tensors,
-    model_tensors,
-    optimizer_tensors,
-    read_tensors,
-)
+from chargpt.trainer import Trainer
 
 StopReason = Literal["budget", "patience"] | Interruption
 FIRST_PROGRESS = 1e-3  # of a first step on the clock, whose length nobody knows yet
 SPIKE, SPIKE_SETTLING = 10, 100  # times the usual norm; steps until one is known
 MAX_SKIPPED_IN_A_ROW = 50  # the loss scale halves each time: 2^16 is gone long before
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """Where a run is; with weights and optimizer, all that its future depends on."""
-
-    step: int = 0
-    """Optimizer steps made."""
-    train_seconds: float = 0.0
-    """Spent in steps, compilation included."""
-    compile_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    train_loss: float | None = None
-    """Of the last step, nats a token, with dropout."""
-    val_loss: float | None = None
-    """Of the last evaluation, nats a token."""
-    best_val_loss: float | None = None
-    best_step: int | None = None
-    evaluated_step: int | None = None
-    evaluations_since_best: int = 0
-    skipped_steps: int = 0
-    """Steps whose fp16 gradient overflowed, so that no update was made."""
-    skipped_in_a_row: int = 0
-    usual_grad_norm: float | None = None
-    """Running mean of the gradient's norm."""
-    scaler: dict[str, Any] = field(default_factory=dict)
-    """State of the fp16 gradient scaler."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("step", "train_seconds", "compile_seconds", "eval_seconds"):
-            check(0 <= getattr(self, name) < 2**53, self, name, "the run is damaged")
-        usual = self.usual_grad_norm
-        check(usual is None or usual > 0, self, "usual_grad_norm", "the run is damaged")
-
-
-@dataclass(kw_only=True)
-class Trainer:
-    """A model and everything needed to make it better."""
-
-    model: GPT2
-    forward: Callable[[Tensor], Tensor]
-    """The model as it is called: perhaps compiled, perhaps over several GPUs."""
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    windows: Windows
-    validation: npt.NDArray[Any]
-    """Token ids, (m,)."""
-    config: TrainConfig
-    precision: PrecisionChoice
-    parallel: ParallelChoice
-    out: Path
-    """The run folder."""
-    state: TrainState = field(default_factory=TrainState)
-    saved_step: int | None = None
-    """Of the last checkpoint written or read."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.token_embedding.weight.device
-
-    @property
-    def sequences_per_step(self) -> int:
-        """Windows that one optimizer step learns from."""
-        return self.config.batch_size * self.config.gradient_accumulation_steps
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Characters that one optimizer step learns from."""
-        return self.sequences_per_step * self.windows.block_size
-
-    @property
-    def total_steps(self) -> int | None:
-        """Length of the run; None where the clock decides."""
-        if self.config.steps is not None:
-            return self.config.steps
-        if self.config.epochs is not None:
-            sequences = self.config.epochs * self.windows.per_epoch
-            return max(1, round(sequences / self.sequences_per_step))
-        return None
-
-    @property
-    def progress(self) -> float:
-        """Share of the budget that is spent."""
-        if self.total_steps is not None:
-            return self.state.step / self.total_steps
-        assert self.config.minutes is not None
-        # Compilation shortens the run; it must not spend the warm-up.
-        budget = 60 * self.config.minutes - self.state.compile_seconds
-        spent = self.state.train_seconds - self.state.compile_seconds
-        return spent / budget if budget > 0 else 1.0
-
-    @property
-    def eval_interval(self) -> int:
-        """Steps between evaluations; see ``TrainConfig.eval_interval``."""
-        if self.config.eval_interval:
-            return self.config.eval_interval
-        epoch = self.windows.per_epoch / self.sequences_per_step
-        # A forward pass is a third of a step: ten times that keeps evaluation below a tenth.
-        cheap = 10 / 3 * len(self.validation) / self.tokens_per_step
-        return round(max(25, min(250, epoch), cheap))
 
 
 class StepResult(NamedTuple):
@@ -351,14 +224,13 @@ def _note_spike(trainer: Trainer, result: StepResult, reporter: Reporter) -> Non
     if result.skipped:
         return
     usual = state.usual_grad_norm
-    if usual is not None and state.step > SPIKE_SETTLING and norm > SPIKE * usual:
+    if usual and state.step > SPIKE_SETTLING and norm > SPIKE * usual:
         reporter.note(
             f"step {state.step:,}: the gradient's norm is {norm:.3g}, {norm / usual:.0f} times "
             "the usual"
         )
     # A spike counts as little as the largest norm that is none.
-    norm = norm if usual is None else min(norm, SPIKE * usual)
-    state.usual_grad_norm = norm if usual is None else 0.98 * usual + 0.02 * norm
+    state.usual_grad_norm = 0.98 * usual + 0.02 * min(norm, SPIKE * usual) if usual else norm
 
 
 def _count_skipped(trainer: Trainer, result: StepResult) -> None:
@@ -400,96 +272,8 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interru
         state.best_val_loss, state.best_step = state.val_loss, state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
     reporter.evaluation(step=state.step, val_loss=state.val_loss, is_best=is_best)
-    saved = saved_best(trainer.out)
-    if is_best and (saved is None or saved.val_loss >= state.val_loss):
-        weights = {MODEL: model_tensors(trainer.model)}
-        _save(trainer, "best", weights, {"step": state.step, "val_loss": state.val_loss})
+    if is_best:
+        save_best(trainer)
     save_last(trainer)
     with interrupts.amid():
         reporter.sample(step=state.step, val_loss=state.val_loss)
-
-
-class Best(NamedTuple):
-    """What a best checkpoint says of itself."""
-
-    step: int
-    val_loss: float
-
-
-def saved_best(run: Path) -> Best | None:
-    """Return what the best checkpoint is; it may be of a future that was cut off."""
-    try:
-        state = read_state(run / "best")
-    except UserError:
-        return None
-    step, val_loss = state.get("step"), state.get("val_loss")
-    return Best(step, val_loss) if type(step) is int and type(val_loss) is float else None
-
-
-def save_last(trainer: Trainer) -> None:
-    """Write everything needed to go on from here.
-
-    Raises:
-        TrainingError: it cannot be written, or holds what is no number.
-    """
-    trainer.state.scaler = trainer.scaler.state_dict()
-    parts = {
-        MODEL: model_tensors(trainer.model),
-        OPTIMIZER: optimizer_tensors(trainer.optimizer, trainer.model),
-    }
-    _save(trainer, "last", parts, asdict(trainer.state))
-    trainer.saved_step = trainer.state.step
-
-
-def _save(trainer: Trainer, which: Which, parts: Mapping[str, Tensors], state: Any) -> None:
-    """Write a checkpoint.
-
-    Raises:
-        TrainingError: it cannot be written, or holds what is no number; those before it are kept.
-    """
-    for name, tensor in (item for tensors in parts.values() for item in tensors.items()):
-        if not _is_finite(tensor):
-            raise TrainingError(
-                f"{name} is not finite after step {trainer.state.step}, so that nothing was saved: "
-                f"the states before are in {trainer.out}; go on with --resume, perhaps with "
-                "--precision fp32"
-            )
-    try:
-        save_checkpoint(trainer.out, which, parts, state)
-    except OSError as error:
-        if not trainer.out.exists():
-            raise TrainingError(
-                f"{trainer.out} has vanished, with all that was saved: train again"
-            ) from error
-        n_bytes = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
-        raise TrainingError(
-            f"{trainer.out / which} could not be saved after step {trainer.state.step} "
-            f"({error.strerror or error}; it needs {human_count(n_bytes)}B): those before it are "
-            "kept; make room there, or make it writable, and go on with --resume"
-        ) from error
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # A sum takes a tenth of the time, and nothing that is no number gets lost in it.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def restore_last(trainer: Trainer) -> None:
-    """Put a trainer where `save_last` left the run in its folder.
-
-    Raises:
-        UserError: there is no whole checkpoint, or it does not fit the model.
-    """
-    folder = find_checkpoint(trainer.out, "last")
-    check_model_file(folder / MODEL, trainer.model.config)
-    load_model_tensors(trainer.model, read_tensors(folder / MODEL))
-    load_optimizer_tensors(trainer.optimizer, trainer.model, read_tensors(folder / OPTIMIZER))
-    trainer.state = from_dict(TrainState, read_state(folder))
-    trainer.saved_step = trainer.state.step
-    if not trainer.optimizer.state and trainer.state.step > trainer.state.skipped_steps:
-        raise UserError(f"{folder / OPTIMIZER} is empty: the run is damaged")
-    trainer.state.skipped_in_a_row = 0
-    if trainer.scaler.is_enabled() and trainer.state.scaler:
-        if trainer.state.scaler.keys() != trainer.scaler.state_dict().keys():
-            raise UserError(f"{folder / STATE} has a scaler of other fields: the run is damaged")
-        trainer.scaler.load_state_dict(trainer.state.scaler)

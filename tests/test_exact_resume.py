@@ -20,8 +20,10 @@ from chargpt import training
 from chargpt.config import DataConfig, TrainConfig
 from chargpt.planning import make_plan
 from chargpt.reporting import Reporter, read_metrics
+from chargpt.saving import restore_last, save_last
 from chargpt.speed import prepare
-from chargpt.training import Trainer, TrainState, fit, restore_last, save_last
+from chargpt.trainer import Trainer, TrainState
+from chargpt.training import fit
 from chargpt.weights import model_tensors, optimizer_tensors
 
 STEPS = 50

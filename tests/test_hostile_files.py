@@ -596,7 +596,8 @@ CASES: dict[str, Case] = {
         }.items()
     },
     "a step of 10^30": Case(in_state(step=10**30), RESUMED),
-    "a norm of zero": Case(in_state(usual_grad_norm=0.0), RESUMED),
+    "a norm of zero": Case(in_state(usual_grad_norm=0.0)),
+    "a norm below zero": Case(in_state(usual_grad_norm=-1.0), RESUMED),
     "a scaler of other fields": Case(in_state(scaler={"x": 1})),
     "seconds that are a text": Case(in_state(train_seconds="1"), RESUMED),
     "seconds that are NaN": Case(in_state(train_seconds=float("nan")), RESUMED),

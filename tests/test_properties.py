@@ -32,7 +32,7 @@ from chargpt.run_folder import read_tokenizer, write_tokenizer
 from chargpt.sampling import filter_logits
 from chargpt.terminal import for_stream, visible
 from chargpt.tokenizer import CharTokenizer
-from chargpt.training import TrainState
+from chargpt.trainer import TrainState
 from chargpt.validation import from_dict
 
 quick = settings(

@@ -18,7 +18,7 @@ from chargpt.model import GPT2
 from chargpt.reporting import Reporter, read_metrics
 from chargpt.run import TrainResult, free_folder, train
 from chargpt.summary import verdict
-from chargpt.training import TrainState
+from chargpt.trainer import TrainState
 
 
 def test_a_run_leaves_what_the_documents_promise(result: TrainResult) -> None:

@@ -13,7 +13,7 @@ from conftest import QUICK, SMALL
 from safetensors.torch import load_file
 
 import chargpt.run
-from chargpt import cli, reporting, training
+from chargpt import cli, reporting, saving, training
 from chargpt.checkpoint import finish_save, read_state, save_checkpoint
 from chargpt.config import DataConfig
 from chargpt.errors import RunWarning, TrainingError, UserError
@@ -24,7 +24,8 @@ from chargpt.planning import make_plan
 from chargpt.reporting import Reporter, read_metrics
 from chargpt.run import TrainResult, train
 from chargpt.run_folder import load, locked
-from chargpt.training import NonFiniteError, Trainer, train_step
+from chargpt.trainer import Trainer
+from chargpt.training import NonFiniteError, train_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,7 +121,7 @@ def test_a_save_that_fails_ends_the_run_with_the_reason(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    write = training.save_checkpoint
+    write = saving.save_checkpoint
 
     def fail_later(*arguments: Any) -> None:
         nonlocal calls
@@ -129,7 +130,7 @@ def test_a_save_that_fails_ends_the_run_with_the_reason(
             raise OSError(28, "No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr(training, "save_checkpoint", fail_later)
+    monkeypatch.setattr(saving, "save_checkpoint", fail_later)
     with pytest.raises(
         TrainingError, match=r"could not be saved after step 10 \(No space .* needs .*B\).*--resume"
     ):
@@ -174,13 +175,13 @@ def test_other_files_that_cannot_be_written_end_it_too(
 def test_the_last_state_is_saved_at_its_interval(text_file: Path, tmp_path: Path) -> None:
     saved: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        write = training.save_checkpoint
+        write = saving.save_checkpoint
 
         def note(run: Path, which: Any, parts: Any, state: Any) -> None:
             saved.extend([state["step"]] if which == "last" else [])
             write(run, which, parts, state)
 
-        patch.setattr(training, "save_checkpoint", note)
+        patch.setattr(saving, "save_checkpoint", note)
         config = QUICK.replace(save_interval=4, eval_interval=6)
         train(str(text_file), model=SMALL, training=config, out=tmp_path / "run", quiet=True)
     assert saved == [4, 6, 8, 12, 12]
@@ -211,7 +212,7 @@ def test_an_evaluation_is_written_down_before_it_is_saved(
         return out
 
     whole = run_in("whole")
-    save = training.save_checkpoint
+    save = saving.save_checkpoint
     for n in range(1, 6):  # ends before the n-th save: best, last, best, last, …
         calls = 0
 
@@ -222,7 +223,7 @@ def test_an_evaluation_is_written_down_before_it_is_saved(
                 raise KeyboardInterrupt
             save(*arguments)
 
-        monkeypatch.setattr(training, "save_checkpoint", end)
+        monkeypatch.setattr(saving, "save_checkpoint", end)
         with pytest.raises(KeyboardInterrupt):
             run_in(f"run-{n}")
         monkeypatch.undo()

@@ -20,7 +20,7 @@ import pytest
 from conftest import words
 
 import chargpt.run
-from chargpt import training
+from chargpt import saving
 from chargpt.checkpoint import (
     checkpoint_folders,
     find_checkpoint,
@@ -201,7 +201,7 @@ def test_two_whole_checkpoints_stand_at_every_file_operation(text: Path, tmp_pat
         save_checkpoint(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", counted)
+        patch.setattr(saving, "save_checkpoint", counted)
         patch.setattr(sys.modules[__name__], "Faults", Count)
         run_with_faults(text, out, 0, lambda: None)
     assert saves == 5

@@ -21,7 +21,8 @@ from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.native import Kernels, KernelsError, library_path
 from chargpt.planning import make_plan
 from chargpt.speed import choose_attention, choose_kernels, keep_memory, prepare, set_backend
-from chargpt.training import Trainer, train_step
+from chargpt.trainer import Trainer
+from chargpt.training import train_step
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler here"

@@ -15,6 +15,7 @@ from torch import Tensor
 import chargpt
 import chargpt.run
 from chargpt import planning, speed, training
+from chargpt.checkpoint import read_state
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.errors import TrainingError
 from chargpt.hardware import PrecisionChoice
@@ -22,7 +23,9 @@ from chargpt.optim import schedule
 from chargpt.planning import make_plan
 from chargpt.reporting import Reporter, read_metrics
 from chargpt.run import TrainResult, train
-from chargpt.training import NonFiniteError, Trainer, fit, train_step
+from chargpt.trainer import Trainer
+from chargpt.training import NonFiniteError, fit, train_step
+from chargpt.weights import model_tensors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -358,11 +361,11 @@ def test_a_non_finite_loss_stops_before_the_update(text_file: Path, tmp_path: Pa
     """The original dropped such steps in silence."""
     trainer = trainer_for(text_file, tmp_path / "run")
     train_step(trainer)
-    before = {k: v.clone() for k, v in training.model_tensors(trainer.model).items()}
+    before = {k: v.clone() for k, v in model_tensors(trainer.model).items()}
     poison(trainer, float("nan"), {0})
     with pytest.raises(NonFiniteError, match="the loss is nan"):
         train_step(trainer)
-    assert_equal(before, training.model_tensors(trainer.model))
+    assert_equal(before, model_tensors(trainer.model))
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
@@ -371,7 +374,7 @@ def test_a_run_that_diverges_keeps_its_last_good_state(text_file: Path, tmp_path
     poison(trainer, float("inf"), {7})
     with pytest.raises(TrainingError, match=r"step 8 stopped before its update .*--learning-rate"):
         fit_quietly(trainer)
-    state = training.read_state(trainer.out / "last")
+    state = read_state(trainer.out / "last")
     assert state["step"] == 7
     assert all(torch.isfinite(t).all() for t in weights(trainer.out).values())
 
