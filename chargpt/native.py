@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,9 @@ from chargpt.muon import MuonSettings
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "decoder.cpp"))
 HEADER = Path(__file__).with_name("kernels.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
+# GCC's tuning for some AMD processors splits multiply-adds in a part of the code, so that a row's sum
+# would depend on the rows beside it. Clang does not do so, and does not know the parameter.
+GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
 COMPILERS = ("c++", "g++", "clang++")
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -107,25 +111,45 @@ def load_kernels() -> Kernels:
 
 def library_path() -> Path:
     """Return where the library for these sources and this processor is, or will be."""
-    made_of = (*(file.read_text() for file in (HEADER, *SOURCES)), *FLAGS, _processor())
+    sources = (file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES))
+    made_of = (*sources, *FLAGS, *GCC_FLAGS, _processor())
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     return Path(platformdirs.user_cache_dir("chargpt"), "kernels", f"kernels-{key}.so")
 
 
 def _compile(path: Path) -> None:
     """Compile the library beside its place and move it there: whole, whoever else does the same."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
-        raise KernelsError(f"no C++ compiler here ({', '.join(COMPILERS)})")
+    compiler = find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     # OpenMP is the one PyTorch has loaded, so that its threads are ours. Apple's Clang has none.
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         library = Path(folder, path.name)
         sources = [str(source) for source in SOURCES]
-        command = [compiler, *FLAGS, *threads, "-shared", "-fPIC", *sources, "-o", str(library)]
+        flags = [*FLAGS, *own_flags(compiler), *threads]
+        command = [*compiler, *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         library.replace(path)
+
+
+def find_compiler() -> list[str]:
+    """Return the command of a C++ compiler: ``$CXX``, which may have arguments, or one found here.
+
+    Raises:
+        KernelsError: there is none.
+    """
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    found = next(filter(shutil.which, COMPILERS), None)
+    if not chosen and found is None:
+        raise KernelsError(f"no C++ compiler here ({', '.join(COMPILERS)})")
+    return chosen or [str(found)]
+
+
+def own_flags(compiler: Sequence[str]) -> tuple[str, ...]:
+    """Return the flags that only some compilers know."""
+    command = [*compiler, "--version"]
+    version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return () if "clang" in version.lower() else GCC_FLAGS
 
 
 def _processor() -> str:

@@ -57,7 +57,7 @@ class Kind(NamedTuple):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=["pytorch", "native", "avx2", "plain"])
+@pytest.fixture(scope="module", params=["pytorch", "native", "avx2", "znver3", "plain"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     if request.param != "pytorch":
         kernels_of(request.param)  # which skips, if need be
