@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS   ?=
 # The files of short tests that docs/reliability.md rests on; `make test` runs them, too.
-PROMISES := checkpoint.py run_safety.py corruption.py hostile_files.py old_formats.py properties.py
+PROMISES := tests/runs tests/reliability
 
 .PHONY: train test test-slow test-reliability check clean
 
@@ -21,7 +21,7 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-reliability: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not reliability" $(ARGS) $(addprefix tests/test_,$(PROMISES))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not reliability" $(ARGS) $(PROMISES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m reliability -rP $(ARGS)
 
 check: $(VENV)/installed-dev

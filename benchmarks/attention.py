@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chargpt import native
-from chargpt.attention import Backend, self_attention
+from chargpt.compute import native
+from chargpt.compute.attention import Backend, self_attention
+from chargpt.compute.device import choose_device, describe_device
 from chargpt.config import PRESETS
-from chargpt.hardware import choose_device, describe_device
-from chargpt.timing import median_seconds
+from chargpt.measure.timing import median_seconds
 
 BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -37,19 +37,19 @@ from protocols import learning_curve, whole_loss
 from torch import Tensor, nn
 
 import chargpt
-from chargpt import durable
+from chargpt.base import files as durable
+from chargpt.base.errors import UserError
+from chargpt.base.seeding import own_random_state
+from chargpt.cli.flags import preset
+from chargpt.compute.device import cpu_name, describe_device
+from chargpt.compute.optimizers import schedule
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
-from chargpt.errors import UserError
-from chargpt.flags import preset
-from chargpt.hardware import cpu_name, describe_device
-from chargpt.optim import schedule
-from chargpt.peers import HuggingFace, NanoGPT, Own, parse_peers
-from chargpt.planning import make_plan
-from chargpt.run import train
-from chargpt.seeding import own_random_state
-from chargpt.speed import prepare
-from chargpt.timing import synchronize
-from chargpt.trainer import Trainer
+from chargpt.measure.peers import HuggingFace, NanoGPT, Own, parse_peers
+from chargpt.measure.timing import synchronize
+from chargpt.train import train
+from chargpt.training.plan import make_plan
+from chargpt.training.speed import prepare
+from chargpt.training.trainer import Trainer
 
 TEXT = "tiny-shakespeare"
 CURVES, PICTURE = "curves.json", "curves.png"

@@ -12,13 +12,13 @@ import statistics
 import time
 from dataclasses import replace
 
-from chargpt.bench import synthetic_trainer
+from chargpt.compute.device import deterministic_algorithms
 from chargpt.config import PRESETS, Preset
-from chargpt.hardware import deterministic_algorithms
-from chargpt.speed import prepare
-from chargpt.timing import synchronize
-from chargpt.trainer import Trainer
-from chargpt.training import train_step
+from chargpt.measure.bench import synthetic_trainer
+from chargpt.measure.timing import synchronize
+from chargpt.training.loop import train_step
+from chargpt.training.speed import prepare
+from chargpt.training.trainer import Trainer
 
 
 def main() -> None:

@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chargpt.errors import UserError
-from chargpt.evaluation import evaluate, evaluating
-from chargpt.reporting import read_metrics
+from chargpt.base.errors import UserError
+from chargpt.engine.scoring import evaluate
+from chargpt.model import evaluating
+from chargpt.runs.report import read_metrics
 
 NANOGPT_BATCHES, NANOGPT_BATCH_SIZE = 200, 64
 
 Tokens = npt.NDArray[Any]
 Autocast = AbstractContextManager[Any] | None
-"""Context for a forward pass; see `chargpt.evaluation.evaluate`."""
+"""Context for a forward pass; see `chargpt.engine.scoring.evaluate`."""
 
 
 def whole_loss(

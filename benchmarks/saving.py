@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from chargpt.bench import synthetic_trainer
+from chargpt.base.units import human_count
 from chargpt.config import PRESETS
-from chargpt.metrics import human_count
-from chargpt.saving import save_last
-from chargpt.speed import prepare
-from chargpt.training import train_step
+from chargpt.measure.bench import synthetic_trainer
+from chargpt.training.loop import train_step
+from chargpt.training.saving import save_last
+from chargpt.training.speed import prepare
 
 STEPS = 3
 

@@ -25,15 +25,16 @@ from typing import Any
 from protocols import half_losses, learning_curve, nanogpt_loss, standard_error
 
 import chargpt
-from chargpt import durable, run_folder
+from chargpt.base import files as durable
+from chargpt.base.checks import check_names
+from chargpt.base.errors import UserError
+from chargpt.cli.flags import RUN_CONFIGS, preset, resolve, saved, saved_sources
+from chargpt.compute.device import PrecisionChoice, choose_device, cpu_name
 from chargpt.config import PRESETS
-from chargpt.data import load_corpus
-from chargpt.errors import UserError
-from chargpt.flags import RUN_CONFIGS, preset, resolve, saved, saved_sources
-from chargpt.hardware import PrecisionChoice, choose_device, cpu_name
-from chargpt.reporting import read_metrics
-from chargpt.run import SUMMARY, train
-from chargpt.validation import check_names
+from chargpt.data.corpus import load_corpus
+from chargpt.runs import folder as run_folder
+from chargpt.runs.report import read_metrics
+from chargpt.train import SUMMARY, train
 
 RESULTS = "results.json"
 TRAIN_LOSS_STEPS = 100

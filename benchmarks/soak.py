@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chargpt.durable import write_json
-from chargpt.reporting import read_metrics
+from chargpt.base.files import write_json
+from chargpt.runs.report import read_metrics
 
 LOOK_SECONDS = 5.0
 INTERVALS = ("--eval-interval", "100", "--save-interval", "25", "--sample-length", "200")

@@ -11,70 +11,77 @@ Names are imported when they are first used, so that ``import chargpt`` does not
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from chargpt.base.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from chargpt.config import PRESETS as PRESETS
-    from chargpt.config import DataConfig as DataConfig
-    from chargpt.config import GPT2Config as GPT2Config
-    from chargpt.config import SampleConfig as SampleConfig
-    from chargpt.config import TrainConfig as TrainConfig
-    from chargpt.config import baby as baby
-    from chargpt.config import best as best
-    from chargpt.config import gpt2 as gpt2
-    from chargpt.config import speedrun as speedrun
-    from chargpt.config import tiny as tiny
-    from chargpt.data import load_corpus as load_corpus
-    from chargpt.errors import TrainingError as TrainingError
-    from chargpt.errors import UserError as UserError
-    from chargpt.evaluation import evaluate as evaluate
-    from chargpt.generation import complete as complete
-    from chargpt.generation import generate as generate
-    from chargpt.generation import generate_text as generate_text
-    from chargpt.generation import sample as sample
-    from chargpt.generation import write as write
-    from chargpt.model import GPT2 as GPT2
-    from chargpt.run import train as train
-    from chargpt.run_folder import load as load
-    from chargpt.scoring import score as score
-    from chargpt.tokenizer import CharTokenizer as CharTokenizer
+    from chargpt.base.errors import TrainingError, UserError
+    from chargpt.config import (
+        PRESETS,
+        DataConfig,
+        GPT2Config,
+        SampleConfig,
+        TrainConfig,
+        baby,
+        best,
+        gpt2,
+        speedrun,
+        tiny,
+    )
+    from chargpt.data.corpus import load_corpus
+    from chargpt.data.tokenizer import CharTokenizer
+    from chargpt.engine.scoring import evaluate, score
+    from chargpt.generate import complete, generate, generate_text, sample, write
+    from chargpt.model import GPT2
+    from chargpt.runs.folder import load
+    from chargpt.train import train
 
-_HOME = {
-    "load": "run_folder",
-    "PRESETS": "config",
-    "DataConfig": "config",
-    "GPT2Config": "config",
-    "SampleConfig": "config",
-    "TrainConfig": "config",
-    "baby": "config",
-    "best": "config",
-    "gpt2": "config",
-    "speedrun": "config",
-    "tiny": "config",
-    "load_corpus": "data",
-    "TrainingError": "errors",
-    "UserError": "errors",
-    "evaluate": "evaluation",
-    "complete": "generation",
-    "generate": "generation",
-    "generate_text": "generation",
-    "sample": "generation",
-    "write": "generation",
-    "GPT2": "model",
-    "train": "run",
-    "score": "scoring",
-    "CharTokenizer": "tokenizer",
+__all__ = [
+    "GPT2",
+    "PRESETS",
+    "CharTokenizer",
+    "DataConfig",
+    "GPT2Config",
+    "SampleConfig",
+    "TrainConfig",
+    "TrainingError",
+    "UserError",
+    "baby",
+    "best",
+    "complete",
+    "evaluate",
+    "generate",
+    "generate_text",
+    "gpt2",
+    "load",
+    "load_corpus",
+    "sample",
+    "score",
+    "speedrun",
+    "tiny",
+    "train",
+    "write",
+]
+
+_NAMES = {
+    "base.errors": "TrainingError UserError",
+    "config": "PRESETS DataConfig GPT2Config SampleConfig TrainConfig baby best gpt2 speedrun tiny",
+    "data.corpus": "load_corpus",
+    "data.tokenizer": "CharTokenizer",
+    "engine.scoring": "evaluate score",
+    "generate": "complete generate generate_text sample write",
+    "model": "GPT2",
+    "runs.folder": "load",
+    "train": "train",
 }
-
-__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'chargpt' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"chargpt.{_HOME[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names.split():
+            return getattr(import_module(f"chargpt.{module}"), name)
+    raise AttributeError(f"module 'chargpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

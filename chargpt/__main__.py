@@ -1,5 +1,5 @@
 """``python -m chargpt`` is ``chargpt``."""
 
-from chargpt.cli import main
+from chargpt.cli.main import main
 
 main()

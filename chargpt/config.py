@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from chargpt.errors import UserError
-from chargpt.validation import check, check_seed, check_types
+from chargpt.base.checks import check, check_seed, check_types
+from chargpt.base.errors import UserError
 
 ActivationFunction = Literal[
     "gelu", "gelu_exact", "relu", "relu_squared", "silu", "tanh", "sigmoid"

@@ -11,18 +11,19 @@ Shapes: B batch, T time, C = d_model, H heads, D = C / H head size, F = d_ff, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chargpt.attention import Backend, self_attention
+from chargpt.base.errors import UserError
+from chargpt.compute.attention import Backend, self_attention
+from chargpt.compute.dropout import Dropout
+from chargpt.compute.kv_cache import Cache, LayerCache
 from chargpt.config import ActivationFunction, GPT2Config
-from chargpt.dropout import Dropout
-from chargpt.errors import UserError
-from chargpt.kv_cache import Cache, LayerCache
 
 INIT_STD = 0.02
 
@@ -170,7 +171,7 @@ class GPT2(nn.Module):
 
         Args:
             ids: token ids, (B, T) with T ≤ block_size.
-            cache: of the tokens before these, if any; see `chargpt.kv_cache`.
+            cache: of the tokens before these, if any; see `chargpt.compute.kv_cache`.
 
         Returns:
             Unnormalised log-probabilities, (B, T, V).
@@ -204,3 +205,14 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a while, then back in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

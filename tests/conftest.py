@@ -10,7 +10,7 @@ from variants import kernels_of
 
 import chargpt
 from chargpt.config import GPT2Config, TrainConfig
-from chargpt.run import TrainResult, train
+from chargpt.train import TrainResult, train
 
 SMALL = GPT2Config(block_size=16, n_layer=2, n_head=2, d_model=16, dropout=0.1)
 QUICK = TrainConfig(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chargpt.engine import Token
+from chargpt.engine.scheduler import Token
 from chargpt.model import GPT2
 
 

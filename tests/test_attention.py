@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chargpt.attention import Backend, attention_weights, causal_attention, default_backend
+from chargpt.compute.attention import Backend, attention_weights, causal_attention, default_backend
 
 SHAPES = [(5, 5), (1, 1), (1, 6), (3, 6), (5, 6)]  # queries, keys: the last of the positions
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import QUICK, SMALL, words
 
-import chargpt.run
+import chargpt.train
 from chargpt import GPT2
 from chargpt.config import Preset
-from chargpt.evaluation import evaluate
-from chargpt.run import TrainResult
+from chargpt.engine.scoring import evaluate
+from chargpt.train import TrainResult
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 if not FOLDER.is_dir():
@@ -105,7 +105,7 @@ def test_the_learning_curve_is_what_the_run_wrote(result: TrainResult) -> None:
 def test_seeds_from_the_text_to_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chargpt.run, "plot_loss", lambda _: None)
+    monkeypatch.setattr(chargpt.train, "plot_loss", lambda _: None)
     text = tmp_path / "hearts.txt"
     text.write_text(words(2000), encoding="utf-8")
     command = f"--preset tiny --seeds 2 --target 99 --text {text} --out {tmp_path / 'out'} --set"

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from chargpt.base.checks import flag, from_dict
+from chargpt.base.errors import UserError
 from chargpt.config import (
     PRESETS,
     DataConfig,
@@ -23,8 +25,6 @@ from chargpt.config import (
     speedrun,
     tiny,
 )
-from chargpt.errors import UserError
-from chargpt.validation import flag, from_dict
 
 CLASSES: tuple[type[Any], ...] = (GPT2Config, DataConfig, TrainConfig, SampleConfig)
 AT_LEAST_1 = "give a whole number of at least 1"

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from twin import HF_ACTIVATIONS, as_hf, hf_names, hugging_face, reference_logits, shake
 
-from chargpt.attention import Backend
+from chargpt.base.errors import UserError
+from chargpt.compute.attention import Backend
+from chargpt.compute.counts import count_parameters
 from chargpt.config import PRESETS, GPT2Config
-from chargpt.errors import UserError
-from chargpt.metrics import count_parameters
 from chargpt.model import ACTIVATIONS, GPT2
-from chargpt.speed import set_backend
+from chargpt.training.speed import set_backend
 
 VOCAB = 11
 DROPOUT_PLACES = ("embeddings", "weights", "attention", "feed_forward")  # in the order of one block
@@ -188,8 +188,8 @@ def test_dropout_acts_where_it_should_while_training(
         assert p == 0.3
         return x * 0.0 if seen[-1] == place else x
 
-    monkeypatch.setattr("chargpt.dropout.dropout", fake)
-    monkeypatch.setattr("chargpt.attention.dropout", fake)
+    monkeypatch.setattr("chargpt.compute.dropout.dropout", fake)
+    monkeypatch.setattr("chargpt.compute.attention.dropout", fake)
     model = shake(GPT2(shape).double()).train()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     ids = some_ids(1, 2, 7)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import chargpt
-from chargpt import datasets
+from chargpt.data import datasets
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'chargpt[notebook]'")
 nbclient = pytest.importorskip("nbclient", reason="pip install 'chargpt[notebook]'")

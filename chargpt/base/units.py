@@ -1,0 +1,33 @@
+"""Units: nats and bits, and numbers that a person can read."""
+
+from __future__ import annotations
+
+import math
+
+
+def bits_per_char(nats_per_char: float) -> float:
+    """Convert a loss in nats a character to bits a character."""
+    return nats_per_char / math.log(2)
+
+
+def perplexity(nats_per_char: float) -> float:
+    """Convert a loss in nats a character to the number of equally likely choices it equals."""
+    return math.exp(nats_per_char)
+
+
+def human_count(number: float) -> str:
+    """Return a count with three digits: 818048 is "818 k", 10.7e6 is "10.7 M"."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= 0.9995 * limit:  # 999,500 is 1 M, not 1e+03 k
+            return f"{number / limit:.3g}{unit}" if number < 1000 * limit else f"{number:.3g}"
+    return f"{number:.3g}"
+
+
+def human_time(seconds: float) -> str:
+    """Return a duration: 5 is "5 s", 65 is "1 min 05 s", 3700 is "1 h 01 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"

@@ -1,0 +1,4 @@
+"""The command line: a file for each command, and what they share.
+
+May import: everything.
+"""

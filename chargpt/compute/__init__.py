@@ -1,0 +1,4 @@
+"""How numbers are made: device and precision, C++ kernels, fast layers, optimizers, several GPUs.
+
+May import: `chargpt.base`, `chargpt.config`, `chargpt.model`, `chargpt.data`.
+"""

@@ -1,0 +1,443 @@
+"""The kernels of ``kernels.cpp`` as PyTorch calls, compiled for this processor on first use.
+
+Each function here computes what its PyTorch twin computes, forward and backward, in one pass over
+memory; `suits` says for which tensors. `chargpt.compute.fast_layers` puts them into a model.
+
+Shapes: B sequences, T time, H heads, D head size, C = H × D.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from chargpt.compute.muon import MuonSettings
+
+SOURCES = tuple(
+    Path(__file__).parent.joinpath("cpp", name) for name in ("kernels.cpp", "decoder.cpp")
+)
+HEADER = Path(__file__).parent.joinpath("cpp", "kernels.h")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
+# GCC's tuning for some AMD processors splits multiply-adds in a part of the code, so that a row's sum
+# would depend on the rows beside it. Clang does not do so, and does not know the parameter.
+GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
+COMPILERS = ("c++", "g++", "clang++")
+_SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+_Pointer, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_RANDOM = (ctypes.c_double, ctypes.c_uint64)  # probability, seed
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "attention_forward": (*(_Pointer,) * 3, *(_Int,) * 4, *_RANDOM),
+    "attention_backward": (*(_Pointer,) * 5, *(_Int,) * 4, *_RANDOM),
+    "layer_norm_forward": (*(_Pointer,) * 6, _Long, _Int, _Float),
+    "layer_norm_backward": (*(_Pointer,) * 8, _Long, _Int),
+    "linear_forward": (*(_Pointer,) * 4, _Long, _Int, _Int),
+    "linear_backward": (*(_Pointer,) * 6, _Long, _Int, _Int),
+    "feed_forward_forward": (*(_Pointer,) * 7, _Long, _Int, _Int),
+    "feed_forward_backward": (*(_Pointer,) * 10, _Long, _Int, _Int),
+    "muon": (*(_Pointer,) * 5, _Int, _Float, _Float, _Pointer, _Int),
+    "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
+    "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
+}
+
+
+class KernelsError(Exception):
+    """The kernels cannot be compiled or loaded here; PyTorch's own are to be used."""
+
+
+class Kernels:
+    """The functions of the compiled library; those of ``kernels.cpp`` by name and type of value.
+
+    Args:
+        path: the shared library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.library = library
+        """For the functions of ``decoder.cpp``; see `chargpt.engine.native_decoder`."""
+        self.lanes: int = library.chargpt_lanes()
+        """Values in a vector: the width that sizes must be multiples of."""
+        self.dtypes: set[torch.dtype] = set()
+        """The types of value that the kernels take."""
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        for name, signature in _SIGNATURES.items():
+            for dtype, suffix in _SUFFIXES.items():
+                function = getattr(library, f"{name}_{suffix}", None)
+                if function is not None:  # bf16 is there only where the processor has it
+                    function.argtypes, function.restype = signature, None
+                    self._functions[name, dtype] = function
+                    self.dtypes.add(dtype)
+
+    def __call__(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        """Call a kernel with tensors as pointers to their (contiguous) values."""
+        pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+        self._functions[name, dtype](*pointers)
+
+
+@functools.cache
+def load_kernels() -> Kernels:
+    """Return the kernels, compiled unless they were before.
+
+    Raises:
+        KernelsError: there is no compiler, or it fails.
+    """
+    path = library_path()
+    try:
+        if path.exists():
+            with suppress(OSError):  # of a damaged file, which is then made anew
+                return Kernels(path)
+        _compile(path)
+        return Kernels(path)
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        message = getattr(error, "stderr", None) or str(error)
+        raise KernelsError(" ".join(message.split())[:200] or type(error).__name__) from error
+
+
+def library_path() -> Path:
+    """Return where the library for these sources and this processor is, or will be."""
+    sources = (file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES))
+    made_of = (*sources, *FLAGS, *GCC_FLAGS, _processor())
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    return Path(platformdirs.user_cache_dir("chargpt"), "kernels", f"kernels-{key}.so")
+
+
+def _compile(path: Path) -> None:
+    """Compile the library beside its place and move it there: whole, whoever else does the same."""
+    compiler = find_compiler()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # OpenMP is the one PyTorch has loaded, so that its threads are ours. Apple's Clang has none.
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        library = Path(folder, path.name)
+        sources = [str(source) for source in SOURCES]
+        flags = [*FLAGS, *own_flags(compiler), *threads]
+        command = [*compiler, *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        library.replace(path)
+
+
+def find_compiler() -> list[str]:
+    """Return the command of a C++ compiler: ``$CXX``, which may have arguments, or one found here.
+
+    Raises:
+        KernelsError: there is none.
+    """
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    found = next(filter(shutil.which, COMPILERS), None)
+    if not chosen and found is None:
+        raise KernelsError(f"no C++ compiler here ({', '.join(COMPILERS)})")
+    return chosen or [str(found)]
+
+
+def own_flags(compiler: Sequence[str]) -> tuple[str, ...]:
+    """Return the flags that only some compilers know."""
+    command = [*compiler, "--version"]
+    version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return () if "clang" in version.lower() else GCC_FLAGS
+
+
+def _processor() -> str:
+    """Return what tells processors apart, for a home folder that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = {line for line in lines if line.startswith(("model name", "flags"))}
+        return "\n".join(sorted(told))
+    except OSError:
+        return platform.processor()
+
+
+def suits(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | None] = ()) -> bool:
+    """Return whether the kernels take these tensors.
+
+    Args:
+        values: of a type that the kernels compute in.
+        widths: of their rows; multiples of the kernels' lanes.
+        weights: parameters, which must be float32.
+    """
+    if torch.compiler.is_compiling() or any(value.device.type != "cpu" for value in values):
+        return False
+    kernels = load_kernels()
+    return (
+        all(width % kernels.lanes == 0 for width in widths)
+        and all(value.dtype in kernels.dtypes for value in values)
+        and all(weight is None or weight.dtype == torch.float32 for weight in weights)
+        and product_dtype() in kernels.dtypes
+    )
+
+
+def _contiguous(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
+
+
+# --- attention
+
+
+def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+    """Causal self-attention; the twin of `chargpt.compute.attention.causal_attention`.
+
+    Args:
+        qkv: queries, keys and values side by side, (B, T, 3C).
+        n_head: H; C / H must be a multiple of the kernels' lanes.
+        dropout_p: probability of dropping an attention weight.
+
+    Returns:
+        (B, T, C).
+    """
+    out: Tensor = _Attention.apply(qkv, n_head, dropout_p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
+        qkv = qkv.contiguous()
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        out = qkv.new_empty(B, T, C)
+        log_sums = torch.empty(B, n_head, T)  # of the softmax: enough to compute it again
+        ctx.rest = (B, T, n_head, C // n_head, dropout_p, _seed(dropout_p))
+        load_kernels()("attention_forward", qkv.dtype, qkv, out, log_sums, *ctx.rest)
+        ctx.save_for_backward(qkv, out, log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        qkv, out, log_sums = ctx.saved_tensors
+        d_qkv = torch.empty_like(qkv)
+        tensors = (qkv, out, log_sums, d_out.contiguous(), d_qkv)
+        load_kernels()("attention_backward", qkv.dtype, *tensors, *ctx.rest)
+        return d_qkv, None, None
+
+
+def _seed(dropout_p: float) -> int:
+    """Draw the seed of a mask from torch's default generator."""
+    return int(torch.randint(2**62, ())) if dropout_p > 0 else 0
+
+
+# --- LayerNorm
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last axis, like `torch.nn.functional.layer_norm`.
+
+    Under autocast it returns the type that the matrix product after it wants: one pass less.
+
+    Args:
+        x: float32, (…, C).
+        gain: (C,).
+        bias: (C,).
+        eps: added to the variance.
+    """
+    gain, bias = gain.contiguous(), _contiguous(bias)
+    out: Tensor = _LayerNorm.apply(x, gain, bias, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x, dtype=product_dtype())
+        n, C = x.numel() // x.size(-1), x.size(-1)
+        means, inverse_stds = torch.empty(n), torch.empty(n)
+        tensors = (x, gain, bias, out, means, inverse_stds)
+        load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
+        ctx.save_for_backward(x, gain, means, inverse_stds)
+        ctx.has_bias = bias is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        x, gain, means, inverse_stds = ctx.saved_tensors
+        d_x, d_gain = torch.empty_like(x), torch.empty_like(gain)
+        d_bias = torch.empty_like(gain) if ctx.has_bias else None
+        tensors = (x, gain, means, inverse_stds, d_out.contiguous(), d_x, d_gain, d_bias)
+        load_kernels()("layer_norm_backward", d_out.dtype, *tensors, means.numel(), x.size(-1))
+        return d_x, d_gain, d_bias, None
+
+
+def product_dtype() -> torch.dtype:
+    """Return what autocast would turn a factor of a matrix product into."""
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.float32
+    return torch.get_autocast_dtype("cpu")
+
+
+# --- linear layers
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, like `torch.nn.functional.linear` under autocast.
+
+    Args:
+        x: (…, inputs).
+        weight: float32, (outputs, inputs).
+        bias: float32, (outputs,).
+
+    Returns:
+        (…, outputs), in the type of matrix products.
+    """
+    x, weight, bias = x.to(product_dtype()), weight.contiguous(), _contiguous(bias)
+    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        outputs, inputs = weight.shape
+        ctx.sizes = (x.numel() // inputs, inputs, outputs)
+        out = x.new_empty(*x.shape[:-1], outputs)
+        load_kernels()("linear_forward", x.dtype, x, weight, bias, out, *ctx.sizes)
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
+        d_bias = weight.new_empty(weight.size(0)) if ctx.has_bias else None
+        tensors = (x, weight, d_out.contiguous(), d_x, d_weight, d_bias)
+        load_kernels()("linear_backward", x.dtype, *tensors, *ctx.sizes)
+        return d_x, d_weight, d_bias
+
+
+# --- feed-forward
+
+
+def feed_forward(
+    x: Tensor, expand: Tensor, expand_bias: Tensor | None, project: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return GELU(x W₁ᵀ + b₁) W₂ᵀ + b₂, with GELU in the tanh form.
+
+    Args:
+        x: (…, C).
+        expand: W₁, float32, (F, C).
+        expand_bias: b₁, (F,).
+        project: W₂, float32, (C, F).
+        bias: b₂, (C,); there if and only if b₁ is.
+
+    Returns:
+        (…, C), in the type of matrix products.
+    """
+    x = x.to(product_dtype())
+    weights = [_contiguous(weight) for weight in (expand, expand_bias, project, bias)]
+    out: Tensor = _FeedForward.apply(x, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+    ) -> Tensor:
+        x = x.contiguous()
+        F, C = w1.shape
+        ctx.sizes = (x.numel() // C, C, F)
+        before, out = x.new_empty(*x.shape[:-1], F), torch.empty_like(x)
+        tensors = (x, w1, b1, w2, b2, before, out)
+        load_kernels()("feed_forward_forward", x.dtype, *tensors, *ctx.sizes)
+        ctx.save_for_backward(x, w1, w2, before)
+        ctx.has_bias = b1 is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        x, w1, w2, before = ctx.saved_tensors
+        d_x, d_w1, d_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
+        d_b1 = w1.new_empty(w1.size(0)) if ctx.has_bias else None
+        d_b2 = w1.new_empty(w2.size(0)) if ctx.has_bias else None
+        tensors = (x, w1, w2, before, d_out.contiguous(), d_x, d_w1, d_b1, d_w2, d_b2)
+        load_kernels()("feed_forward_backward", x.dtype, *tensors, *ctx.sizes)
+        return d_x, d_w1, d_b1, d_w2, d_b2
+
+
+# --- residual sum
+
+
+def residual_sum(x: Tensor, update: Tensor, dropout_p: float) -> Tensor:
+    """Return x + dropout(update).
+
+    Args:
+        x: float32, any shape.
+        update: the same shape.
+        dropout_p: probability of dropping a value of `update`.
+    """
+    out: Tensor = _ResidualSum.apply(x, update, dropout_p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ResidualSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, dropout_p: float) -> Tensor:
+        x, update = x.contiguous(), update.contiguous()
+        out = torch.empty_like(x)
+        ctx.dtype, ctx.random = update.dtype, (dropout_p, _seed(dropout_p))
+        load_kernels()("residual_forward", ctx.dtype, x, update, out, x.numel(), *ctx.random)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        d_out = d_out.contiguous()
+        d_update = torch.empty_like(d_out, dtype=ctx.dtype)
+        load_kernels()("residual_backward", ctx.dtype, d_out, d_update, d_out.numel(), *ctx.random)
+        return d_out, d_update, None
+
+
+# --- Muon
+
+
+def muon_update(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    lengths: Sequence[float],
+    settings: MuonSettings,
+) -> None:
+    """Make one step of Muon with each matrix, in place; the twin of `chargpt.compute.muon.muon_update`.
+
+    Args:
+        weights: float32, of two axes each.
+        gradients: left as they are.
+        momenta: running means of the gradients.
+        lengths: of the step of each.
+        settings: see there.
+    """
+    n = len(weights)
+    addresses = [
+        (_Pointer * n)(*(t.data_ptr() for t in ts)) for ts in (weights, gradients, momenta)
+    ]
+    shapes = (_Int * (2 * n))(*(size for weight in weights for size in weight.shape))
+    scales = (ctypes.c_float * n)(*lengths)
+    numbers = [number for step in settings.steps for number in step]
+    steps = (ctypes.c_float * len(numbers))(*numbers)
+    load_kernels()(
+        "muon",
+        settings.dtype,
+        *(*addresses, shapes, scales, n),
+        *(settings.momentum, settings.decay, steps, len(settings.steps)),
+    )

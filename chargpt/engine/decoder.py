@@ -1,0 +1,99 @@
+"""Reading tokens one by one without reading all before them again.
+
+A decoder has slots, a sequence each. It reads chunks of new tokens and tells what comes after
+them; what it knows of a sequence stays in the sequence's slot. Positions are absolute (learned
+embeddings), so a full slot is not slid: `chargpt.generate` reads a part of the text anew, from
+position 0.
+
+`PyTorchDecoder` is the plain one, on any device; `chargpt.engine.native_decoder` has the fast one for
+CPUs. Shapes: B sequences, T new tokens, H heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from chargpt.compute.kv_cache import Cache, LayerCache
+from chargpt.model import GPT2, evaluating
+
+
+class Chunk(NamedTuple):
+    """New tokens of one sequence."""
+
+    slot: int
+    start: int
+    """Position of the first; all before it are in the slot."""
+    ids: Sequence[int]
+
+
+class Decoder(Protocol):
+    """What reads chunks of tokens."""
+
+    block_size: int
+    vocab_size: int
+    n_slots: int
+
+    def read(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
+        """Put tokens into the cache, after those of their slots that stand before `start`.
+
+        Args:
+            chunks: at least one, of at least one token each; no slot twice.
+            every: tell what comes after every token, not after the last of each chunk only.
+
+        Returns:
+            Logits in float32 on the CPU, (chunks, V), or with `every` (tokens of all chunks, V).
+        """
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let the slot `target` hold the first `length` positions of `source`."""
+
+
+class PyTorchDecoder:
+    """The model itself, with a cache; as any batch does, it rounds by the batch's size.
+
+    Args:
+        model: on any device; left in the mode it was in.
+        n_slots: sequences that can be in the cache at the same time.
+    """
+
+    def __init__(self, model: GPT2, n_slots: int) -> None:
+        config, weight = model.config, model.token_embedding.weight
+        self.block_size, self.vocab_size, self.n_slots = (
+            config.block_size,
+            config.vocab_size,
+            n_slots,
+        )
+        self._model, self._device = model, weight.device
+        head_size = config.d_model // config.n_head
+        shape = (config.n_layer, 2, n_slots, config.n_head, config.block_size, head_size)
+        self._cache = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    @torch.inference_mode()
+    def read(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
+        """See `Decoder`."""
+        with evaluating(self._model), torch.autocast(self._device.type, enabled=False):
+            if all(len(chunk.ids) == len(chunks[0].ids) for chunk in chunks):
+                logits = self._forward(chunks)  # (B, T, V)
+                return (logits.flatten(0, 1) if every else logits[:, -1]).float().cpu()
+            parts = [self._forward([chunk])[0] for chunk in chunks]  # (T, V) each
+            return torch.cat(parts if every else [part[-1:] for part in parts]).float().cpu()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `Decoder`."""
+        self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
+
+    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Read chunks of one length; return logits, (B, T, V)."""
+        device, T = self._device, len(chunks[0].ids)
+        ids = torch.tensor([list(chunk.ids) for chunk in chunks], device=device)  # (B, T)
+        slots = torch.tensor([chunk.slot for chunk in chunks], device=device)  # (B,)
+        starts = torch.tensor([chunk.start for chunk in chunks], device=device)  # (B,)
+        positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+        length = max(chunk.start for chunk in chunks) + T
+        layers = [LayerCache(kv[0], kv[1], slots, positions, length) for kv in self._cache]
+        logits: Tensor = self._model(ids, Cache(layers, positions))
+        return logits

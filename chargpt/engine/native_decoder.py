@@ -1,0 +1,138 @@
+"""The decoder of ``decoder.cpp``: a whole GPT-2 with a key-value cache in one call, on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chargpt.compute.native import KernelsError, load_kernels
+from chargpt.engine.decoder import Chunk
+from chargpt.model import GPT2, CausalSelfAttention, FeedForward, Residual
+
+_Pointer, _Int = ctypes.c_void_p, ctypes.c_int
+THREADS_FROM = 4_000_000  # multiply-adds; below, waiting for each other costs threads more
+
+
+class NativeDecoder:
+    """A snapshot of a model that reads tokens into a cache and tells what comes next.
+
+    It computes in float32. What a sequence gets is the same to the bit alone and beside others,
+    written one by one or read at once.
+
+    Args:
+        model: on a CPU, of a shape that `decodes`.
+        n_slots: sequences that can be in the cache at the same time.
+
+    Raises:
+        KernelsError: the kernels cannot be compiled here.
+        MemoryError: the cache does not fit.
+    """
+
+    def __init__(self, model: GPT2, n_slots: int) -> None:
+        self._library = _library()
+        config = model.config
+        self.block_size, self.vocab_size, self.n_slots = (
+            config.block_size,
+            config.vocab_size,
+            n_slots,
+        )
+        self._weights = sum(p.numel() for p in model.parameters())
+        tensors = [None if t is None else t.detach().float().contiguous() for t in _tensors(model)]
+        pointers = (_Pointer * len(tensors))(
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        )
+        shape = (config.n_layer, config.n_head, config.d_model, config.d_ff)
+        sizes = (_Int * 7)(*shape, config.vocab_size, config.block_size, n_slots)
+        self._handle = self._library.decoder_new(sizes, model.final_norm.eps, pointers)
+        if not self._handle:
+            raise MemoryError(f"a key-value cache for {n_slots} sequences")
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.decoder_free(self._handle)
+
+    def read(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
+        """See `chargpt.engine.decoder.Decoder`."""
+        lengths = [len(chunk.ids) for chunk in chunks]
+        n = sum(lengths)
+        ids = np.fromiter(chain.from_iterable(chunk.ids for chunk in chunks), np.int32, n)
+        slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), lengths)
+        ranges = (range(chunk.start, chunk.start + len(chunk.ids)) for chunk in chunks)
+        positions = np.fromiter(chain.from_iterable(ranges), np.int32, n)
+        assert ids.min() >= 0 and ids.max() < self.vocab_size
+        assert slots.max() < self.n_slots and positions.max() < self.block_size
+        wanted = np.arange(n, dtype=np.int32) if every else np.cumsum(lengths, dtype=np.int32) - 1
+        size = (len(wanted), self.vocab_size)
+        logits = torch.empty(size, dtype=torch.float32, device="cpu")  # (n or chunks, V)
+        threads = torch.get_num_threads() if n * self._weights >= THREADS_FROM else 1
+        arrays = (array.ctypes.data for array in (ids, slots, positions))
+        self._library.decoder_forward(
+            *(self._handle, n, *arrays),
+            *(len(wanted), wanted.ctypes.data, logits.data_ptr(), threads),
+        )
+        return logits
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `chargpt.engine.decoder.Decoder`."""
+        assert max(source, target) < self.n_slots
+        assert length <= self.block_size
+        self._library.decoder_copy(self._handle, source, target, length)
+
+
+def decodes(model: GPT2) -> bool:
+    """Return whether a `NativeDecoder` can stand in for a model: shape, type and device.
+
+    Raises:
+        KernelsError: the kernels cannot be compiled here.
+    """
+    config, lanes = model.config, load_kernels().lanes
+    sizes = (config.d_model // config.n_head, config.d_model, config.d_ff)
+    return (
+        model.token_embedding.weight.device.type == "cpu"
+        and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        and config.activation_function == "gelu"
+        and all(size % lanes == 0 for size in sizes)
+    )
+
+
+def _library() -> ctypes.CDLL:
+    library = load_kernels().library
+    try:
+        library.decoder_new.argtypes = (_Pointer, ctypes.c_float, _Pointer)
+        library.decoder_new.restype = _Pointer
+        library.decoder_free.argtypes = (_Pointer,)
+        library.decoder_forward.argtypes = (
+            *(_Pointer, _Int, _Pointer, _Pointer, _Pointer),
+            *(_Int, _Pointer, _Pointer, _Int),
+        )
+        library.decoder_copy.argtypes = (_Pointer, _Int, _Int, _Int)
+    except AttributeError as error:
+        raise KernelsError(str(error)) from error
+    for name in ("decoder_free", "decoder_forward", "decoder_copy"):
+        getattr(library, name).restype = None
+    return library
+
+
+def _tensors(model: GPT2) -> list[Tensor | None]:
+    """Return the parameters in the order in which ``decoder.cpp`` takes them."""
+    tensors: list[Tensor | None] = [model.token_embedding.weight, model.position_embedding.weight]
+    for block in model.blocks:
+        for residual in (block.attention, block.feed_forward):
+            assert isinstance(residual, Residual)
+            for norm in (residual.norm, residual.sublayer_norm, residual.sum_norm):
+                tensors += _pair(norm)
+            sublayer = residual.sublayer
+            assert isinstance(sublayer, CausalSelfAttention | FeedForward)
+            first = sublayer.expand if isinstance(sublayer, FeedForward) else sublayer.qkv
+            tensors += [*_pair(first), *_pair(sublayer.projection)]
+    return [*tensors, *_pair(model.final_norm), model.head.weight, None]
+
+
+def _pair(module: nn.Module) -> list[Tensor | None]:
+    """Return weight and bias, None for what is not there."""
+    return [getattr(module, "weight", None), getattr(module, "bias", None)]

@@ -1,0 +1,163 @@
+"""Clocks and gauges of `chargpt bench`: seconds of a step and of its parts, FLOP/s, bytes."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from chargpt.base.seeding import DROPOUT, derive_seed
+from chargpt.compute.parallel import seed_dropout
+from chargpt.training.loop import clip_gradient, gradient_norm
+from chargpt.training.trainer import Trainer
+
+WARM_UP_STEPS, MIN_STEPS = 2, 3
+PARTS = ("data", "forward", "backward", "clip", "optimizer")
+PART_STEPS = 10
+CEILING_SECONDS = 0.3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def median_seconds(step: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Return the median seconds of a step, after a warm-up.
+
+    Args:
+        step: what to time.
+        seconds: how long to go on; at least `MIN_STEPS` steps are timed.
+        device: where it computes.
+    """
+    for _ in range(WARM_UP_STEPS):
+        step()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < MIN_STEPS or time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """Measure products of square matrices, in FLOP/s, at best.
+
+    Args:
+        dtype: of both factors.
+        device: where; 1024³ on a CPU, 4096³ and 8192³ elsewhere.
+    """
+    sizes = (1024,) if device.type == "cpu" else (4096, 8192)
+    return max(_product_rate(n, dtype, device) for n in sizes)
+
+
+def _product_rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
+    # Random, since a GPU multiplies ones faster than it multiplies numbers.
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # (n, n)
+    times: list[float] = []
+    end = time.perf_counter() + CEILING_SECONDS
+    while len(times) < 4 or time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        _ = a @ b
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times[1:])
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Start counting anew, where `peak_memory_bytes` can: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the most memory this process has held: of the GPU, or else of the whole process.
+
+    Returns:
+        Bytes; None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# --- the parts of a step
+
+
+def step_parts(trainer: Trainer) -> dict[str, float]:
+    """Return the median milliseconds of each part of a step, over at least ten steps."""
+    trainer.model.train()
+    rows: list[dict[str, float]] = []
+    for _ in range(PART_STEPS):
+        rows.append(timed_step(trainer))
+        trainer.state.step += 1
+    return {part: statistics.median(row[part] for row in rows) for part in PARTS}
+
+
+def timed_step(trainer: Trainer) -> dict[str, float]:
+    """Make the update that `chargpt.training.loop.train_step` makes, looking at the clock in between.
+
+    The learning rate is left as it is.
+
+    Returns:
+        Milliseconds of each of `PARTS`; ``data`` goes as far as the device, ``forward`` includes
+        the loss, ``clip`` the check that all is finite.
+    """
+    config, state, scaler = trainer.config, trainer.state, trainer.scaler
+    watch = _Stopwatch(trainer.device)
+    total = torch.zeros((), device=trainer.device)
+    for micro_step in range(config.gradient_accumulation_steps):
+        first = state.step * trainer.sequences_per_step + micro_step * config.batch_size
+        batch = trainer.windows.batch(first, config.batch_size)
+        inputs, targets = (ids.to(trainer.device) for ids in batch)  # (B, T) each
+        watch.lap("data")
+        seed_dropout(derive_seed(config.seed, DROPOUT, state.step, micro_step), trainer.parallel)
+        with trainer.precision.autocast(trainer.device):
+            logits = trainer.forward(inputs)  # (B, T, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss = loss / config.gradient_accumulation_steps
+        watch.lap("forward")
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        watch.lap("backward")
+        total += loss.detach()
+    scaler.unscale_(trainer.optimizer)
+    norm = gradient_norm(trainer)
+    bool(torch.isfinite(total) & torch.isfinite(norm))
+    clip_gradient(trainer, norm)
+    watch.lap("clip")
+    scaler.step(trainer.optimizer)
+    scaler.update()
+    trainer.optimizer.zero_grad()
+    watch.lap("optimizer")
+    return watch.milliseconds
+
+
+class _Stopwatch:
+    def __init__(self, device: torch.device) -> None:
+        self.milliseconds = dict.fromkeys(PARTS, 0.0)
+        self._device = device
+        synchronize(device)
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Add the time since the last call to a part."""
+        synchronize(self._device)
+        now = time.perf_counter()
+        self.milliseconds[part] += 1000 * (now - self._last)
+        self._last = now

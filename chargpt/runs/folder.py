@@ -1,0 +1,184 @@
+"""The run folder: everything a run leaves, readable without this package, and never half-written.
+
+    config.json       format version, model, training, data, environment
+    tokenizer.json    the vocabulary
+    best/  last/      checkpoints, and the ones before them (see `chargpt.runs.checkpoint`)
+    metrics.jsonl  summary.json  samples.txt  loss.png
+    .lock             held by the process that trains
+
+There is no pickle anywhere, and nothing in a file makes this package read or write outside the
+folder, run code, or take memory beyond what the files themselves have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import torch
+
+from chargpt.base.checks import from_dict
+from chargpt.base.errors import UserError
+from chargpt.base.files import (
+    SEAL,
+    check_seal,
+    parse_json,
+    part_of,
+    read_json,
+    read_text,
+    seal,
+    write_json,
+)
+from chargpt.base.seeding import own_random_state
+from chargpt.config import DataConfig, GPT2Config, Which
+from chargpt.data.tokenizer import CharTokenizer
+from chargpt.model import GPT2
+from chargpt.runs.checkpoint import MODEL, find_checkpoint, has_checkpoint
+from chargpt.runs.weights import check_model_file, load_model_tensors, read_tensors
+
+FORMAT = 2
+"""Of config.json. 1 was not sealed."""
+MAX_TOKENIZER_BYTES = 32 * 2**20  # all of Unicode takes half of it
+CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", ".lock"
+CONFIG_PART = part_of(Path(CONFIG)).name
+
+
+class Loaded(NamedTuple):
+    """A model ready to use, and the alphabet it speaks."""
+
+    model: GPT2
+    tokenizer: CharTokenizer
+
+
+def load(run: str | Path, *, which: Which = "best", device: str | torch.device = "cpu") -> Loaded:
+    """Read a trained model from its run folder; nothing else is needed.
+
+    Args:
+        run: the folder.
+        which: the checkpoint of the lowest validation loss, or the last one. A run that was
+            stopped before its first evaluation has only a last one, which then serves for both.
+        device: where to put the model.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: not a run folder, a missing or damaged checkpoint, or a newer format.
+    """
+    folder = Path(run)
+    config = from_dict(GPT2Config, read_config(folder)["model"])
+    tokenizer = read_tokenizer(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, the model "
+            f"{config.vocab_size}: the run is damaged"
+        )
+    if not has_checkpoint(folder, which):
+        which = "last"
+    weights = find_checkpoint(folder, which) / MODEL
+    check_model_file(weights, config)
+    with own_random_state():
+        model = GPT2(config).to(device)
+    load_model_tensors(model, read_tensors(weights))
+    return Loaded(model.eval(), tokenizer)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Return ``config.json`` of a run folder.
+
+    Raises:
+        UserError: not a run folder, a damaged one, or one of a newer format.
+    """
+    if not (run / CONFIG).is_file():
+        what = "holds no config.json" if run.is_dir() else "does not exist"
+        raise UserError(
+            f"{run} {what}, so it is no run: give the folder that `chargpt train` named"
+        )
+    config = read_json(run / CONFIG)
+    if config.get("format") not in (1, FORMAT):
+        raise UserError(
+            f"{run} has format {config.get('format')!r:.20}, this chargpt reads {FORMAT}: "
+            "upgrade chargpt"
+        )
+    if config["format"] == FORMAT or SEAL in config:  # format 1 had no seal
+        check_seal(config, str(run / CONFIG))
+    for part in ("model", "train", "data", "environment"):
+        if not isinstance(config.get(part), dict):
+            raise UserError(f"{run / CONFIG} has no part {part!r}: the run is damaged")
+    data, names = config["data"], DataConfig.__dataclass_fields__
+    sources = data.get("sources")
+    whole = names.keys() <= data.keys() and isinstance(sources, list)
+    if not whole or not all(isinstance(source, str) for source in sources or []):
+        raise UserError(f"{run / CONFIG} does not say how its text was read: the run is damaged")
+    from_dict(DataConfig, {name: data[name] for name in names})
+    return config
+
+
+def text_sources(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the texts that a run names, to read them again.
+
+    Args:
+        data: of ``config.json``.
+
+    Raises:
+        UserError: one is a device or a pipe, which may never end; the user may still name it.
+    """
+    sources = tuple(data["sources"])
+    for source in sources:
+        try:
+            path = Path(source).expanduser()
+            endless = path.exists() and not (path.is_file() or path.is_dir())
+        except (OSError, RuntimeError, ValueError):
+            continue  # reading it will say what is wrong
+        if endless:
+            raise UserError(f"{source}, which the run names as its text, is no file: name the text")
+    return sources
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``, sealed."""
+    write_json(run / CONFIG, seal({"format": FORMAT, **config}))
+
+
+def read_tokenizer(run: Path) -> CharTokenizer:
+    """Return the tokenizer of a run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = run / TOKENIZER
+    text = read_text(path, max_bytes=MAX_TOKENIZER_BYTES)
+    if text.count("[") + text.count("{") > 4:  # lists of lists take forty times their size
+        raise UserError(f"{path} is no vocabulary: the run is damaged")
+    fields = parse_json(text, str(path))
+    if SEAL in fields or read_config(run)["format"] != 1:
+        check_seal(fields, str(path))
+    return CharTokenizer.from_json(text)
+
+
+def write_tokenizer(run: Path, tokenizer: CharTokenizer) -> None:
+    """Write ``tokenizer.json``, sealed."""
+    write_json(run / TOKENIZER, seal(parse_json(tokenizer.to_json(), TOKENIZER)))
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Be the only process that trains into a run folder; a lock dies with its process.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = filelock.FileLock(run / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another process is training into {run}: wait for it, or give another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,53 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from chargpt.base.files import write_bytes
+from chargpt.runs.report import read_metrics
+
+PICTURE = "loss.png"
+
+
+def plot_loss(run: Path) -> Path:
+    """Draw training and validation loss against the step into the run's ``loss.png``.
+
+    Returns:
+        The picture's path.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no windows, no global state
+
+    rows = read_metrics(run)
+    train = _series(rows, "train", "loss")
+    validation = _series(rows, "validation", "val_loss")
+    figure = Figure(figsize=(7, 4), dpi=120)
+    figure.set_layout_engine("none")  # whatever the user's matplotlib settings say
+    axes = figure.add_axes((0.1, 0.13, 0.87, 0.79))
+    axes.plot(*train, color="0.75", linewidth=1, label="training (with dropout)")
+    axes.plot(*validation, color="C0", marker="o", markersize=4, label="validation")
+    if validation[0]:
+        step, loss = min(zip(*validation, strict=True), key=lambda point: point[1])
+        axes.annotate(
+            f"{loss:.4f}",
+            (step, loss),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="center",
+            color="C0",
+        )
+    axes.set(xlabel="step", ylabel="loss (nats per character)", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write_bytes(run / PICTURE, picture.getvalue())
+    return run / PICTURE
+
+
+def _series(rows: list[dict[str, Any]], split: str, name: str) -> tuple[list[int], list[float]]:
+    rows = [row for row in rows if row["split"] == split and row[name] is not None]
+    return [row["step"] for row in rows], [row[name] for row in rows]

@@ -1,0 +1,287 @@
+"""What a run tells: a progress line on stderr, metrics.jsonl, samples.txt, perhaps a tracker.
+
+On a terminal the line moves; elsewhere plain lines are printed, one every ten seconds or so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from chargpt.base.errors import UserError
+from chargpt.base.files import write_text
+from chargpt.base.terminal import visible
+from chargpt.base.units import bits_per_char, human_count, human_time
+from chargpt.config import Tracker
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+PLAIN_INTERVAL_SECONDS = 10.0
+RATE_MEMORY = 20  # steps over which the speed shown is averaged
+
+
+class TrackerClient(Protocol):
+    """Where metrics go besides the metrics file."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Send named values of a step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class _Terminal(Console):
+    """The console of stderr; where nobody reads on, a run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        """Say no more; rich would end the program."""
+        self.quiet = True
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, if there is a terminal yet."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+
+class Reporter:
+    """Tells the user and, within ``with``, the run folder how training goes.
+
+    Args:
+        out: the run folder, which exists.
+        quiet: tell only the run folder.
+        track: a further place for the metrics.
+        write_sample: writes a sample with the model as it is now; None: no samples.
+        resumed_step: forget what metrics.jsonl and samples.txt say of later steps.
+        evaluated_step: of the last evaluation that the run knows; forget later ones.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        quiet: bool = False,
+        track: Tracker = "none",
+        write_sample: Callable[[], str] | None = None,
+        resumed_step: int = 0,
+        evaluated_step: int | None = None,
+    ) -> None:
+        self.out = out
+        self.console: Console = _Terminal(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._write_sample = write_sample
+        self._track = track
+        self._known = resumed_step, evaluated_step or 0
+        self._metrics: TextIO | None = None
+        self._tracker: TrackerClient | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._marks: list[tuple[float, float, float]] = []  # (train seconds, tokens, progress)
+        self._last_line = -PLAIN_INTERVAL_SECONDS
+        self._val_loss: float | None = None
+
+    def __enter__(self) -> Reporter:
+        """Open the files.
+
+        Raises:
+            UserError: the tracker is not installed.
+        """
+        self._tracker = make_tracker(self._track, self.out)
+        _forget_after(self.out, *self._known)
+        self._metrics = (self.out / METRICS).open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the progress line away and close the files."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress line."""
+        console = self._bar.console if self._bar else self.console
+        console.print(visible(text), markup=False, emoji=False)
+
+    def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
+        """Show a step; with `log`, also write it down.
+
+        Args:
+            values: step, loss, tokens, train_seconds and more, by name.
+            progress: share of the budget spent.
+            log: add a line to metrics.jsonl.
+        """
+        self._marks.append((values["train_seconds"], values["tokens"], progress))
+        del self._marks[:-RATE_MEMORY]
+        line, rate = self._line(values, progress)
+        if log:
+            self._record(values | {"tokens_per_second": rate and round(rate)}, "train")
+        if self.console.is_terminal and not self.console.quiet:
+            self._show(line, progress)
+        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"{progress:4.0%}  {line}", markup=False, emoji=False)
+
+    def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
+        """Show and write down a loss over the whole validation part."""
+        self._val_loss = val_loss
+        self._record({"step": step, "val_loss": val_loss}, "validation")
+        best = "  (best so far)" if is_best else ""
+        self.note(
+            f"step {step:,}: validation loss {val_loss:.4f} = "
+            f"{bits_per_char(val_loss):.3f} bits/char{best}"
+        )
+
+    def sample(self, *, step: int, val_loss: float) -> None:
+        """Show and write down a sample, where samples are wanted."""
+        if self._write_sample is not None:
+            sample = self._write_sample()
+            with (self.out / SAMPLES).open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"--- step {step}, validation loss {val_loss:.4f}\n{sample}\n")
+            self.note("    " + visible(sample).strip().replace("\n", "\n    "))
+
+    def _line(self, values: dict[str, Any], progress: float) -> tuple[str, float | None]:
+        seconds, tokens, before = self._marks[0]
+        passed = values["train_seconds"] - seconds
+        rate = (values["tokens"] - tokens) / passed if passed > 0 else None
+        parts = [f"step {values['step']:,}"]
+        if values["loss"] is not None:
+            parts.append(f"loss {values['loss']:.3f}")
+        if self._val_loss is not None:
+            parts.append(f"val {self._val_loss:.3f}")
+        if rate is not None:
+            parts.append(f"{human_count(rate)} tokens/s")
+        if passed > 0 and progress > before:
+            left = max(0.0, 1 - progress) * passed / (progress - before)
+            parts.append(f"{human_time(left)} left")
+        return "  ".join(parts), rate
+
+    def _show(self, line: str, progress: float) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                BarColumn(20),
+                TextColumn("{task.percentage:3.0f}%  {task.description}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=1.0)
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, description=line, completed=min(progress, 1.0))
+
+    def _record(self, values: dict[str, Any], split: str) -> None:
+        assert self._metrics is not None, "within `with`"
+        self._metrics.write(json.dumps({"split": split} | values) + "\n")
+        self._metrics.flush()
+        if self._tracker is not None:
+            numbers = {
+                f"{split}/{k}": v for k, v in values.items() if k != "step" and v is not None
+            }
+            try:
+                self._tracker.log(numbers, values["step"])
+            except Exception as error:  # a service that fails is no reason to stop learning
+                self.note(f"track      {self._track} failed, going on without it: {error!r:.200}")
+                self._tracker = None
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, up to the first that is none of ours.
+
+    A crash may have cut the last one short.
+    """
+    rows: list[dict[str, Any]] = []
+    path = run / METRICS
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    break
+                if not _is_row(row):
+                    break
+                rows.append(row)
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line of metrics.jsonl is one of ours."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    kind = {"train": "loss", "validation": "val_loss"}.get(str(row.get("split")), "")
+    return kind in row and (row[kind] is None or isinstance(row[kind], int | float))
+
+
+def _forget_after(out: Path, step: int, evaluated_step: int) -> None:
+    """Cut what a run wrote down of later steps and evaluations than those it goes on from."""
+    known = {"train": step, "validation": evaluated_step}
+    rows = [row for row in read_metrics(out) if row["step"] <= known[row["split"]]]
+    write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    if (out / SAMPLES).is_file():
+        text = (out / SAMPLES).read_text(encoding="utf-8", errors="replace")
+        headers = re.finditer(r"^--- step (\d{1,15}), validation loss", text, flags=re.MULTILINE)
+        end = next((header.start() for header in headers if int(header[1]) > step), len(text))
+        write_text(out / SAMPLES, text[:end])
+
+
+# --- trackers
+
+
+def make_tracker(track: Tracker, out: Path) -> TrackerClient | None:
+    """Return a client for the tracker.
+
+    Raises:
+        UserError: its package is not installed, or does not start.
+    """
+    if track == "none":
+        return None
+    try:
+        return _TensorBoard(out) if track == "tensorboard" else _WandB(out)
+    except ImportError as error:
+        raise UserError(
+            f"track is {track!r}, which is not installed: pip install 'chargpt[{track}]'"
+        ) from error
+    except Exception as error:  # no account, no network, whatever its makers thought of
+        raise UserError(
+            f"track is {track!r}, which does not start ({error!r:.200}): mend that, or leave it out"
+        ) from error
+
+
+class _TensorBoard:
+    """Event files in the run folder's ``tensorboard/``."""
+
+    def __init__(self, out: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(out / "tensorboard"))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A Weights & Biases run named as the run folder."""
+
+    def __init__(self, out: Path) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(project="chargpt", name=out.name, dir=str(out))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

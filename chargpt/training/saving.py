@@ -1,0 +1,132 @@
+"""A trainer written to its run folder and read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chargpt.base.checks import from_dict
+from chargpt.base.errors import TrainingError, UserError
+from chargpt.base.units import human_count
+from chargpt.config import Which
+from chargpt.runs.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    find_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from chargpt.runs.weights import (
+    Tensors,
+    check_model_file,
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    optimizer_tensors,
+    read_tensors,
+)
+from chargpt.training.trainer import Trainer, TrainState
+
+
+class Best(NamedTuple):
+    """What a best checkpoint says of itself."""
+
+    step: int
+    val_loss: float
+
+
+def saved_best(run: Path) -> Best | None:
+    """Return what the best checkpoint is; it may be of a future that was cut off."""
+    try:
+        state = read_state(run / "best")
+    except UserError:
+        return None
+    step, val_loss = state.get("step"), state.get("val_loss")
+    return Best(step, val_loss) if type(step) is int and type(val_loss) is float else None
+
+
+def save_best(trainer: Trainer) -> None:
+    """Write the model that was just evaluated as the best one, unless a better one is there.
+
+    Raises:
+        TrainingError: it cannot be written, or holds what is no number.
+    """
+    state, saved = trainer.state, saved_best(trainer.out)
+    if saved is None or state.val_loss is None or saved.val_loss >= state.val_loss:
+        weights = {MODEL: model_tensors(trainer.model)}
+        _save(trainer, "best", weights, {"step": state.step, "val_loss": state.val_loss})
+
+
+def save_last(trainer: Trainer) -> None:
+    """Write everything needed to go on from here.
+
+    Raises:
+        TrainingError: it cannot be written, or holds what is no number.
+    """
+    trainer.state.scaler = trainer.scaler.state_dict()
+    parts = {
+        MODEL: model_tensors(trainer.model),
+        OPTIMIZER: optimizer_tensors(trainer.optimizer, trainer.model),
+    }
+    _save(trainer, "last", parts, asdict(trainer.state))
+    trainer.saved_step = trainer.state.step
+
+
+def _save(trainer: Trainer, which: Which, parts: Mapping[str, Tensors], state: Any) -> None:
+    """Write a checkpoint.
+
+    Raises:
+        TrainingError: it cannot be written, or holds what is no number; those before it are kept.
+    """
+    for name, tensor in (item for tensors in parts.values() for item in tensors.items()):
+        if not _is_finite(tensor):
+            raise TrainingError(
+                f"{name} is not finite after step {trainer.state.step}, so that nothing was saved: "
+                f"the states before are in {trainer.out}; go on with --resume, perhaps with "
+                "--precision fp32"
+            )
+    try:
+        save_checkpoint(trainer.out, which, parts, state)
+    except OSError as error:
+        if not trainer.out.exists():
+            raise TrainingError(
+                f"{trainer.out} has vanished, with all that was saved: train again"
+            ) from error
+        n_bytes = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+        raise TrainingError(
+            f"{trainer.out / which} could not be saved after step {trainer.state.step} "
+            f"({error.strerror or error}; it needs {human_count(n_bytes)}B): those before it are "
+            "kept; make room there, or make it writable, and go on with --resume"
+        ) from error
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum takes a tenth of the time, and nothing that is no number gets lost in it.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def restore_last(trainer: Trainer) -> None:
+    """Put a trainer where `save_last` left the run in its folder.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it does not fit the model.
+    """
+    folder = find_checkpoint(trainer.out, "last")
+    check_model_file(folder / MODEL, trainer.model.config)
+    load_model_tensors(trainer.model, read_tensors(folder / MODEL))
+    load_optimizer_tensors(trainer.optimizer, trainer.model, read_tensors(folder / OPTIMIZER))
+    trainer.state = from_dict(TrainState, read_state(folder))
+    trainer.saved_step = trainer.state.step
+    if not trainer.optimizer.state and trainer.state.step > trainer.state.skipped_steps:
+        raise UserError(f"{folder / OPTIMIZER} is empty: the run is damaged")
+    trainer.state.skipped_in_a_row = 0
+    if trainer.scaler.is_enabled() and trainer.state.scaler:
+        if trainer.state.scaler.keys() != trainer.scaler.state_dict().keys():
+            raise UserError(f"{folder / STATE} has a scaler of other fields: the run is damaged")
+        trainer.scaler.load_state_dict(trainer.state.scaler)

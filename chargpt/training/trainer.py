@@ -1,0 +1,121 @@
+"""A model and everything needed to make it better, and where a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from chargpt.base.checks import check, check_types
+from chargpt.compute.device import PrecisionChoice
+from chargpt.compute.parallel import ParallelChoice
+from chargpt.config import TrainConfig
+from chargpt.data.windows import Windows
+from chargpt.model import GPT2
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where a run is; with weights and optimizer, all that its future depends on."""
+
+    step: int = 0
+    """Optimizer steps made."""
+    train_seconds: float = 0.0
+    """Spent in steps, compilation included."""
+    compile_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    train_loss: float | None = None
+    """Of the last step, nats a token, with dropout."""
+    val_loss: float | None = None
+    """Of the last evaluation, nats a token."""
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evaluated_step: int | None = None
+    evaluations_since_best: int = 0
+    skipped_steps: int = 0
+    """Steps whose fp16 gradient overflowed, so that no update was made."""
+    skipped_in_a_row: int = 0
+    usual_grad_norm: float | None = None
+    """Running mean of the gradient's norm."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """State of the fp16 gradient scaler."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("step", "train_seconds", "compile_seconds", "eval_seconds"):
+            check(0 <= getattr(self, name) < 2**53, self, name, "the run is damaged")
+        usual = self.usual_grad_norm
+        check(usual is None or usual >= 0, self, "usual_grad_norm", "the run is damaged")
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A model and everything needed to make it better."""
+
+    model: GPT2
+    forward: Callable[[Tensor], Tensor]
+    """The model as it is called: perhaps compiled, perhaps over several GPUs."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    windows: Windows
+    validation: npt.NDArray[Any]
+    """Token ids, (m,)."""
+    config: TrainConfig
+    precision: PrecisionChoice
+    parallel: ParallelChoice
+    out: Path
+    """The run folder."""
+    state: TrainState = field(default_factory=TrainState)
+    saved_step: int | None = None
+    """Of the last checkpoint written or read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.token_embedding.weight.device
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Windows that one optimizer step learns from."""
+        return self.config.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Characters that one optimizer step learns from."""
+        return self.sequences_per_step * self.windows.block_size
+
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the run; None where the clock decides."""
+        if self.config.steps is not None:
+            return self.config.steps
+        if self.config.epochs is not None:
+            sequences = self.config.epochs * self.windows.per_epoch
+            return max(1, round(sequences / self.sequences_per_step))
+        return None
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent."""
+        if self.total_steps is not None:
+            return self.state.step / self.total_steps
+        assert self.config.minutes is not None
+        # Compilation shortens the run; it must not spend the warm-up.
+        budget = 60 * self.config.minutes - self.state.compile_seconds
+        spent = self.state.train_seconds - self.state.compile_seconds
+        return spent / budget if budget > 0 else 1.0
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between evaluations; see ``TrainConfig.eval_interval``."""
+        if self.config.eval_interval:
+            return self.config.eval_interval
+        epoch = self.windows.per_epoch / self.sequences_per_step
+        # A forward pass is a third of a step: ten times that keeps evaluation below a tenth.
+        cheap = 10 / 3 * len(self.validation) / self.tokens_per_step
+        return round(max(25, min(250, epoch), cheap))

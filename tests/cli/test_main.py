@@ -1,0 +1,477 @@
+"""The command line as a person meets it: what goes where, exit codes, one line for a mistake."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import words
+
+from chargpt.cli import flags
+from chargpt.cli import main as cli
+from chargpt.train import TrainResult
+
+SHAPE = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--block-size", "16"]
+SHORT = [*SHAPE, *["--steps", "4", "--batch-size", "4", "--sample-length", "0", "--device", "cpu"]]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CHARGPT_DATA_DIR", raising=False)
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def chargpt(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+# --- mistakes
+
+
+def write(name: str, data: bytes | str) -> str:
+    Path(name).write_bytes(data.encode() if isinstance(data, str) else data)
+    return name
+
+
+LATIN = "\n".join(["all ascii here"] * 300 + ["caf\xe9"] + ["more"] * 300).encode("latin-1")
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (
+        ["train", "missing.txt"],
+        "missing.txt: no such file; give a text file, a folder, a pattern, - for standard input, "
+        r"or a data set \(tiny-shakespeare\)",
+    ),
+    (["train", "text.tx"], "text.tx: no such file; did you mean text.txt?"),
+    (
+        ["train", "text.txt", "--n-head", "3", "--d-model", "128"],
+        "n_head is 3, which does not divide d_model 128: give --n-head 2, or a d_model that is a "
+        "multiple of 3",
+    ),
+    (["train", "empty.txt"], "empty.txt is empty: give a text with at least some thousand char"),
+    (
+        ["train", "short.txt"],
+        "the text is too short: 45 tokens to train on, and block_size 128 needs 129; give more "
+        "text, or a --block-size below 45",
+    ),
+    (
+        ["train", "latin.txt"],
+        "latin.txt: byte 0xe9 at offset 4503 .line 301. is not utf-8: give --encoding, e.g. "
+        "--encoding latin-1 or cp1252",
+    ),
+    (["train", "binary.txt"], "binary.txt is a binary file: give plain text"),
+    (["train", "text.txt", "--encoding", "utf-9"], "unknown encoding 'utf-9': give --encoding"),
+    (["train", "nothing*"], r"nothing\*: no file matches this pattern"),
+    (["train", "text.txt", "--n-heads", "3"], "n-heads, 3: did you mean --n-head?"),
+    (
+        ["train", "text.txt", "--n-head", "x"],
+        "Error parsing --n-head: .*: see chargpt train --help",
+    ),
+    (["train", "text.txt", "--n-head"], "Missing value for argument '--n-head'"),
+    (["train", "text.txt", "--preset", "big"], "invalid choice 'big' for argument '--preset'"),
+    (
+        ["train", "text.txt", "--dropout", "1"],
+        "dropout is 1.0: give a number from 0 up to, not wit",
+    ),
+    (["train", "text.txt", "--steps", "5", "--minutes", "1"], "steps and minutes are budgets that"),
+    (
+        ["train", "text.txt", "--precision", "fp16"],
+        "precision is 'fp16', which CPUs multiply many",
+    ),
+    (
+        ["train", "text.txt", "--device", "cuda"],
+        "device is 'cuda', which this PyTorch does not fin",
+    ),
+    (["train", "text.txt", "--parallel", "dp"], "parallel is 'dp', which needs two GPUs or more"),
+    (
+        ["train", "text.txt", "--vocab-size", "7"],
+        "vocab_size is 7, but the text has 22 distinct to",
+    ),
+    (["train", "text.txt", "--config", "no.toml"], "--config no.toml cannot be read"),
+    (["train", "text.txt", "--config", "text.txt"], "text.txt is not TOML"),
+    (["train", "text.txt", "--config", "typo.toml"], "typo.toml: unknown setting 'n_layers': did"),
+    (["train", "text.txt", "--config", "type.toml"], "n_layer is '6': give a whole number"),
+    (["train", "text.txt", "--epochs", "1e308"], "epochs is 1e.308: give a positive number of at"),
+    (["train", "text.txt", "--steps", "1" + 400 * "0"], "steps is 10000.*: give a positive number"),
+    (["train", "text.txt", "--out", 300 * "x"], "x cannot be a run folder .File name too long."),
+    (["train", "text.txt", "--resume"], "--resume needs the run to go on with: give --out FOLDER"),
+    (
+        ["train", "text.txt", "--out", "full"],
+        "full is in use by something else: give another --out",
+    ),
+    (["train", "text.txt", "--out", "text.txt"], "text.txt is in use by something else"),
+    (["trian"], "unknown command 'trian': did you mean train?"),
+    (["frobnicate"], "unknown command 'frobnicate': give one of train, sample, eval"),
+    (["sample"], "Missing from chargpt sample: RUN"),
+    (
+        ["sample", "nowhere"],
+        "nowhere does not exist, so it is no run: give the folder that `chargp",
+    ),
+    (["sample", "full"], "full holds no config.json, so it is no run"),
+    (["sample", "full", "--temperature", "-1"], "temperature is -1.0: give 0 .greedy. or more"),
+    (["sample", "full", "--top-p", "0"], "top_p is 0.0: give a share above 0 and up to 1"),
+    (["sample", "full", "--top-k", "-1"], "top_k is -1: give a whole number of at least 0"),
+    (["eval", "nowhere"], "nowhere does not exist, so it is no run"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda x: " ".join(x)[:40])
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    chargpt: Any, arguments: list[str], message: str
+) -> None:
+    write("text.txt", words(3000))
+    write("empty.txt", "")
+    write("short.txt", words(50))
+    write("latin.txt", LATIN)
+    write("binary.txt", b"\x7fELF\0\0\xff" * 100)
+    write("typo.toml", "n_layers = 6")
+    write("type.toml", 'n_layer = "6"')
+    Path("full").mkdir()
+    write("full/thing", "x")
+    before = sorted(Path().rglob("*"))
+    outcome = chargpt(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("chargpt: ")
+    assert re.search(message, outcome.err), outcome.err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_prompt_with_an_unknown_character(chargpt: Any, result: TrainResult) -> None:
+    outcome = chargpt("sample", result.run, "--prompt", "Romeo\né")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "chargpt: the model has never seen 'é' (U+00E9); first at character 6 (line 2, column 1): "
+        "leave it out, or give --unknown skip or --unknown replace\n"
+    )
+
+
+# --- help
+
+
+def test_help_shows_types_choices_and_the_values_of_the_preset(chargpt: Any) -> None:
+    tiny = chargpt("train", "--help")
+    baby = chargpt("train", "--preset", "baby", "--help")
+    assert tiny.code == baby.code == 0
+    assert "--n-layer INT" in tiny.out
+    assert "{pre,post,sandwich}" in tiny.out
+    assert "Transformer blocks. (4)" in tiny.out
+    assert "Transformer blocks. (6)" in baby.out
+    assert "(384)" in chargpt("train", "--preset=baby", "--help").out
+
+
+def test_no_command_is_a_cry_for_help_and_version_is_a_version(chargpt: Any) -> None:
+    assert "{train,sample,eval,novelty,check,bench}" in chargpt().out
+    assert chargpt("--version").out.startswith("chargpt 0.")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import chargpt",
+        "from chargpt import tiny, GPT2Config, PRESETS, UserError",
+        "import sys; sys.argv = ['chargpt', 'train', '--help']; import chargpt.cli.main as c\n"
+        "try: c.main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['chargpt', 'train', 'missing']; import chargpt.cli.flags",
+    ],
+)
+def test_torch_is_not_imported_before_it_is_needed(statement: str) -> None:
+    code = (
+        f"{statement}\nimport sys; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# --- training
+
+
+def test_train_sample_and_eval_end_to_end(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    trained = chargpt("train", "text.txt", *SHORT)
+    assert trained.code == 0
+    summary = json.loads(Path("runs/text/summary.json").read_text())
+    assert trained.out.startswith(f"{summary['verdict']}\n\n")  # results on stdout …
+    assert len(trained.out) > 400  # … with a sample
+    assert "text       3,000 characters, 22 distinct; 2,700 to train on" in trained.err
+    assert "n_layer 1, n_head 2, d_model 16" in trained.err
+    assert "steps 4" in trained.err
+    expected = {"val_loss", "bits_per_char", "best_step", "steps", "tokens", "train_seconds"}
+    expected |= {"eval_seconds", "compile_seconds", "tokens_per_second", "n_params", "stop_reason"}
+    assert expected <= summary.keys()
+    assert Path("runs/text/loss.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads(Path("runs/text/config.json").read_text())
+    assert (config["model"]["d_ff"], config["model"]["vocab_size"]) == (64, 22)
+    Path("text.txt").rename("moved.txt")  # a run folder is enough to sample
+    sampled = chargpt("sample", "runs/text", "--prompt", "the ", "--max-new-tokens", "50")
+    assert (sampled.code, len(sampled.out)) == (0, 4 + 50 + 1)
+    assert sampled.out.startswith("the ")
+    gone = chargpt("eval", "runs/text")
+    assert gone.code == 2
+    assert "the run's text cannot be read again: text.txt: no such file" in gone.err
+    scored = chargpt("eval", "runs/text", "moved.txt", "--json")
+    card = json.loads(scored.out)
+    assert (card["n_tokens"], card["baselines"]) == (3000, {})
+
+
+def test_a_second_run_gets_a_folder_of_its_own(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    for expected in ("text", "text-2", "text-3"):
+        assert chargpt("train", "text.txt", *SHORT).code == 0
+        assert Path("runs", expected, "summary.json").exists()
+
+
+def test_a_named_folder_is_never_overwritten(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    assert chargpt("train", "text.txt", "--out", "mine", *SHORT).code == 0
+    again = chargpt("train", "text.txt", "--out", "mine", *SHORT)
+    assert again.code == 2
+    assert "mine already holds a run: give another --out, or --resume" in again.err
+
+
+def test_preset_then_file_then_flags(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    write("my.toml", 'preset = "baby"\nminutes = 5\n[model]\nn_layer = 2\nd_model = 24\nn_head = 2')
+    arguments = ["--config", "my.toml", "--n-layer", "1", "--block-size", "8", "--steps", "2"]
+    assert chargpt("train", "text.txt", *arguments, "--batch-size", "2").code == 0
+    config = json.loads(Path("runs/text/config.json").read_text())
+    model, training = config["model"], config["train"]
+    assert (model["n_layer"], model["d_model"], model["d_ff"]) == (1, 24, 96)  # flag, file, derived
+    assert model["dropout"] == 0.2  # of the preset that the file names
+    assert (training["steps"], training["minutes"]) == (2, None)  # a budget displaces another
+
+
+def test_resume_goes_on_as_the_run_began_and_for_longer(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    assert chargpt("train", "text.txt", "--out", "run", *SHORT).code == 0
+    resumed = chargpt("train", "--out", "run", "--resume", "--steps", "6")
+    assert resumed.code == 0
+    assert "resuming   after step 4" in resumed.err
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 6
+    wider = chargpt("train", "--out", "run", "--resume", "--d-model", "32")
+    assert wider.code == 2
+    assert "d_model was 16 in this run and cannot become 32: leave it as it was" in wider.err
+    faster = chargpt("train", "--out", "run", "--resume", "--learning-rate", "1")
+    assert "learning_rate was 0.006 in this run and cannot become 1.0" in faster.err
+    for other_text in (words(3001), words(2999) + "ü"):
+        write("text.txt", other_text)
+        changed = chargpt("train", "--out", "run", "--resume")
+        assert changed.code == 2
+        assert "text.txt: not the text this run learned from (its SHA-256 differs)" in changed.err
+
+
+def test_other_boundaries_are_another_text(chargpt: Any) -> None:
+    """The same characters in other files: end-of-text stands elsewhere."""
+    Path("d").mkdir()
+    for name, text in (("a", words(1500)), ("b", words(1500, seed=1))):
+        write(f"d/{name}.txt", text)
+    assert chargpt("train", "d", "--out", "run", *SHORT).code == 0
+    write("d/a.txt", words(1500) + words(1500, seed=1)[:5])
+    write("d/b.txt", words(1500, seed=1)[5:])
+    moved = chargpt("train", "--out", "run", "--resume")
+    assert moved.code == 2
+    assert "d: not the text this run learned from" in moved.err
+
+
+def test_a_run_goes_on_where_nobody_reads(tmp_path: Path) -> None:
+    """Its messages go into a pipe whose other end is closed."""
+    write("text.txt", words(3000))
+    arguments = ["train", "text.txt", "--out", "run", *SHORT]
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "wb") as closed:
+        code = subprocess.run(
+            [sys.executable, "-m", "chargpt", *arguments],
+            stdout=closed,
+            stderr=closed,
+            check=False,
+        ).returncode
+    assert code == 0
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 4
+
+
+def test_the_same_command_begins_a_run_and_goes_on_with_it(chargpt: Any) -> None:
+    """So that a supervisor need only start it again."""
+    write("text.txt", words(3000))
+    command = (
+        "train",
+        "text.txt",
+        "--preset",
+        "speedrun",
+        "--out",
+        "run",
+        *SHORT,
+        "--resume",
+        "auto",
+    )
+    for said in ("nothing yet in run: starting from step 0", "resuming   after step 4"):
+        outcome = chargpt(*command)
+        assert outcome.code == 0
+        assert said in outcome.err
+    other = chargpt("train", "--out", "run", "--resume", "--preset", "baby")
+    assert other.code == 2
+    assert "was 16 in this run and cannot become" in other.err
+
+
+def test_resume_without_a_run_is_a_mistake(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    for texts in ([], ["text.txt"]):
+        outcome = chargpt("train", *texts, "--out", "typo", "--resume", *SHORT)
+        assert outcome.code == 2
+        assert "typo holds no run to go on with: check --out, or give --resume auto" in outcome.err
+        assert not Path("typo").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spelt"),
+    [
+        ("--resume", "--resume=yes"),
+        ("--resume auto", "--resume auto"),
+        ("--resume text.txt", "--resume=yes text.txt"),
+        ("--resume --out auto", "--resume=yes --out auto"),
+        ("--resume=auto", "--resume=auto"),
+        ("a b", "a b"),
+    ],
+)
+def test_a_flag_may_stand_alone(arguments: str, spelt: str) -> None:
+    assert flags.spell_out(arguments.split(), "--resume", ("auto",), "yes") == spelt.split()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(chargpt: Any) -> None:
+    write("text.txt", words(3000))
+    assert chargpt("train", "text.txt", "--out", "run", *SHORT).code == 0
+    for folder in (path for path in Path("run").iterdir() if path.is_dir()):
+        shutil.rmtree(folder)
+    refused = chargpt("train", "--out", "run", "--resume")
+    assert refused.code == 2
+    assert "run has no checkpoint to go on from: give --resume auto to begin anew" in refused.err
+    again = chargpt("train", "--out", "run", "--resume", "auto")
+    assert again.code == 0
+    assert "nothing yet in run: starting from step 0" in again.err
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 4
+
+
+def test_standard_input_is_a_text(
+    chargpt: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write("text.txt", words(3000))
+    with Path("text.txt").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert chargpt("train", "-", "--out", "run", *SHORT).code == 0
+    again = chargpt("eval", "run")
+    assert again.code == 2
+    assert "the run read its text from standard input: name a file to evaluate on" in again.err
+
+
+def test_names_one_a_line_are_documents_that_end(chargpt: Any) -> None:
+    write("names.txt", "\n".join(["anna", "otto", "eve", "ada"] * 300))
+    shape = "--n-layer 2 --n-head 2 --d-model 32 --block-size 16 --dropout 0".split(" ")
+    budget = "--steps 200 --batch-size 8 --learning-rate 1e-2 --sample-length 0".split(" ")
+    outcome = chargpt("train", "names.txt", "--document-separator", r"\n", *shape, *budget)
+    assert outcome.code == 0
+    assert "in 1,200 documents" in outcome.err
+    sampled = chargpt("sample", "runs/names", "--num-samples", "8", "--temperature", "0.2")
+    assert sampled.code == 0
+    names = [line for line in sampled.out.splitlines() if not line.startswith("---")]
+    assert len(names) == 8
+    assert set(names) <= {"anna", "otto", "eve", "ada"}
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    write("text.txt", words(3000))
+    command = [sys.executable, "-m", "chargpt", "train", "text.txt", *SHAPE, "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 1 " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "kept in runs/text; go on with --out runs/text --resume" in err.replace(os.sep, "/")
+    assert "stopped at step" in out
+    assert "Traceback" not in err
+
+
+# --- sample and eval
+
+
+def test_samples_are_repeatable_numbered_and_stop(chargpt: Any, result: TrainResult) -> None:
+    two = chargpt("sample", result.run, "--num-samples", "2", "--max-new-tokens", "40")
+    again = chargpt("sample", result.run, "--num-samples", "2", "--max-new-tokens", "40")
+    assert two.out == again.out
+    first, second = two.out.removeprefix("--- sample 1\n").split("\n--- sample 2\n")
+    assert first.strip() != second.strip()
+    stop = chargpt("sample", result.run, "--max-new-tokens", "400", "--stop", "e", "--stop", " ")
+    assert not set("e ") & set(stop.out)
+    flag_first = chargpt("sample", "--stop", "e", result.run, "--max-new-tokens", "5")
+    assert flag_first.code == 0
+
+
+def test_eval_prints_the_model_beside_the_baselines(
+    chargpt: Any, result: TrainResult, text_file: Path
+) -> None:
+    table = chargpt("eval", result.run)
+    assert table.code == 0
+    assert f"validation part of {text_file}: 300 tokens" in table.out
+    for name in ("(best)", "letters by frequency", "order-5 n-gram", "bz2", "xz"):
+        assert name in table.out
+    card = json.loads(chargpt("eval", result.run, "--json").out)
+    assert card["nats_per_char"] == pytest.approx(result.summary.val_loss, abs=1e-5)
+    assert card["baselines"].keys() == {"letters by frequency", "order-5 n-gram", "bz2", "xz"}
+    last = json.loads(chargpt("eval", result.run, "--json", "--which", "last").out)
+    assert last["nats_per_char"] == pytest.approx(result.summary.final_val_loss, abs=1e-5)
+    train_part = json.loads(chargpt("eval", result.run, "--json", "--split", "train").out)
+    assert (train_part["n_tokens"], train_part["baselines"]) == (2700, {})
+
+
+def test_eval_refuses_or_handles_unknown_characters(chargpt: Any, result: TrainResult) -> None:
+    write("other.txt", "the king\nand ü queen " * 20)
+    refused = chargpt("eval", result.run, "other.txt")
+    assert refused.code == 2
+    assert "other.txt: the model has never seen 'ü' (U+00FC); first at character 13 (line 2" in (
+        refused.err
+    )
+    skipped = chargpt("eval", result.run, "other.txt", "--unknown", "skip", "--json")
+    assert json.loads(skipped.out)["n_tokens"] == 20 * 20
+
+
+def test_a_damaged_run_is_named(chargpt: Any, result: TrainResult, tmp_path: Path) -> None:
+    run = shutil.copytree(result.run, tmp_path / "run")
+    with (run / "best" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\0")
+    said = "run/best is damaged (model.safetensors has changed, its SHA-256 differs)"
+    outcome = chargpt("sample", "run", "--max-new-tokens", "1")
+    assert outcome.code == 0
+    assert outcome.err.replace(os.sep, "/") == (
+        f"chargpt: {said}: using run/best.previous, the one before\n"
+    )
+    shutil.rmtree(run / "best.previous")
+    outcome = chargpt("sample", "run", "--max-new-tokens", "1")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert said in outcome.err.replace(os.sep, "/")
+
+
+def test_a_bug_of_ours_is_not_disguised(chargpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "run", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])

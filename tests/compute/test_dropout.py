@@ -1,0 +1,163 @@
+"""Dropout's own random masks: their rate, scale, independence and gradient."""
+
+import math
+
+import pytest
+import torch
+
+from chargpt.compute.dropout import Dropout, _random_words, dropout
+from chargpt.compute.dropout import _table as dropout_table
+
+LANES = 4  # values decided by one 64-bit draw
+N = 1 << 18
+
+
+def mask(p: float, n: int = N, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return dropout(torch.ones(n), p) != 0
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9])
+def test_rate_of_each_lane(p: float) -> None:
+    """A draw without its sign bit would leave the highest lane non-negative: never dropped."""
+    kept = mask(p).view(-1, LANES).double()
+    for rate in kept.mean(dim=0).tolist():
+        assert abs(rate - (1 - p)) < 5 * math.sqrt(p * (1 - p) / len(kept))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.7])
+def test_scale_keeps_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    out = dropout(torch.ones(N), p)
+    rounded = round(p * 65536) / 65536
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / (1 - rounded)).item()}
+    x = torch.randn(N, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p), x * out)
+    assert abs(out.double().mean().item() - 1) < 5 * math.sqrt(p / (1 - p) / N)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_positions_are_independent(p: float) -> None:
+    """Lanes of a draw, neighbours of different draws, and far ones: no correlation at any lag."""
+    kept = mask(p).double()
+    centred = (kept - kept.mean()) / kept.std()
+    for lag in (*range(1, 17), 64, 256, 4096):
+        correlation = (centred[lag:] * centred[:-lag]).mean().item()
+        assert abs(correlation) < 5 / math.sqrt(N - lag), lag
+    lanes = torch.corrcoef(kept.view(-1, LANES).t())
+    off_diagonal = lanes - torch.eye(LANES, dtype=lanes.dtype)
+    assert off_diagonal.abs().max() < 5 / math.sqrt(N / LANES)
+
+
+def test_positions_are_independent_from_mask_to_mask() -> None:
+    """Masks are maps of one table: were they to begin at one place of it, two positions whose words
+    agree in some bits would always be dropped together, and this would find 1.0."""
+    torch.manual_seed(0)
+    n_masks, n = 400, 4096
+    kept = torch.stack([dropout(torch.ones(n), 0.5) for _ in range(n_masks)])
+    correlation = torch.corrcoef(kept.t()).fill_diagonal_(0)
+    assert correlation.abs().max() < 7 / math.sqrt(n_masks)  # of 8 million pairs
+    between_masks = torch.corrcoef(kept).fill_diagonal_(0)
+    assert between_masks.abs().max() < 6 / math.sqrt(n)
+
+
+def test_a_long_mask_does_not_repeat() -> None:
+    """More values than one map of the table serves."""
+    served = 1 << 20
+    kept = mask(0.5, n=2 * served + 5).double()
+    first, second, rest = kept.split(served)
+    for part in (first, second):
+        assert abs(part.mean().item() - 0.5) < 5 * 0.5 / math.sqrt(served)
+    agreement = (first == second).double().mean().item()
+    assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(served)
+    assert len(rest) == 5
+
+
+def test_the_first_mask_of_a_process_may_be_drawn_anywhere() -> None:
+    """What is made once must not depend on torch's seed, nor on the mode it is made in."""
+    expected = mask(0.5, n=999, seed=7)
+    dropout_table.cache_clear()
+    torch.manual_seed(123)
+    with torch.inference_mode():
+        again = mask(0.5, n=999, seed=7)
+    assert torch.equal(again, expected)
+    x = torch.ones(999, requires_grad=True)
+    torch.manual_seed(7)
+    dropout(x, 0.5).sum().backward()
+    assert torch.equal(x.grad != 0, expected)
+
+
+def test_even_the_worst_map_keeps_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multiplier of 0 would make all words one; it is never even."""
+    draw = _random_words
+
+    def zeros(n: int, generator: torch.Generator | None) -> torch.Tensor:
+        return draw(n, generator) if generator else torch.zeros(n, dtype=torch.int64)
+
+    monkeypatch.setattr("chargpt.compute.dropout._random_words", zeros)
+    test_rate_of_each_lane(0.5)
+    test_positions_are_independent(0.5)
+
+
+def test_masks_follow_torchs_seed() -> None:
+    assert torch.equal(mask(0.5, seed=1), mask(0.5, seed=1))
+    agreement = (mask(0.5, seed=1) == mask(0.5, seed=2)).double().mean().item()
+    assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(N)
+    torch.manual_seed(1)
+    first, second = (dropout(torch.ones(1000), 0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (5,), (2, 3, 7), (0, 3)])
+def test_any_shape(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    seen = {value for _ in range(50) for value in dropout(torch.ones(shape), 0.5).unique().tolist()}
+    assert dropout(torch.ones(shape), 0.5).shape == shape
+    assert seen == ({0.0, 2.0} if 0 not in shape else set())
+
+
+def test_a_view_with_strides() -> None:
+    x = torch.arange(1.0, 13.0).view(3, 4).t()  # not contiguous
+    torch.manual_seed(0)
+    out = dropout(x, 0.5)
+    assert (out != 0).any()
+    assert torch.equal(out, torch.where(out != 0, 2 * x, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_type_is_kept(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    out = dropout(torch.ones(N, dtype=dtype), 0.25)
+    assert out.dtype == dtype
+    rate = (out == 0).double().mean().item()
+    assert abs(rate - 0.25) < 5 * math.sqrt(0.25 * 0.75 / N)
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(4 / 3, dtype=dtype).item()}
+
+
+def test_gradient_is_the_scaled_mask() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(999, requires_grad=True)
+    out = dropout(x, 0.2)
+    out.sum().backward()
+    scaled_mask = torch.where(out == 0, 0.0, 1 / (1 - round(0.2 * 65536) / 65536))
+    torch.testing.assert_close(x.grad, scaled_mask)
+    torch.testing.assert_close(out, x * x.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_module_drops_only_while_training(p: float, training: bool) -> None:
+    x = torch.ones(64)
+    layer = Dropout(p).train(training)
+    state = torch.get_rng_state()
+    out = layer(x)
+    acts = training and p > 0
+    assert torch.equal(out, x) != acts
+    assert torch.equal(torch.get_rng_state(), state) != acts  # at rest it draws nothing
+    assert repr(layer) == f"Dropout(p={p})"
+
+
+def test_largest_p() -> None:
+    """A configuration may ask for any p below 1."""
+    assert dropout(torch.ones(64), 1 - 1e-7).isfinite().all()

@@ -1,0 +1,412 @@
+"""A GPT-2 on the kernels against the same GPT-2 in float64: logits, gradients, a training curve."""
+
+import copy
+import math
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import words
+from torch import Tensor, nn
+from twin import shake
+
+from chargpt.compute import native
+from chargpt.compute.fast_layers import (
+    FAST,
+    FastFeedForward,
+    FastLayerNorm,
+    FastLinear,
+    fast_muon_update,
+    use_kernels,
+)
+from chargpt.compute.muon import JORDAN, MuonSettings, muon_update
+from chargpt.compute.native import Kernels, KernelsError, load_kernels
+from chargpt.config import GPT2Config
+from chargpt.model import GPT2
+from chargpt.training.speed import set_backend
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler here"
+)
+BF16 = torch.bfloat16
+PLACEMENTS = ["pre", "post", "sandwich"]
+KERNELS = {"attention", "linear", "feed_forward", "layer_norm", "residual"}
+
+Call = tuple[str, tuple[Any, ...]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What the kernels are called with, so that a comparison is not one of PyTorch with itself."""
+    made: list[Call] = []
+    call = Kernels.__call__
+
+    def spy(self: Kernels, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        made.append((name, arguments))
+        call(self, name, dtype, *arguments)
+
+    monkeypatch.setattr(Kernels, "__call__", spy)
+    return made
+
+
+def names(calls: list[Call]) -> set[str]:
+    """Return the kernels called; ``attention`` stands for both of its directions."""
+    return {name.removesuffix("_forward").removesuffix("_backward") for name, _ in calls}
+
+
+def config(**changes: Any) -> GPT2Config:
+    small: dict[str, Any] = {
+        "block_size": 21,
+        "vocab_size": 11,
+        "n_layer": 2,
+        "n_head": 2,
+        "d_model": 32,
+        "d_ff": 48,
+        "dropout": 0.0,
+    }
+    return GPT2Config(**small | changes)
+
+
+def pair(**changes: Any) -> tuple[GPT2, GPT2]:
+    """Return a model and the same one on the kernels."""
+    plain = shake(GPT2(config(**changes)), std=0.2)
+    fast = copy.deepcopy(plain)
+    use_kernels(fast)
+    set_backend(fast, "native")
+    return plain, fast
+
+
+def some_ids(seed: int = 1, batch: int = 3, time: int = 21) -> Tensor:
+    return torch.randint(11, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def learn(
+    model: GPT2, ids: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the logits, and the gradient of every parameter for targets drawn by lot."""
+    model.zero_grad()
+    with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+        logits = model(ids)
+    loss = F.cross_entropy(logits.flatten(0, 1).to(model.head.weight.dtype), some_ids(2).flatten())
+    loss.backward()
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """Return the root mean square of the difference, as a share of that of the exact values."""
+    difference = ours.detach().double() - exact.detach()
+    return math.sqrt(difference.square().mean() / exact.detach().square().mean())
+
+
+# --- values and gradients
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "without"),
+    [
+        ({}, set()),
+        ({"bias": False}, set()),
+        ({"norm_placement": "post"}, set()),
+        ({"norm_placement": "post", "bias": False}, set()),
+        ({"norm_placement": "sandwich"}, set()),
+        ({"norm_placement": "sandwich", "bias": False}, set()),
+        ({"vocab_size": 48}, set()),  # whole vectors: the head is on a kernel too
+        ({"activation_function": "relu"}, {"feed_forward"}),
+        ({"activation_function": "gelu_exact", "bias": False}, {"feed_forward"}),
+        ({"d_ff": 41}, {"feed_forward"}),  # no whole number of vectors
+        ({"n_head": 16}, {"attention"}),  # heads of two
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_and_gradients_are_the_plain_models(
+    calls: list[Call], changes: dict[str, Any], without: set[str], training: bool
+) -> None:
+    plain, fast = pair(**changes)
+    exact = copy.deepcopy(plain).double()
+    logits, gradients = learn(fast.train(training), some_ids())
+    assert names(calls) == KERNELS - without
+    expected, exact_gradients = learn(exact, some_ids())
+    assert expected.std() > 0.5  # the comparison is not one of zeros
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == exact_gradients.keys()
+    for name, gradient in gradients.items():
+        assert error(gradient, exact_gradients[name]) < 1e-5, name
+
+
+@needs_compiler
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_bf16_is_as_close_to_exact_as_pytorchs(
+    calls: list[Call], placement: str, bias: bool
+) -> None:
+    """Both round values to 8 bits on the way, if not in the same places: neither is "right"."""
+    if BF16 not in load_kernels().dtypes:
+        pytest.skip("this processor does not multiply bf16")
+    plain, fast = pair(norm_placement=placement, bias=bias)
+    expected, exact_gradients = learn(copy.deepcopy(plain).double(), some_ids())
+    theirs, their_gradients = learn(plain, some_ids(), BF16)
+    assert not calls
+    ours, our_gradients = learn(fast, some_ids(), BF16)
+    assert names(calls) >= KERNELS - {"residual"}
+    assert error(ours, expected) < 1.25 * error(theirs, expected)
+    for name, exact in exact_gradients.items():
+        # A gain's gradient is a sum over these few tokens: chance alone makes it half as good.
+        assert error(our_gradients[name], exact) < 2 * error(their_gradients[name], exact), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_residual_stream_is_float_under_autocast(placement: str) -> None:
+    """It adds up what all layers say; rounding it to 8 bits each time would lose the small."""
+    if BF16 not in load_kernels().dtypes:
+        pytest.skip("this processor does not multiply bf16")
+    for model in pair(norm_placement=placement):
+        seen: list[torch.dtype] = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda _, x, y, seen=seen: seen.append(y.dtype))
+        with torch.autocast("cpu", BF16):
+            model(some_ids())
+        assert seen == [torch.float32] * 2
+
+
+@needs_compiler
+def test_dropout_rests_in_eval_mode(calls: list[Call]) -> None:
+    plain, fast = pair(dropout=0.5)
+    state = torch.get_rng_state()
+    logits = fast.eval()(some_ids())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert names(calls) == KERNELS
+    torch.testing.assert_close(logits, plain.eval()(some_ids()), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_dropout_in_training_takes_its_probability_everywhere(calls: list[Call]) -> None:
+    _, fast = pair(dropout=0.25)
+    ids, logits = some_ids(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        logits.append(fast.train()(ids))
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2], atol=1e-2)
+    drops = [(name, rest[-2:]) for name, rest in calls if name.startswith(("attention", "resid"))]
+    first = drops[: len(drops) // 3]
+    assert [name for name, _ in first] == [
+        *("attention_forward", "residual_forward", "residual_forward"),
+    ] * 2
+    assert {p for _, (p, _) in drops} == {0.25}
+    assert len({seed for _, (_, seed) in first}) == len(first)  # every layer drops something else
+
+
+@needs_compiler
+def test_frozen_weights_and_inputs_without_gradient() -> None:
+    plain, fast = pair()
+    for model in (plain, fast):
+        model.token_embedding.weight.requires_grad_(False)
+        model.position_embedding.weight.requires_grad_(False)
+        model.blocks[0].requires_grad_(False)
+    (_, expected), (_, gradients) = learn(plain, some_ids()), learn(fast, some_ids())
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(some_ids()), plain(some_ids()), rtol=1e-5, atol=1e-5)
+
+
+# --- the swap
+
+
+@needs_compiler
+def test_parameters_and_state_stay_as_they_are() -> None:
+    model = GPT2(config())
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [name for name, _ in model.named_modules()]
+    optimizer = torch.optim.AdamW(model.parameters())
+    use_kernels(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(
+        parameters.values()
+    )
+    assert model.head.weight is model.token_embedding.weight
+    assert [name for name, _ in model.named_modules()] == modules
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert not any(type(module) in FAST for module in model.modules())
+    kinds = {type(module) for module in model.modules()}
+    assert {FastLayerNorm, FastLinear, FastFeedForward} <= kinds
+    classes = [type(module) for module in model.modules()]
+    use_kernels(model)  # twice is once
+    assert [type(module) for module in model.modules()] == classes
+
+
+@needs_compiler
+def test_a_copy_is_a_model_of_its_own() -> None:
+    _, fast = pair()
+    twin = copy.deepcopy(fast)
+    assert torch.equal(twin(some_ids()), fast(some_ids()))
+    with torch.no_grad():
+        twin.blocks[0].feed_forward.sublayer.expand.weight.add_(1)
+    assert not torch.equal(twin(some_ids()), fast(some_ids()))
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in fast.parameters()}
+
+
+@needs_compiler
+def test_weights_go_to_and_fro() -> None:
+    (plain, _), (_, fast) = pair(), pair(n_layer=2)
+    for p in fast.parameters():
+        nn.init.zeros_(p)
+    fast.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fast(some_ids()), plain(some_ids()), rtol=1e-5, atol=1e-5)
+    nn.init.normal_(fast.head.weight)
+    plain.load_state_dict(fast.state_dict())
+    torch.testing.assert_close(fast(some_ids()), plain(some_ids()), rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_stays_as_it_is_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Kernels:
+        raise KernelsError("no compiler")
+
+    monkeypatch.setattr(native, "load_kernels", fail)
+    model = GPT2(config())
+    before, classes = model(some_ids()), [type(module) for module in model.modules()]
+    with pytest.raises(KernelsError):
+        use_kernels(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(some_ids()), before)
+
+
+# --- falling back
+
+
+def is_compiling(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"d_model": 18, "d_ff": 27, "n_head": 3}, {"d_model": 21, "n_head": 1}, {}]
+)
+def test_what_does_not_suit_is_computed_by_pytorch(
+    calls: list[Call], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], compiling: bool
+) -> None:
+    """Odd widths, and a model that torch.compile is looking through: to the bit as ever."""
+    plain, fast = pair(**changes)
+    set_backend(plain, "matmul")
+    if compiling:
+        is_compiling(monkeypatch)
+    (expected, gradients), (ours, our_gradients) = (learn(m, some_ids()) for m in (plain, fast))
+    suits = not compiling and not changes
+    assert bool(calls) == suits
+    if suits:
+        return
+    assert torch.equal(ours, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(our_gradients[name], gradient), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("convert", [GPT2.double, GPT2.half])
+def test_another_type_is_computed_by_pytorch(
+    calls: list[Call], convert: Callable[[GPT2], GPT2]
+) -> None:
+    plain, fast = (convert(model).eval() for model in pair())
+    set_backend(plain, "matmul")
+    with torch.no_grad():
+        assert torch.equal(fast(some_ids()), plain(some_ids()))
+    assert not calls
+
+
+@needs_compiler
+def test_a_model_of_bf16_weights_is_computed_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read weights as float; twice as far as a bf16 weight reaches."""
+
+    def fail(*_: Any) -> Tensor:
+        raise AssertionError("called with weights of bf16")
+
+    for name in ("linear", "feed_forward", "layer_norm"):
+        monkeypatch.setattr(native, name, fail)
+    plain, fast = (model.to(BF16).eval() for model in pair())
+    set_backend(plain, "matmul")
+    set_backend(fast, "matmul")
+    with torch.no_grad():
+        assert torch.equal(fast(some_ids()), plain(some_ids()))
+
+
+# --- Muon
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "dtype", "suits"),
+    [
+        ((16, 48), torch.float32, True),
+        ((48, 16), torch.float32, True),
+        ((16, 41), torch.float32, False),
+        ((9, 48), torch.float32, False),
+        ((16, 48), torch.float64, False),
+    ],
+)
+def test_muon_steps_on_the_kernels_where_they_suit(
+    calls: list[Call], shape: tuple[int, ...], dtype: torch.dtype, suits: bool
+) -> None:
+    settings = MuonSettings(momentum=0.9, decay=0.9, dtype=dtype, steps=JORDAN)
+    results = []
+    for update in (fast_muon_update, muon_update):
+        generator = torch.Generator().manual_seed(1)
+        tensors = [[torch.randn(shape, generator=generator, dtype=dtype)] for _ in range(3)]
+        update(*tensors, [0.1], settings)
+        results.append((tensors[0][0], tensors[2][0]))
+    assert bool(calls) == suits
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 if suits else 0)
+
+
+# --- learning
+
+
+def curve(seed: int, dtype: torch.dtype, *, kernels: bool) -> float:
+    """Return the mean loss of the last 50 of 200 steps."""
+    text = words(20_000)
+    alphabet = sorted(set(text))
+    data = torch.tensor([alphabet.index(c) for c in text])
+    torch.manual_seed(seed)
+    shape = config(
+        block_size=32, vocab_size=len(alphabet), n_layer=1, n_head=2, d_ff=128, dropout=0.1
+    )
+    model = GPT2(shape)
+    set_backend(model, "matmul")
+    if kernels:
+        use_kernels(model)
+        set_backend(model, "native")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
+    losses = []
+    for _ in range(200):
+        starts = torch.randint(len(data) - 33, (8, 1))
+        windows = data[starts + torch.arange(33)]
+        with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+            logits = model(windows[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 2.5
+    return sum(losses[150:]) / 50
+
+
+@needs_compiler
+def test_a_model_on_the_kernels_learns_what_a_plain_one_learns() -> None:
+    """Within what another seed would do, in every type of value that this processor has."""
+    plain = torch.tensor([curve(seed, torch.float32, kernels=False) for seed in range(4)])
+    mean, spread = plain.mean().item(), plain.std().item()
+    assert mean < 1.5  # it did learn
+    assert spread < 0.1
+    for dtype in sorted(load_kernels().dtypes, key=str):
+        learned = [curve(seed, dtype, kernels=True) for seed in (10, 11)]
+        assert abs(sum(learned) / 2 - mean) < 3 * spread * math.sqrt(1 / 2 + 1 / 4), dtype

@@ -1,0 +1,793 @@
+"""The kernels against the formulas in float64: values, every gradient, and what dropout drops.
+
+They are run as this processor has them (fp32, and bf16 where it multiplies it), and as a processor
+with AVX2 and one with no vector extension would: other widths, other tails.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from variants import COMPILERS, kernels_of
+
+from chargpt.compute import native
+from chargpt.compute.muon import MuonSettings
+from chargpt.compute.native import Kernels, load_kernels
+
+if not COMPILERS:
+    pytest.skip("no C++ compiler here", allow_module_level=True)
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+class Setting(NamedTuple):
+    """How the kernels are run."""
+
+    kernels: Kernels
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", BF16, enabled=self.dtype == BF16)
+
+
+@pytest.fixture(scope="module", params=["native-fp32", "native-bf16", "avx2-fp32", "plain-fp32"])
+def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
+    variant, precision = request.param.split("-")
+    dtype = {"fp32": FP32, "bf16": BF16}[precision]
+    kernels = kernels_of(variant)
+    if dtype not in kernels.dtypes:
+        pytest.skip(f"this processor does not multiply {precision}")
+    if variant != "native":
+        assert kernels.dtypes == {FP32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "load_kernels", lambda: kernels)
+        yield Setting(kernels, dtype)
+
+
+# --- the comparison
+
+
+def noise(*shape: int, seed: int, dtype: torch.dtype = FP32) -> Tensor:
+    """Return standard normal values that bf16 holds exactly, so that no setting rounds them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(BF16).to(dtype)
+
+
+def assert_close(ours: Tensor, exact: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Compare with float64.
+
+    fp32: the largest error is below 1e-5 of the largest value, some hundred roundings of 2^-24.
+
+    bf16: its significand has 8 bits, so a rounding is off by up to u = 2^-8 of the value, by u / √3
+    on average at worst. A result here is a sum of products of two factors that were rounded once or
+    twice each (a weight, an activation, a softmax weight) and is rounded itself: at most five
+    independent roundings, together √5 u / √3 = 1.3 u of a typical value. Twice that is allowed on
+    average; a single value among thousands may be four times as far off as the average may.
+    """
+    assert ours.shape == exact.shape, what
+    if exact.numel() == 0:
+        return
+    error = (ours.detach().double() - exact.detach()).abs()
+    if dtype == FP32:
+        assert error.max() <= 1e-5 * max(1e-3, exact.abs().max()), what
+    else:
+        bound = 2 * 1.3 * 2**-8 * exact.square().mean().sqrt()
+        assert error.square().mean().sqrt() <= bound, what
+        assert error.max() <= 4 * max(bound, 2**-8 * exact.abs().max()), what
+
+
+def compare(
+    setting: Setting,
+    kernel: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    **inputs: Tensor | None,
+) -> None:
+    """Hold a kernel's output and the gradient of every input against those of a formula."""
+    ours = {n: None if x is None else x.clone().requires_grad_() for n, x in inputs.items()}
+    exact = {n: None if x is None else x.double().requires_grad_() for n, x in inputs.items()}
+    with setting.autocast():
+        out = kernel(**ours)
+    expected = formula(**exact)
+    upstream = noise(*out.shape, seed=99)
+    out.backward(upstream.to(out.dtype))
+    expected.backward(upstream.double())
+    assert_close(out, expected, setting.dtype, "output")
+    for name, leaf in ours.items():
+        twin = exact[name]
+        if leaf is not None and twin is not None:
+            assert leaf.grad is not None, name
+            assert twin.grad is not None, name
+            assert_close(leaf.grad, twin.grad, setting.dtype, name)
+
+
+# --- the formulas
+
+
+def attention_formula(n_head: int, scaled_mask: Tensor | None = None) -> Callable[..., Tensor]:
+    """Return attention with given multipliers (B, H, T, T) of its weights."""
+
+    def formula(qkv: Tensor) -> Tensor:
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / math.sqrt(C // n_head)
+        later = torch.ones(T, T, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, -math.inf).softmax(-1)
+        if scaled_mask is not None:
+            weights = weights * scaled_mask
+        return (weights @ v).transpose(1, 2).reshape(B, T, C)
+
+    return formula
+
+
+def linear_formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x @ weight.t()
+    return y if bias is None else y + bias
+
+
+def feed_forward_formula(
+    x: Tensor, expand: Tensor, expand_bias: Tensor | None, project: Tensor, bias: Tensor | None
+) -> Tensor:
+    h = linear_formula(x, expand, expand_bias)
+    h = 0.5 * h * (1 + (math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)).tanh())
+    return linear_formula(h, project, bias)
+
+
+def layer_norm_formula(x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+    return y if bias is None else y + bias
+
+
+def sum_formula(x: Tensor, update: Tensor) -> Tensor:
+    return x + update
+
+
+def attend(n_head: int, p: float = 0.0) -> Callable[..., Tensor]:
+    return lambda qkv: native.attention(qkv, n_head, p)
+
+
+def norm(x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    return native.layer_norm(x, gain, bias, 1e-5)
+
+
+def add(x: Tensor, update: Tensor) -> Tensor:
+    return native.residual_sum(x, update, 0.0)
+
+
+# --- inputs, by kernel; `tokens` is the shape before the last axis
+
+
+def linear_inputs(
+    tokens: tuple[int, ...], inputs: int, outputs: int, bias: bool
+) -> dict[str, Tensor | None]:
+    return {
+        "x": noise(*tokens, inputs, seed=1),
+        "weight": noise(outputs, inputs, seed=2) / inputs**0.5,
+        "bias": noise(outputs, seed=3) if bias else None,
+    }
+
+
+def feed_forward_inputs(
+    tokens: tuple[int, ...], c: int, f: int, bias: bool
+) -> dict[str, Tensor | None]:
+    return {
+        "x": noise(*tokens, c, seed=1),
+        "expand": noise(f, c, seed=2) / c**0.5,
+        "expand_bias": noise(f, seed=3) if bias else None,
+        "project": noise(c, f, seed=4) / f**0.5,
+        "bias": noise(c, seed=5) if bias else None,
+    }
+
+
+def layer_norm_inputs(tokens: tuple[int, ...], c: int, bias: bool) -> dict[str, Tensor | None]:
+    return {
+        "x": 2 * noise(*tokens, c, seed=1) + 1,
+        "gain": noise(c, seed=2),
+        "bias": noise(c, seed=3) if bias else None,
+    }
+
+
+# --- values and gradients
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "n_head", "head_size"),
+    [
+        (1, 1, 1, 16),
+        (2, 1, 3, 48),
+        (3, 2, 1, 32),
+        (2, 7, 2, 32),
+        (1, 16, 2, 64),
+        (2, 31, 3, 16),
+        (1, 33, 2, 48),
+        (2, 64, 2, 64),
+        (1, 65, 1, 16),
+        (1, 129, 2, 32),
+        (1, 203, 1, 64),
+    ],
+)
+def test_attention(setting: Setting, batch: int, time: int, n_head: int, head_size: int) -> None:
+    qkv = noise(batch, time, 3 * n_head * head_size, seed=1, dtype=setting.dtype)
+    compare(setting, attend(n_head), attention_formula(n_head), qkv=qkv)
+
+
+def test_sharp_attention(setting: Setting) -> None:
+    """Scores of tens and hundreds, as heads learn that look at one place only."""
+    qkv = noise(2, 70, 3 * 64, seed=1)
+    qkv[..., :64] *= 32
+    compare(setting, attend(2), attention_formula(2), qkv=qkv.to(setting.dtype))
+
+
+def test_the_exponential_is_exact_to_a_few_millionths(setting: Setting) -> None:
+    """Of two keys whose scores are x and 0, the first weighs e^x times what the second does."""
+    x = torch.linspace(-80, 80, 999).to(BF16)
+    qkv = torch.zeros(len(x), 2, 3, 16, dtype=setting.dtype)
+    qkv[:, 1, 0, 0] = x.to(setting.dtype)
+    qkv[:, 0, 1, 0] = 4  # × x / √16
+    qkv[:, 0, 2, 0] = qkv[:, 1, 2, 1] = 1
+    weights = native.attention(qkv.flatten(2), 1, 0.0)[:, 1].double()
+    error = weights[:, 0] / weights[:, 1] / x.double().exp() - 1
+    # fp32: that of the polynomial (2.4e-6) and some roundings; bf16: a weight is rounded twice
+    assert error.abs().max() < (4e-6 if setting.dtype == FP32 else 4 * 2**-8)
+
+
+TOKENS = [(1,), (2,), (3, 3), (1, 31), (5, 26), (2, 129)]  # 1, 2, 9, 31, 130 and 258 rows
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (48, 80), (64, 32)])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_linear(
+    setting: Setting, tokens: tuple[int, ...], inputs: int, outputs: int, bias: bool
+) -> None:
+    arguments = linear_inputs(tokens, inputs, outputs, bias)
+    compare(setting, native.linear, linear_formula, **arguments)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("c", "f"), [(16, 48), (48, 16), (32, 128)])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_feed_forward(
+    setting: Setting, tokens: tuple[int, ...], c: int, f: int, bias: bool
+) -> None:
+    arguments = feed_forward_inputs(tokens, c, f, bias)
+    compare(setting, native.feed_forward, feed_forward_formula, **arguments)
+
+
+def test_feed_forward_of_large_values(setting: Setting) -> None:
+    """GELU far out, where its exponential would overflow, is 0 or the identity."""
+    arguments = feed_forward_inputs((9,), 32, 64, bias=True)
+    signs = torch.tensor([1.0, -1, -1, 1, 1, -1, 1, -1, 1]).view(9, 1)
+    arguments["x"] = 1024 * signs.expand(9, 32)
+    arguments["expand"] = noise(64, 32, seed=2).abs()  # far from 0 on either side
+    compare(setting, native.feed_forward, feed_forward_formula, **arguments)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("c", [16, 48, 128])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_layer_norm(setting: Setting, tokens: tuple[int, ...], c: int, bias: bool) -> None:
+    compare(setting, norm, layer_norm_formula, **layer_norm_inputs(tokens, c, bias))
+
+
+def test_layer_norm_far_from_zero(setting: Setting) -> None:
+    """The variance of values around 1000 is lost by E[x²] - E[x]² in float; not by the kernel."""
+    arguments = layer_norm_inputs((7,), 64, bias=True)
+    x = arguments["x"]
+    assert x is not None
+    arguments["x"] = x + 1024
+    with setting.autocast():
+        out = norm(**arguments)  # type: ignore[arg-type]
+    exact = layer_norm_formula(
+        **{n: None if a is None else a.double() for n, a in arguments.items()}
+    )
+    assert (out.double() - exact).abs().max() < (1e-3 if setting.dtype == FP32 else 0.05)
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 48), (3, 5, 16), (2, 33, 64)])
+def test_residual_sum(setting: Setting, shape: tuple[int, ...]) -> None:
+    update = noise(*shape, seed=2, dtype=setting.dtype)
+    compare(setting, add, sum_formula, x=noise(*shape, seed=1), update=update)
+
+
+sizes = st.integers(1, 3)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(batch=sizes, time=st.integers(1, 70), n_head=sizes, lanes=sizes, f=sizes, bias=st.booleans())
+def test_any_size(
+    setting: Setting, batch: int, time: int, n_head: int, lanes: int, f: int, bias: bool
+) -> None:
+    """Every kernel, at widths of any whole number of the vectors that this library has."""
+    width = lanes * setting.kernels.lanes
+    c, f = n_head * width, f * setting.kernels.lanes
+    qkv = noise(batch, time, 3 * c, seed=time, dtype=setting.dtype)
+    compare(setting, attend(n_head), attention_formula(n_head), qkv=qkv)
+    compare(setting, native.linear, linear_formula, **linear_inputs((batch, time), c, f, bias))
+    arguments = feed_forward_inputs((batch, time), c, f, bias)
+    compare(setting, native.feed_forward, feed_forward_formula, **arguments)
+    if c > 4:  # four values or fewer may all be alike, and then a LayerNorm multiplies their noise
+        compare(setting, norm, layer_norm_formula, **layer_norm_inputs((batch, time), c, bias))
+    update = noise(batch, time, c, seed=2, dtype=setting.dtype)
+    compare(setting, add, sum_formula, x=noise(batch, time, c, seed=1), update=update)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_several_threads_share_the_work(threads: int) -> None:
+    """Each with its own slice of the rows or heads; the weights' gradients are summed over all."""
+    setting, before = Setting(load_kernels(), FP32), torch.get_num_threads()
+    qkv = noise(2, 70, 3 * 48, seed=1)
+    try:
+        torch.set_num_threads(threads)
+        compare(setting, attend(3), attention_formula(3), qkv=qkv)
+        for n in (1, 129, 500):
+            arguments = linear_inputs((n,), 32, 48, bias=True)
+            compare(setting, native.linear, linear_formula, **arguments)
+            arguments = feed_forward_inputs((n,), 32, 48, bias=True)
+            compare(setting, native.feed_forward, feed_forward_formula, **arguments)
+            compare(setting, norm, layer_norm_formula, **layer_norm_inputs((n,), 32, bias=True))
+            terms = {name: noise(n, 32, seed=seed) for seed, name in enumerate(("x", "update"))}
+            compare(setting, add, sum_formula, **terms)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_types(setting: Setting) -> None:
+    """What feeds a product comes out in the type of products; the residual stream stays float."""
+    x, weight = noise(3, 16, seed=1), noise(16, 16, seed=2)
+    with setting.autocast():
+        assert native.linear(x, weight, None).dtype == setting.dtype
+        assert native.feed_forward(x, weight, None, weight, None).dtype == setting.dtype
+        assert native.layer_norm(x, weight[0], None, 1e-5).dtype == setting.dtype
+        assert native.residual_sum(x, x.to(setting.dtype), 0.0).dtype == FP32
+        assert native.residual_sum(x, x, 0.0).dtype == FP32  # an update of float, under autocast
+
+
+# --- tensors that do not lie in one stretch
+
+
+def test_any_strides(setting: Setting) -> None:
+    """Inputs and upstream gradients that are transposed, sliced or expanded."""
+    T, c = 9, 32
+    transposed = noise(c, T, 2, seed=1).permute(2, 1, 0)  # (2, T, c)
+    sliced = noise(2, 2 * T, 3 * c + 1, seed=2)[:, ::2, 1:]  # (2, T, 3c)
+    weight = noise(c, c, seed=3) / c**0.5
+    calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+        (attend(2), [sliced.to(setting.dtype)]),
+        (lambda x: native.linear(x, weight, None), [transposed]),
+        (lambda x: native.feed_forward(x, weight, None, weight, None), [transposed]),
+        (lambda x: native.layer_norm(x, weight[0], None, 1e-5), [transposed]),
+        (add, [transposed, transposed.flip(0).to(setting.dtype)]),
+        (add, [transposed, noise(1, 1, c, seed=4, dtype=setting.dtype).expand(2, T, c)]),
+    ]
+    upstreams = [
+        torch.tensor(0.5).expand(2, T, c),
+        noise(c, seed=5).expand(2, T, c),
+        noise(T, 2, c, seed=6).transpose(0, 1),
+    ]
+    for kernel, tensors in calls:
+        for upstream in upstreams:
+            results = []
+            for copy in (lambda x: x.detach(), lambda x: x.detach().contiguous()):
+                leaves = [copy(x).requires_grad_() for x in tensors]
+                with setting.autocast():
+                    out = kernel(*leaves)
+                gradients = torch.autograd.grad(out, leaves, copy(upstream).to(out.dtype))
+                results.append((out, *gradients))
+            strided, plain = results
+            for ours, expected in zip(strided, plain, strict=True):
+                torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_transposed_and_sliced_weights(setting: Setting, bias: bool) -> None:
+    """A bias or a weight that is a view of another tensor is read by its strides, not by luck."""
+    c = 32
+    arguments = linear_inputs((5,), c, c, bias)
+    weight, vector = noise(c, c, seed=7), noise(c, 2, seed=8)[:, 0]
+    arguments["weight"] = weight.t()
+    if bias:
+        arguments["bias"] = vector
+    compare_views(setting, native.linear, linear_formula, **arguments)
+    arguments = layer_norm_inputs((5,), c, bias)
+    arguments["gain"] = vector
+    compare_views(setting, norm, layer_norm_formula, **arguments)
+
+
+def compare_views(
+    setting: Setting,
+    kernel: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    **inputs: Tensor | None,
+) -> None:
+    """`compare` without a clone, which would be contiguous; the output only."""
+    with setting.autocast():
+        out = kernel(**inputs)
+    exact = formula(**{n: None if x is None else x.double() for n, x in inputs.items()})
+    assert_close(out, exact, setting.dtype, "output")
+
+
+# --- what is not a number
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("time", [5, 70])
+def test_nan_in_attention_shows(setting: Setting, part: str, time: int) -> None:
+    """In all that sees it, and in nothing of another head or sequence."""
+    at, head_size = time // 2, 16
+    column = {"query": 0, "key": 1, "value": 2}[part] * 2 * head_size + 3  # of the first head
+    qkv = noise(2, time, 6 * head_size, seed=1, dtype=setting.dtype)
+    qkv[1, at, column] = math.nan
+    qkv.requires_grad_()
+    out = native.attention(qkv, 2, 0.0)
+    first_head = out[1, :, :head_size]
+    if part == "query":
+        assert first_head[at].isnan().all()
+    elif part == "key":
+        assert first_head[at:].isnan().all()
+    else:
+        assert first_head[at:, 3].isnan().all()
+    others = [out[0], out[1, :, head_size:]]
+    assert not any(other.isnan().any() for other in others)
+    out.float().sum().backward()
+    assert qkv.grad is not None
+    assert qkv.grad.isnan().any()
+    assert not qkv.grad[0].isnan().any()
+
+
+def test_nan_upstream_of_attention_shows(setting: Setting) -> None:
+    T, at = 40, 35
+    qkv = noise(1, T, 3 * 16, seed=1, dtype=setting.dtype).requires_grad_()
+    upstream = torch.zeros(1, T, 16, dtype=setting.dtype)
+    upstream[0, at] = math.nan
+    native.attention(qkv, 1, 0.0).backward(upstream)
+    assert qkv.grad is not None
+    d_q, d_k, d_v = qkv.grad[0].split(16, dim=-1)
+    assert d_q[at].isnan().all()
+    assert d_k[: at + 1].isnan().all()
+    assert d_v[: at + 1].isnan().all()
+
+
+def nan_reaches_what_depends_on_it(
+    setting: Setting,
+    kernel: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    **inputs: Tensor | None,
+) -> None:
+    """Put NaN into each input and into the upstream gradient, and look where it comes out."""
+    present = {name: x for name, x in inputs.items() if x is not None}
+    for poisoned in (*present, "upstream"):
+        ours = {name: x.clone() for name, x in present.items()}
+        if poisoned != "upstream":
+            ours[poisoned].flatten()[-5] = math.nan
+        exact = {name: x.double().requires_grad_() for name, x in ours.items()}
+        ours = {name: x.requires_grad_() for name, x in ours.items()}
+        with setting.autocast():
+            out = kernel(**{name: ours.get(name) for name in inputs})
+        expected = formula(**{name: exact.get(name) for name in inputs})
+        upstream = noise(*out.shape, seed=9)
+        if poisoned == "upstream":
+            upstream.flatten()[7] = math.nan
+        gradients = torch.autograd.grad(out, list(ours.values()), upstream.to(out.dtype))
+        exact_gradients = torch.autograd.grad(expected, list(exact.values()), upstream.double())
+        for name, x, y in zip(
+            ("output", *ours), (out, *gradients), (expected, *exact_gradients), strict=True
+        ):
+            assert torch.equal(x.isnan(), y.isnan()), (poisoned, name)
+
+
+def test_nan_shows(setting: Setting) -> None:
+    dtype, tokens = setting.dtype, (3, 3)
+    linear = linear_inputs(tokens, 32, 48, bias=True)
+    nan_reaches_what_depends_on_it(setting, native.linear, linear_formula, **linear)
+    wide = feed_forward_inputs(tokens, 32, 48, bias=True)
+    nan_reaches_what_depends_on_it(setting, native.feed_forward, feed_forward_formula, **wide)
+    norms = layer_norm_inputs(tokens, 32, bias=True)
+    nan_reaches_what_depends_on_it(setting, norm, layer_norm_formula, **norms)
+    terms = {"x": noise(3, 32, seed=1), "update": noise(3, 32, seed=2, dtype=dtype)}
+    nan_reaches_what_depends_on_it(setting, add, sum_formula, **terms)
+
+
+# --- causality
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_position_changes_nothing_before_it(setting: Setting, p: float) -> None:
+    T = 69
+    qkv = noise(2, T, 3 * 32, seed=1, dtype=setting.dtype)
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return native.attention(x, 2, p)
+
+    out = run(qkv)
+    for changed in (0, 1, 15, 31, 32, 33, 64, 68):
+        other = qkv.clone()
+        other[:, changed] = noise(2, 3 * 32, seed=changed, dtype=setting.dtype)
+        new = run(other)
+        assert torch.equal(new[:, :changed], out[:, :changed])
+        assert not torch.equal(new[:, changed], out[:, changed])
+
+
+def test_a_later_value_has_no_weight_at_all(setting: Setting) -> None:
+    """However large it is: a weight of e^-87, which float can hold, would be seen where it leads.
+
+    Nor has a position that is not asked about a share in what is learned from those before it.
+    """
+    T, at = 40, 20
+    qkv = noise(1, T, 3 * 16, seed=1, dtype=setting.dtype)
+    qkv[:, :at, 32:] = 0
+    qkv[:, at:, 32:] = 1e30
+    qkv.requires_grad_()
+    out = native.attention(qkv, 1, 0.0)
+    assert (out[:, at:] > 1e20).all()
+    assert (out[:, :at] == 0).all()
+    (gradient,) = torch.autograd.grad(out[:, :at].float().sum(), qkv)
+    assert (gradient[:, at:] == 0).all()
+
+
+def test_huge_scores_stay_causal(setting: Setting) -> None:
+    """Keys that point away from every query: scores below any number that stands for "masked"."""
+    T = 40
+    qkv = noise(1, T, 3 * 16, seed=1)
+    qkv[..., :16], qkv[..., 16:32] = 128.0, -128.0  # scores of -2^16
+    out = native.attention(qkv.to(setting.dtype), 1, 0.0)
+    assert_close(out, attention_formula(1)(qkv.double()), setting.dtype, "output")
+
+
+# --- dropout in attention
+
+
+def attention_mask(setting: Setting, n_head: int, p: float, seed: int, *shape: int) -> Tensor:
+    """Return what each attention weight is multiplied by, (B, H, T, T), read off the output.
+
+    With queries of zero all weights of a row are alike; with values that are columns of the
+    identity, position t then gives mask[t] / (t + 1), as many columns at a time as a head is wide.
+    """
+    (B, T), head_size, columns = shape, 16, []
+    for first in range(0, T, head_size):
+        qkv = torch.zeros(B, T, 3, n_head, head_size, dtype=setting.dtype)
+        for j in range(min(head_size, T - first)):
+            qkv[:, first + j, 2, :, j] = 1
+        torch.manual_seed(seed)
+        out = native.attention(qkv.flatten(2), n_head, p)
+        columns.append(out.view(B, T, n_head, head_size).transpose(1, 2))
+    shares = torch.cat(columns, dim=-1)[..., :T].double()
+    return (shares * torch.arange(1, T + 1).view(-1, 1)).tril()
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Return the entries on and below the diagonal of each head's mask, (B × H, n)."""
+    T = mask.size(-1)
+    return mask.flatten(0, 1)[:, torch.ones(T, T, dtype=torch.bool).tril()]
+
+
+def assert_rate(kept: Tensor, p: float) -> None:
+    """Five standard deviations: wrong by luck once in two million."""
+    rate = kept.double().mean().item()
+    assert abs(rate - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_attention_weights_fall_out_at_the_rate_asked_for(setting: Setting, p: float) -> None:
+    values = visible(attention_mask(setting, 3, p, 1, 2, 67))
+    assert_rate(values != 0, p)
+    scale = values[values != 0]
+    tolerance = 1e-5 if setting.dtype == FP32 else 2 * 2**-8  # a weight and the output are rounded
+    assert ((scale * (1 - p) - 1).abs() <= tolerance).all()
+
+
+def test_every_head_and_sequence_drops_other_weights(setting: Setting) -> None:
+    p = 0.3
+    kept = visible(attention_mask(setting, 3, p, 1, 2, 67)) != 0
+    alike = p**2 + (1 - p) ** 2
+    n = kept.size(1)
+    for i in range(len(kept)):
+        assert_rate(kept[i], p)
+        for j in range(i):
+            agreement = (kept[i] == kept[j]).double().mean().item()
+            assert abs(agreement - alike) < 5 * math.sqrt(alike * (1 - alike) / n)
+    rows = kept.double()  # nor do neighbours go together, within a head or between heads
+    centred = (rows - rows.mean()).flatten()
+    for lag in (1, 2, 4, 8, 16, 67, 68):
+        correlation = (centred[lag:] * centred[:-lag]).mean() / (p * (1 - p))
+        assert abs(correlation.item()) < 5 / math.sqrt(len(centred))
+
+
+def test_masks_of_attention_follow_torchs_seed(setting: Setting) -> None:
+    first, again, other = (attention_mask(setting, 2, 0.5, seed, 1, 40) != 0 for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    agreement = (visible(first) == visible(other)).double()
+    assert abs(agreement.mean().item() - 0.5) < 5 * 0.5 / math.sqrt(agreement.numel())
+
+
+@pytest.mark.parametrize(("batch", "time", "n_head", "p"), [(2, 33, 2, 0.2), (1, 130, 1, 0.5)])
+def test_backward_drops_the_weights_that_forward_dropped(
+    setting: Setting, batch: int, time: int, n_head: int, p: float
+) -> None:
+    kept = attention_mask(setting, n_head, p, 5, batch, time) != 0
+    formula = attention_formula(n_head, kept.double() / (1 - p))
+
+    def kernel(qkv: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return native.attention(qkv, n_head, p)
+
+    compare(
+        setting, kernel, formula, qkv=noise(batch, time, 48 * n_head, seed=1, dtype=setting.dtype)
+    )
+
+
+# --- dropout in the residual sum
+
+
+def scaled_mask(n: int, p: float, seed: int) -> npt.NDArray[np.float32]:
+    """Return what ``Dropout`` in ``kernels.cpp`` multiplies `n` values by, in stream 0.
+
+    A second writing of it: Wellons' lowbias32 of index × golden ratio + key, of which 31 bits are
+    compared with p × 2^31. numpy's unsigned integers wrap around as C's do.
+    """
+    key = np.uint32((seed * 0x9E3779B97F4A7C15 >> 32) & 0xFFFFFFFF)
+    x = np.arange(n, dtype=np.uint32) * np.uint32(0x9E3779B9) + key
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0x7FEB352D)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> np.uint32(16)
+    keep = (x >> np.uint32(1)) >= round(p * 2**31)
+    return np.where(keep, np.float32(1) / (np.float32(1) - np.float32(p)), np.float32(0))
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1, 123456789, 2**62 - 1])
+def test_the_mask_is_the_hash(
+    setting: Setting, p: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, whatever the width of a vector; forward and backward."""
+    monkeypatch.setattr(native, "_seed", lambda dropout_p: seed)
+    expected = torch.from_numpy(scaled_mask(33 * 48, p, seed)).view(33, 48)
+    assert_rate(expected != 0, p)
+    update = torch.ones(33, 48, dtype=setting.dtype, requires_grad=True)
+    out = native.residual_sum(torch.zeros(33, 48), update, p)
+    assert torch.equal(out, expected)
+    out.backward(torch.ones(33, 48))
+    assert update.grad is not None
+    assert torch.equal(update.grad, expected.to(setting.dtype))
+
+
+def residual_mask(n: int, p: float, setting: Setting) -> Tensor:
+    return native.residual_sum(torch.zeros(n), torch.ones(n, dtype=setting.dtype), p)
+
+
+def test_the_seed_of_a_mask_is_torchs_next_number(setting: Setting) -> None:
+    torch.manual_seed(4)
+    seeds = [int(torch.randint(2**62, ())) for _ in range(2)]
+    torch.manual_seed(4)
+    for seed in seeds:
+        expected = torch.from_numpy(scaled_mask(999 * 16, 0.3, seed))
+        assert torch.equal(residual_mask(999 * 16, 0.3, setting), expected)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.2, 0.5, 0.9])
+def test_values_fall_out_at_the_rate_asked_for(setting: Setting, p: float) -> None:
+    torch.manual_seed(0)
+    n = 1 << 18
+    mask = residual_mask(n, p, setting)
+    kept = mask != 0
+    assert_rate(kept, p)
+    torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
+    centred = (kept.double() - (1 - p)) / math.sqrt(p * (1 - p))
+    for lag in (*range(1, 17), 32, 64, 128, 4096):
+        assert abs((centred[lag:] * centred[:-lag]).mean().item()) < 5 / math.sqrt(n - lag), lag
+
+
+def test_masks_of_two_sums_differ_and_follow_torchs_seed(setting: Setting) -> None:
+    n = 1 << 14
+    torch.manual_seed(1)
+    first, second = residual_mask(n, 0.5, setting), residual_mask(n, 0.5, setting)
+    torch.manual_seed(1)
+    assert torch.equal(residual_mask(n, 0.5, setting), first)
+    torch.manual_seed(2)
+    for other in (second, residual_mask(n, 0.5, setting)):
+        agreement = (first == other).double().mean().item()
+        assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(n)
+
+
+def test_dropout_of_a_sum(setting: Setting) -> None:
+    """x is never dropped, and its gradient is the upstream one."""
+    p, shape = 0.4, (5, 7, 16)
+    torch.manual_seed(8)
+    mask = residual_mask(math.prod(shape), p, setting).view(shape).double()
+
+    def kernel(x: Tensor, update: Tensor) -> Tensor:
+        torch.manual_seed(8)
+        return native.residual_sum(x, update, p)
+
+    update = noise(*shape, seed=2, dtype=setting.dtype)
+    formula = lambda x, update: x + mask * update  # noqa: E731
+    compare(setting, kernel, formula, x=noise(*shape, seed=1), update=update)
+
+
+def test_without_dropout_no_random_number_is_drawn(setting: Setting) -> None:
+    state = torch.get_rng_state()
+    residual_mask(16, 0.0, setting)
+    native.attention(torch.zeros(1, 3, 48, dtype=setting.dtype), 1, 0.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    residual_mask(16, 0.5, setting)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_largest_p_leaves_finite_numbers(setting: Setting) -> None:
+    assert residual_mask(1 << 16, 1 - 1e-7, setting).isfinite().all()
+
+
+# --- Muon
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(16, 16)], [(16, 48), (48, 16)], [(80, 48), (96, 96), (80, 48)]]
+)
+def test_muon_update(setting: Setting, sizes: list[tuple[int, int]]) -> None:
+    """Each singular value goes through the polynomials, and nothing else changes."""
+    steps = ((3.4445, -4.7750, 2.0315), (2.3, -1.7, 0.42), (1.875, -1.25, 0.375))
+    settings_ = MuonSettings(momentum=0.9, decay=0.75, dtype=setting.dtype, steps=steps)
+    weights, gradients, momenta = (
+        [noise(*size, seed=10 * kind + i) for i, size in enumerate(sizes)] for kind in range(3)
+    )
+    lengths = [0.5 + i for i in range(len(sizes))]
+    everything = zip(weights, gradients, momenta, lengths, strict=True)
+    exact = [by_definition(*(t.double() for t in ts), n, settings_) for *ts, n in everything]
+    untouched = [gradient.clone() for gradient in gradients]
+    native.muon_update(weights, gradients, momenta, lengths, settings_)
+    for i, (weight, momentum) in enumerate(exact):
+        assert torch.equal(gradients[i], untouched[i])
+        torch.testing.assert_close(momenta[i].double(), momentum, rtol=0, atol=1e-6)
+        error = (weights[i].double() - weight).square().mean().sqrt() / lengths[i]
+        # An entry of the direction is about 1 / sqrt(the larger side); a step of the iteration
+        # enlarges what bf16 rounded to 8 bits in the one before by up to 3.4.
+        size = max(sizes[i]) ** -0.5
+        assert error < size * (1e-5 if setting.dtype == FP32 else 4 * 3.4 * 2**-8)
+    gradients[0][0, 0] = math.nan
+    native.muon_update(weights, gradients, momenta, lengths, settings_)
+    assert weights[0].isnan().any()
+    assert not any(weight.isnan().any() for weight in weights[1:])
+
+
+def by_definition(
+    weight: Tensor, gradient: Tensor, momentum: Tensor, length: float, settings_: MuonSettings
+) -> tuple[Tensor, Tensor]:
+    """Return a weight and its momentum after a step, by singular value decomposition."""
+    keep = settings_.momentum
+    momentum = keep * momentum + (1 - keep) * gradient
+    ahead = keep * momentum + (1 - keep) * gradient
+    u, values, v = torch.linalg.svd(ahead / ahead.norm(), full_matrices=False)
+    for a, b, c in settings_.steps:
+        values = a * values + b * values**3 + c * values**5
+    return settings_.decay * weight - length * (u * values) @ v, momentum
+
+
+# --- where they suit
+
+
+def test_suits(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = setting.kernels.lanes
+    x = torch.zeros(2, lanes)
+    assert native.suits(x, widths=(lanes, 3 * lanes))
+    assert not native.suits(x, widths=(lanes, lanes + 1))
+    for dtype in (torch.float64, torch.float16):
+        assert not native.suits(x.to(dtype), widths=(lanes,))
+        assert not native.suits(x, x.to(dtype), widths=(lanes,))
+    assert native.suits(x.to(BF16), widths=(lanes,)) == (BF16 in setting.kernels.dtypes)
+    assert not native.suits(x, torch.zeros(1, device="meta"), widths=(lanes,))
+    with torch.autocast("cpu", torch.float16):
+        assert not native.suits(x, widths=(lanes,))
+    with torch.autocast("cpu", BF16):
+        assert native.suits(x, widths=(lanes,)) == (BF16 in setting.kernels.dtypes)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not native.suits(x, widths=(lanes,))

@@ -1,0 +1,216 @@
+"""Characters to ids and back: any text, any vocabulary, any damage."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chargpt.base.errors import UserError
+from chargpt.data.tokenizer import CharTokenizer
+
+# Everything Python calls a character: beyond 16 bits, and halves of surrogate pairs, too.
+CHARACTERS = st.characters(exclude_categories=())
+TEXTS = st.text(CHARACTERS, min_size=1)
+repeatable = settings(derandomize=True, deadline=None, max_examples=150)
+
+
+# --- round trips
+
+
+@repeatable
+@given(TEXTS, st.booleans())
+def test_any_text_comes_back(text: str, end_of_text: bool) -> None:
+    tokenizer = CharTokenizer.fit([text], end_of_text=end_of_text)
+    ids = tokenizer.encode(text)
+    assert ids.shape == (len(text),)
+    assert ids.dtype == tokenizer.dtype
+    assert tokenizer.decode(ids) == text
+    assert ids.tolist() == [tokenizer.characters.index(character) for character in text]
+
+
+@repeatable
+@given(TEXTS, st.booleans())
+def test_json_comes_back(text: str, end_of_text: bool) -> None:
+    tokenizer = CharTokenizer.fit([text], end_of_text=end_of_text)
+    written = tokenizer.to_json()
+    written.encode("utf-8")  # it can be written to a file
+    again = CharTokenizer.from_json(written)
+    assert again == tokenizer
+    assert hash(again) == hash(tokenizer)
+    assert (again.vocab_size, again.end_of_text_id) == (
+        tokenizer.vocab_size,
+        tokenizer.end_of_text_id,
+    )
+
+
+@repeatable
+@given(st.text(CHARACTERS), st.text(CHARACTERS, min_size=1, max_size=5), st.integers(1, 7))
+def test_pieces_make_no_difference(text: str, known: str, chunk: int) -> None:
+    """Encoding goes by pieces; a wrong seam would show in a text longer than one of them."""
+    tokenizer = CharTokenizer.fit([known])
+    mixed = text + known * 4 + text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chargpt.data.tokenizer._CHUNK", chunk)
+        ids = tokenizer.encode(mixed, unknown="skip")
+    assert tokenizer.decode(ids) == "".join(c for c in mixed if c in known)
+
+
+def test_a_text_longer_than_a_piece() -> None:
+    text = "ab\U0001f600" * 400_000
+    tokenizer = CharTokenizer.fit([text])
+    assert np.array_equal(tokenizer.encode(text), np.tile([0, 1, 2], 400_000))
+
+
+# --- ids
+
+
+def test_ids_are_the_places_in_code_point_order() -> None:
+    tokenizer = CharTokenizer.fit(["ba\n", "\U0001f600\uffff"])
+    assert tokenizer.characters == ("\n", "a", "b", "\uffff", "\U0001f600")
+    assert tokenizer.encode("\n\uffff\U0001f600ab").tolist() == [0, 3, 4, 1, 2]
+    assert tokenizer.end_of_text_id is None
+    assert tokenizer.vocab_size == 5
+    assert tokenizer == CharTokenizer("b\na\U0001f600\uffff")
+
+
+def test_end_of_text_comes_last_and_is_no_text() -> None:
+    tokenizer = CharTokenizer("ab", end_of_text=True)
+    assert tokenizer.vocab_size == 3
+    assert tokenizer.end_of_text_id == 2
+    assert tokenizer.decode([2, 0, 2, 1, 2]) == "ab"
+    assert tokenizer != CharTokenizer("ab")
+    assert tokenizer != "ab"
+    assert repr(tokenizer) == "CharTokenizer('ab', end_of_text=True)"
+
+
+@pytest.mark.parametrize(
+    ("size", "end_of_text", "dtype"),
+    [
+        (256, False, np.uint8),
+        (255, True, np.uint8),
+        (256, True, np.uint32),
+        (70_000, True, np.uint32),
+    ],
+)
+def test_type_of_ids(size: int, end_of_text: bool, dtype: type) -> None:
+    characters = [chr(point) for point in range(size)]
+    tokenizer = CharTokenizer(reversed(characters), end_of_text=end_of_text)
+    text = "".join(characters)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == tokenizer.dtype == dtype
+    assert np.array_equal(ids, np.arange(size))
+    assert tokenizer.decode(ids) == text
+
+
+def test_empty_text() -> None:
+    tokenizer = CharTokenizer("ab")
+    assert tokenizer.encode("").tolist() == []
+    assert tokenizer.encode("").dtype == np.uint8
+    assert tokenizer.decode([]) == ""
+
+
+# --- characters the model has never seen
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("aéb", "'é' (U+00E9); first at character 1 (line 1, column 2)"),
+        ("ab\nb\U0001f600", "'\U0001f600' (U+1F600); first at character 4 (line 2, column 2)"),
+        ("a\n\nzyz", "'z' (U+007A), 'y' (U+0079); first at character 3 (line 3, column 1)"),
+        ("\ud800", r"'\ud800' (U+D800); first at character 0 (line 1, column 1)"),
+        ("\t", r"'\t' (U+0009); first at character 0 (line 1, column 1)"),
+        ("b`", "'`' (U+0060); first at character 1 (line 1, column 2)"),
+        ("c", "'c' (U+0063); first at character 0 (line 1, column 1)"),
+    ],
+)
+def test_unknown_characters_are_named_and_placed(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        CharTokenizer("ab\n").encode(text)
+    assert str(caught.value) == (
+        f"the model has never seen {message}: leave it out, "
+        "or give --unknown skip or --unknown replace"
+    )
+
+
+def test_of_many_unknown_characters_eight_are_named() -> None:
+    with pytest.raises(UserError) as caught:
+        CharTokenizer("ab").encode("abcdefghijkl")
+    assert str(caught.value).count("U+") == 8
+    assert "'j' (U+006A), …; first at" in str(caught.value)
+
+
+def test_skip_leaves_them_out() -> None:
+    tokenizer = CharTokenizer("ab")
+    assert tokenizer.encode("xaxbx", unknown="skip").tolist() == [0, 1]
+    assert tokenizer.encode("xyz", unknown="skip").tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("known", "replacement"),
+    [("ab\ufffd?_ ", "\ufffd"), ("ab?_ ", "?"), ("ab_ ", "_"), ("ab ", " ")],
+)
+def test_replace_takes_the_first_known_sign(known: str, replacement: str) -> None:
+    tokenizer = CharTokenizer(known)
+    replaced = tokenizer.decode(tokenizer.encode("aéb\U0001f600", unknown="replace"))
+    assert replaced == f"a{replacement}b{replacement}"
+
+
+def test_replace_without_a_sign() -> None:
+    tokenizer = CharTokenizer("ab")
+    assert tokenizer.encode("ab", unknown="replace").tolist() == [0, 1]
+    message = "the vocabulary has none of U+FFFD, '?', '_' and space to replace unknown characters"
+    with pytest.raises(UserError, match=re.escape(message) + " by: give --unknown skip"):
+        tokenizer.encode("c", unknown="replace")
+
+
+# --- what it refuses
+
+
+@pytest.mark.parametrize("wrong", [2, -1, 300])
+def test_an_id_outside_the_vocabulary(wrong: int) -> None:
+    message = f"token id {wrong} is outside the vocabulary of 2 tokens"
+    with pytest.raises(UserError, match=message):
+        CharTokenizer("ab").decode([0, wrong, 1])
+
+
+@pytest.mark.parametrize(
+    ("characters", "message"),
+    [
+        ([], "the vocabulary is empty: give a text with at least one character"),
+        (["a", "bc"], "a vocabulary entry is not one character: give single characters"),
+        (["a", ""], "a vocabulary entry is not one character: give single characters"),
+        (["a", "b", "a"], "the vocabulary names a character twice: give distinct characters"),
+    ],
+)
+def test_bad_vocabularies(characters: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CharTokenizer(characters)
+
+
+def test_no_text_has_no_vocabulary() -> None:
+    with pytest.raises(UserError, match="the vocabulary is empty"):
+        CharTokenizer.fit(["", ""])
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "3", "null", "{}", '{"format": 1}'])
+def test_a_damaged_file(damaged: str) -> None:
+    with pytest.raises(UserError, match=r"^not a tokenizer file \(.+\): train the model again$"):
+        CharTokenizer.from_json(damaged)
+
+
+@pytest.mark.parametrize("characters", [None, 3, [1, 2], ["a", None]])
+def test_a_file_with_damaged_characters(characters: object) -> None:
+    fields = {"format": 1, "characters": characters, "end_of_text": False}
+    with pytest.raises(UserError):
+        CharTokenizer.from_json(json.dumps(fields))
+
+
+def test_a_newer_file() -> None:
+    fields = json.loads(CharTokenizer("ab").to_json()) | {"format": 2}
+    with pytest.raises(UserError) as caught:
+        CharTokenizer.from_json(json.dumps(fields))
+    assert str(caught.value) == "the tokenizer has format 2, this chargpt reads 1: upgrade"

@@ -1,0 +1,365 @@
+"""Filters and draws beside a slow and obvious implementation in Python's own numbers."""
+
+import itertools
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import slow
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chargpt.base.errors import UserError
+from chargpt.config import SampleConfig
+from chargpt.engine.sampling import filter_logits, sample_next, uniform_stream
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
+INF = math.inf
+
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"temperature": 0},
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_k": 99},
+    {"top_p": 0.2},
+    {"top_p": 0.9},
+    {"top_p": 0.9999},
+    {"min_p": 0.05},
+    {"min_p": 0.5},
+    {"min_p": 1.0},
+    {"repetition_penalty": 1.8, "seen": [0, 2, 7]},
+    {"repetition_penalty": 0.6, "seen": [1, 2, 3]},
+    {"bias": [0.5, -1, 0, 0, 3, 0, 0, -INF, -INF, 0, -7, 1.5]},
+    {"temperature": 1.4, "top_k": 6, "top_p": 0.8, "min_p": 0.1},
+    {"temperature": 0.7, "top_k": 8, "min_p": 0.02, "repetition_penalty": 1.3, "seen": [0, 5, 11]},
+    {"temperature": 3.0, "top_p": 0.7, "bias": [0.0] * 6 + [-INF] * 2 + [2.0] * 4},
+    {
+        "temperature": 1.7,
+        "top_k": 7,
+        "top_p": 0.95,
+        "min_p": 0.03,
+        "repetition_penalty": 2.5,
+        "seen": [2, 3, 4, 9],
+        "bias": [1, 0, -INF, 0, 2, 0, 0, 0, 0, 0, -1, 0],
+    },
+]
+V = 12
+
+
+def some_logits(seed: int) -> list[float]:
+    rng = random.Random(seed)
+    return torch.tensor([rng.gauss(0, 2) for _ in range(V)]).tolist()  # numbers of float32
+
+
+def fast(logits: Tensor, filters: dict[str, Any]) -> Tensor:
+    """Return filtered logits; the filters are written as the slow implementation takes them."""
+    filters = dict(filters)
+    if "seen" in filters:
+        mask = torch.zeros(logits.size(-1), dtype=torch.bool)
+        mask[filters["seen"]] = True
+        filters["seen"] = mask.expand_as(logits)
+    if "bias" in filters:
+        filters["bias"] = torch.tensor(filters["bias"], dtype=torch.float32)
+    return filter_logits(logits, **filters)
+
+
+def probabilities(**filters: Any) -> list[float]:
+    return filter_logits(LOGITS, **filters).softmax(-1).tolist()
+
+
+# --- each filter, and several
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_probabilities_equal_the_slow_ones(filters: dict[str, Any]) -> None:
+    for seed in range(25):
+        logits = some_logits(seed)
+        expected = slow.probabilities(logits, **filters)
+        p = fast(torch.tensor(logits), filters).softmax(-1).tolist()
+        assert p == pytest.approx(expected, abs=1e-6)
+        assert [x > 0 for x in p] == [x > 0 for x in expected], "the same tokens are left"
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_rows_are_filtered_each_by_itself(filters: dict[str, Any]) -> None:
+    """To the bit, and whatever the shape; what is given stays as it was."""
+    logits = torch.tensor([some_logits(seed) for seed in range(6)])
+    untouched = logits.clone()
+    alone = torch.stack([fast(row, filters) for row in logits])
+    assert torch.equal(fast(logits, filters), alone)
+    assert torch.equal(fast(logits.view(2, 3, V), filters), alone.view(2, 3, V))
+    assert torch.equal(fast(logits[3:4], filters), alone[3:4])
+    assert torch.equal(logits, untouched)
+
+
+def test_each_row_has_seen_its_own_tokens() -> None:
+    seen = torch.tensor([[True, False, True], [False, False, False]])
+    filtered = filter_logits(torch.tensor([[4.0, 4, -1]] * 2), repetition_penalty=2, seen=seen)
+    differences = filtered - filtered[:, 1:2]
+    assert differences.tolist() == [[-2, 0, -6], [0, 0, -5]]
+
+
+def test_temperature_divides_the_logits() -> None:
+    weights = [math.exp(x / 0.7) for x in LOGITS.tolist()]
+    assert probabilities(temperature=0.7) == pytest.approx([w / sum(weights) for w in weights])
+
+
+def test_temperature_zero_takes_the_likeliest_and_tiny_ones_do_not_overflow() -> None:
+    assert probabilities(temperature=0) == [1, 0, 0, 0, 0]
+    assert probabilities(temperature=1e-30) == [1, 0, 0, 0, 0]
+    assert probabilities(temperature=5e-324) == [1, 0, 0, 0, 0]
+
+
+def test_top_k_keeps_exactly_k_although_all_tie() -> None:
+    for n, k in itertools.product((2, 10, 65, 300), (1, 2, 3, 64)):
+        kept = filter_logits(torch.zeros(n), top_k=k).softmax(-1)
+        assert int((kept > 0).sum()) == min(n, k)
+        assert kept.max().item() == pytest.approx(1 / min(n, k))
+    partly = filter_logits(torch.tensor([1.0, 3, 1, 1, 2, 1]), top_k=4).softmax(-1)
+    assert (partly[1] > 0 and partly[4] > 0) and int((partly > 0).sum()) == 4
+
+
+def test_greedy_takes_one_although_all_tie() -> None:
+    assert sorted(filter_logits(torch.zeros(5), temperature=0).softmax(-1).tolist())[-2:] == [0, 1]
+
+
+def test_top_k_larger_than_the_vocabulary_keeps_all() -> None:
+    assert probabilities(top_k=99) == pytest.approx(LOGITS.softmax(-1).tolist())
+    assert probabilities(top_k=5) == pytest.approx(LOGITS.softmax(-1).tolist())
+
+
+def test_top_p_keeps_the_fewest_that_hold_p() -> None:
+    # softmax: 0.6070, 0.2233, 0.1354, 0.0302, 0.0041, with cumulative sums 0.61, 0.83, 0.97, …
+    full = LOGITS.softmax(-1).tolist()
+    assert probabilities(top_p=0.5) == [1, 0, 0, 0, 0]
+    held = full[0] + full[1]
+    assert probabilities(top_p=0.7) == pytest.approx([full[0] / held, full[1] / held, 0, 0, 0])
+    assert [p > 0 for p in probabilities(top_p=0.9)] == [True, True, True, False, False]
+    assert probabilities(top_p=1e-9) == [1, 0, 0, 0, 0]
+    assert probabilities(top_p=1.0) == pytest.approx(full)
+
+
+def test_top_p_at_the_very_edge() -> None:
+    """Two of four equal tokens hold exactly one half: a third one is not needed."""
+    p = filter_logits(torch.zeros(4), top_p=0.5).softmax(-1)
+    assert sorted(p.tolist()) == [0, 0, 0.5, 0.5]
+
+
+def test_min_p_compares_with_the_likeliest() -> None:
+    ratios = [math.exp(x - 2) for x in LOGITS.tolist()]  # 1, 0.368, 0.223, 0.050, 0.0067
+    for min_p in (0.001, 0.04, 0.06, 0.2, 0.3, 0.9, 1):
+        assert [p > 0 for p in probabilities(min_p=min_p)] == [r >= min_p for r in ratios]
+    # Temperature comes first: at 4 the last one has e^(-5/4) = 0.29 of the likeliest.
+    assert all(p > 0 for p in probabilities(min_p=0.28, temperature=4))
+    assert probabilities(min_p=0.3, temperature=4)[4] == 0
+    tied = filter_logits(torch.tensor([1.0, 2, 2]), min_p=1).softmax(-1).tolist()
+    assert tied == [0, 0.5, 0.5]
+
+
+def test_repetition_penalty_makes_what_was_seen_less_likely_whatever_its_sign() -> None:
+    seen = torch.tensor([True, False, False, True, False])
+    filtered = filter_logits(LOGITS, repetition_penalty=2, seen=seen)
+    assert (filtered - filtered[1]).tolist() == pytest.approx([0, 0, -0.5, -3, -4])
+    for off in ({"repetition_penalty": 1.0, "seen": seen}, {"repetition_penalty": 2.0}):
+        assert probabilities(**off) == pytest.approx(LOGITS.softmax(-1).tolist())
+
+
+def test_bias_is_added_before_all_else() -> None:
+    """A penalty sees the biased logits: 1 - 2 is negative, so that it is multiplied."""
+    bias, seen = torch.tensor([0.0, -2, 0, 0, 0]), torch.tensor([False, True, False, False, False])
+    filtered = filter_logits(LOGITS, bias=bias, repetition_penalty=3, seen=seen)
+    assert (filtered - filtered[0]).tolist() == pytest.approx([0, -5, -1.5, -3, -5])
+
+
+# --- whatever the numbers
+
+NUMBERS = st.floats(-(2.0**120), 2.0**120, width=32)
+LISTS = st.lists(
+    st.one_of(NUMBERS, st.floats(-20, 20, width=32), st.sampled_from([0.0, 1.0, 1.0, -INF])),
+    min_size=1,
+    max_size=70,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    logits=LISTS,
+    temperature=st.one_of(st.just(0.0), st.floats(0, 100), st.floats(0, 1e30)),
+    top_k=st.integers(0, 80),
+    top_p=st.one_of(st.just(1.0), st.floats(1e-9, 1)),
+    min_p=st.one_of(st.just(0.0), st.floats(0, 1)),
+    repetition_penalty=st.one_of(st.just(1.0), st.floats(0.1, 10)),
+    data=st.data(),
+)
+def test_something_allowed_is_left_to_draw(
+    logits: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    data: st.DataObject,
+) -> None:
+    n = len(logits)
+    bans = data.draw(st.lists(st.booleans(), min_size=n, max_size=n), label="bans")
+    seen = data.draw(st.lists(st.booleans(), min_size=n, max_size=n), label="seen")
+    allowed = [i for i in range(n) if logits[i] > -INF and not bans[i]]
+    assume(allowed)
+    filtered = filter_logits(
+        torch.tensor([logits]),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seen=torch.tensor([seen]),
+        bias=torch.tensor([-INF if ban else 0.0 for ban in bans]),
+    )
+    p = filtered.softmax(-1)[0]
+    assert torch.isfinite(p).all()
+    assert p.sum().item() == pytest.approx(1, abs=1e-4)
+    left = set(p.nonzero()[:, 0].tolist())
+    assert left <= set(allowed)
+    assert len(left) <= (1 if temperature == 0 else top_k or n)
+    for uniform in (0.0, 0.5, 1 - 2**-53, data.draw(st.floats(0, 1, exclude_max=True))):
+        drawn = sample_next(filtered, torch.tensor([uniform], dtype=torch.float64))
+        assert drawn.tolist()[0] in left
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_p": 1e-50},
+        {"top_p": 5e-324},
+        {"top_p": math.nextafter(1, 0)},
+        {"min_p": 5e-324},
+        {"temperature": 5e-324},
+        {"temperature": 1e300},
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 1e300},
+    ],
+    ids=str,
+)
+def test_the_most_extreme_settings_still_leave_something(filters: dict[str, float]) -> None:
+    """Every number that the configuration lets through, unless it does not."""
+    try:
+        SampleConfig(**filters)  # type: ignore[arg-type]
+    except UserError:
+        return
+    for logits in (LOGITS, LOGITS - 10, LOGITS + 10):
+        p = filter_logits(
+            logits,
+            seen=torch.ones(5, dtype=torch.bool),
+            bias=torch.tensor([0, -INF, 0, 0, 0]),
+            **filters,  # type: ignore[arg-type]
+        ).softmax(-1)
+        assert torch.isfinite(p).all()
+        assert p[1] == 0
+
+
+# --- the draw
+
+
+def chi_square_limit(degrees: int) -> float:
+    """Return what a chi-square exceeds once in 1,000 (Wilson and Hilferty 1931)."""
+    share = 2 / (9 * degrees)
+    return degrees * (1 - share + 3.0902 * math.sqrt(share)) ** 3
+
+
+def test_the_limit_is_that_of_the_tables() -> None:
+    for degrees, limit in ((3, 16.27), (10, 29.59), (60, 99.61)):
+        assert chi_square_limit(degrees) == pytest.approx(limit, rel=0.02)
+
+
+def assert_distribution(draws: list[int], expected: list[float]) -> None:
+    """Hold counts against probabilities; tokens expected fewer than five times count as one."""
+    n, counts = len(draws), Counter(draws)
+    assert all(expected[i] > 0 for i in counts), "a token was drawn that nothing allows"
+    cells = [(counts[i], n * p) for i, p in enumerate(expected) if n * p >= 5]
+    rare = [(counts[i], n * p) for i, p in enumerate(expected) if 0 < n * p < 5]
+    if rare:
+        cells.append((sum(c for c, _ in rare), sum(e for _, e in rare)))
+    if len(cells) > 1:
+        chi_square = sum((c - e) ** 2 / e for c, e in cells)
+        assert chi_square < chi_square_limit(len(cells) - 1)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_draws_follow_the_probabilities(filters: dict[str, Any]) -> None:
+    n, logits = 100_000, some_logits(3)
+    uniforms = torch.tensor(list(itertools.islice(uniform_stream(5), n)), dtype=torch.float64)
+    draws = sample_next(fast(torch.tensor(logits), filters).expand(n, -1), uniforms)
+    assert_distribution(draws.tolist(), slow.probabilities(logits, **filters))
+
+
+def test_draws_of_a_large_vocabulary_follow_the_probabilities() -> None:
+    rng = random.Random(0)
+    n, logits = 100_000, [rng.gauss(0, 3) for _ in range(500)]
+    uniforms = torch.tensor(list(itertools.islice(uniform_stream(6), n)), dtype=torch.float64)
+    draws = torch.cat(
+        [
+            sample_next(torch.tensor(logits).expand(len(part), -1), part)
+            for part in uniforms.split(5_000)
+        ]
+    )
+    assert_distribution(draws.tolist(), slow.softmax(logits))
+
+
+def test_the_draw_inverts_the_distribution() -> None:
+    p = [0.0, 0.25, 0.0, 0.5, 0.125, 0.125, 0.0]
+    logits = torch.tensor(p).log()
+    edges = {0.0: 1, 0.2499: 1, 0.2501: 3, 0.7499: 3, 0.7501: 4, 0.8749: 4, 0.8751: 5}
+    edges[1 - 2**-53] = 5
+    uniforms = torch.tensor(list(edges), dtype=torch.float64)
+    drawn = sample_next(logits.expand(len(edges), -1), uniforms)
+    assert drawn.tolist() == list(edges.values())
+    assert drawn.shape == (len(edges),)
+    for uniform, token in edges.items():
+        assert slow.draw(p, uniform) == token
+
+
+def test_each_row_has_its_own_draw() -> None:
+    rows = torch.tensor([some_logits(seed) for seed in range(40)])
+    uniforms = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = sample_next(rows, uniforms).tolist()
+    assert together == [sample_next(rows[i : i + 1], uniforms[i : i + 1]).item() for i in range(40)]
+    pairs = zip(rows.tolist(), uniforms.tolist(), strict=True)
+    assert together == [slow.draw(slow.softmax(row), uniform) for row, uniform in pairs]
+
+
+# --- random numbers
+
+
+def test_a_stream_is_a_function_of_its_seed_and_has_no_end() -> None:
+    for seed in (0, 1, 2**63 - 1):
+        ours = list(itertools.islice(uniform_stream(seed), 1000))
+        assert ours == list(itertools.islice(slow.uniforms(seed), 1000))
+        assert all(0 <= u < 1 for u in ours)
+        assert len(set(ours)) == 1000
+
+
+def test_streams_do_not_disturb_each_other() -> None:
+    first, second = uniform_stream(1), uniform_stream(1)
+    interleaved = [(next(first), next(second)) for _ in range(200)]
+    assert all(a == b for a, b in interleaved)
+
+
+def test_near_seeds_and_near_places_are_unrelated() -> None:
+    n = 1000
+    table = torch.tensor(
+        [list(itertools.islice(uniform_stream(seed), 20)) for seed in range(n)],
+        dtype=torch.float64,
+    )
+    for values in (table[:, 0], table[:, 19], table.flatten()):
+        cells = (values * 20).long().tolist()
+        assert_distribution(cells, [1 / 20] * 20)
+    centred = (table - 0.5) * math.sqrt(12)  # of mean 0 and variance 1
+    for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):
+        assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())

@@ -1,0 +1,131 @@
+"""SIGINT and SIGTERM to a run of the preset `tiny`, at every stage of it; then a second one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import words
+
+from chargpt.runs.checkpoint import find_problem
+from chargpt.runs.report import read_metrics
+
+pytestmark = [
+    pytest.mark.reliability,
+    pytest.mark.skipif(os.name == "nt", reason="signals of POSIX"),
+]
+
+ARGUMENTS = [
+    *("train", "text.txt", "--out", "run", "--resume", "auto", "--preset", "tiny"),
+    *("--steps", "100000"),
+    *("--device", "cpu", "--eval-interval", "20", "--save-interval", "1", "--log-interval", "1"),
+]
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+# Tells when it evaluates, and never ends a save once told to.
+TALKATIVE = """
+import signal, sys, threading, time
+from chargpt.runs import checkpoint; from chargpt.cli import main as cli; from chargpt.training import loop as training
+
+def tell_first(module, name, text):
+    plain = getattr(module, name)
+    def telling(*args, **kwargs):
+        print(text, flush=True)
+        return plain(*args, **kwargs)
+    setattr(module, name, telling)
+
+tell_first(training, "evaluate", "evaluating")
+def save_forever(*_):
+    print("saving", flush=True)
+    while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        time.sleep(0.01)
+    print("told once", flush=True)
+    threading.Event().wait()
+
+if sys.argv[1] == "forever":
+    checkpoint.write_file = save_forever
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def start(folder: Path, saves: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", TALKATIVE, saves, *ARGUMENTS],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def steps(run: Path) -> int:
+    return max((row["step"] for row in read_metrics(run)), default=0)
+
+
+def wait_until(condition: Callable[[], bool], child: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert child.poll() is None, child.communicate()
+
+
+def wait_for(text: str, child: subprocess.Popen[str]) -> None:
+    assert child.stdout is not None
+    assert any(text in line for line in child.stdout)
+
+
+@pytest.mark.parametrize("stage", ["a step", "a save", "an evaluation"])
+@pytest.mark.parametrize("sent", CODES)
+def test_a_signal_saves_and_ends(tmp_path: Path, sent: int, stage: str) -> None:
+    (tmp_path / "text.txt").write_text(words(300_000))
+    run = tmp_path / "run"
+    child = start(tmp_path)
+    if stage == "an evaluation":
+        wait_for("evaluating", child)
+    else:
+        wait_until(lambda: steps(run) >= 3, child)
+    if stage == "a save":
+        wait_until((run / ".last.new").exists, child)
+    before = time.perf_counter()
+    child.send_signal(sent)
+    _, said = child.communicate(timeout=60)
+    seconds = time.perf_counter() - before
+    assert child.returncode == CODES[signal.Signals(sent)]
+    assert "go on with --out run --resume" in said
+    assert "Traceback" not in said
+    assert find_problem(run / "last") is None
+    state = json.loads((run / "last" / "state.json").read_text())
+    assert state["step"] == steps(run)  # not a step is lost
+    if stage == "an evaluation":
+        assert (state["step"], state["evaluated_step"]) == (20, None)
+    print(f"{signal.Signals(sent).name} in {stage}: ended after {seconds:.1f} s")
+
+
+@pytest.mark.parametrize("sent", CODES)
+def test_a_second_signal_ends_at_once(tmp_path: Path, sent: int) -> None:
+    """Amid a save that would take forever; what was saved before stands."""
+    (tmp_path / "text.txt").write_text(words(300_000))
+    run = tmp_path / "run"
+    child = start(tmp_path)
+    wait_until(lambda: steps(run) >= 3, child)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=60)
+    saved = (run / "last" / "state.json").read_bytes()
+
+    child = start(tmp_path, "forever")
+    wait_for("saving", child)
+    child.send_signal(sent)
+    wait_for("told once", child)
+    child.send_signal(sent)
+    before = time.perf_counter()
+    _, said = child.communicate(timeout=60)
+    seconds = time.perf_counter() - before
+    # SIGTERM ends it without a word; Ctrl-C by way of Python, which can say one.
+    assert child.returncode == (-signal.SIGTERM if sent == signal.SIGTERM else 130)
+    assert "Traceback" not in said
+    assert find_problem(run / "last") is None
+    assert (run / "last" / "state.json").read_bytes() == saved
+    print(f"a second {signal.Signals(sent).name}: ended after {seconds:.1f} s")
