@@ -36,11 +36,11 @@ def main() -> None:
     print(f"{'preset':<8}{'B × H × T × D':<20}{'type':<6}{'dropout':<9}{columns}")
     for name in arguments.presets:
         for dtype in DTYPES if device.type == "cuda" else ("fp32", "bf16"):
-            for dropout_p in sorted({0.0, PRESETS[name]().model.dropout}):
+            for dropout_p in sorted({0.0, PRESETS[name]().model_config.dropout}):
                 print(f"{name:<8}{_shape(name):<20}{dtype:<6}{dropout_p:<9g}", end="", flush=True)
                 for backend in BACKENDS:
                     qkv = _random(name, DTYPES[dtype], device)
-                    case = Case(backend, PRESETS[name]().model.n_head, dropout_p)
+                    case = Case(backend, PRESETS[name]().model_config.n_head, dropout_p)
                     shown = time_case(case, qkv, arguments.seconds)
                     print(f"{shown:>10}", end="", flush=True)
                 print()
@@ -80,13 +80,21 @@ def time_case(case: Case, qkv: Tensor, seconds: float) -> str:
 
 def _shape(name: str) -> str:
     preset = PRESETS[name]()
-    H, T, C = preset.model.n_head, preset.model.block_size, preset.model.d_model
-    return f"{preset.train.batch_size} × {H} × {T} × {C // H}"
+    H, T, C = (
+        preset.model_config.n_head,
+        preset.model_config.block_size,
+        preset.model_config.d_model,
+    )
+    return f"{preset.train_config.batch_size} × {H} × {T} × {C // H}"
 
 
 def _random(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     preset = PRESETS[name]()
-    size = (preset.train.batch_size, preset.model.block_size, 3 * preset.model.d_model)
+    size = (
+        preset.train_config.batch_size,
+        preset.model_config.block_size,
+        3 * preset.model_config.d_model,
+    )
     return torch.randn(size, device=device).to(dtype).requires_grad_()  # (B, T, 3C)
 
 

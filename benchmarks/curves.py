@@ -141,7 +141,7 @@ def _contenders(
     for name, chosen in presets.items():
         yield own_curve(name, chosen, seconds, out / f"chargpt-{name}")
     training = TrainConfig(batch_size=TWIN_BATCH, learning_rate=PEAK, minutes=seconds / 60)
-    shape = tiny().model.replace(dropout=0.0)
+    shape = tiny().model_config.replace(dropout=0.0)
     if clone is not None:
         recipe = text_trainer(README_SHAPE, training.replace(batch_size=README_BATCH))
         name = "nanoGPT, its README's CPU recipe"
@@ -162,7 +162,12 @@ def text_trainer(model: GPT2Config, training: TrainConfig, text: str = TEXT) -> 
     nowhere = Path(tempfile.gettempdir(), "chargpt-curves")  # nothing is written
     with own_random_state():
         return make_plan(
-            [text], model=model, training=training, data=DataConfig(), out=nowhere, resuming=False
+            [text],
+            model_config=model,
+            train_config=training,
+            data_config=DataConfig(),
+            out=nowhere,
+            resuming=False,
         ).trainer
 
 
@@ -176,7 +181,9 @@ def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
         SystemExit: somebody interrupted it.
     """
     training = within(chosen, seconds).replace(log_interval=1, sample_length=0)
-    summary = train(TEXT, model=chosen.model, training=training, out=run, quiet=True).summary
+    summary = train(
+        TEXT, model_config=chosen.model_config, train_config=training, out=run, quiet=True
+    ).summary
     if summary.stop_reason in ("interrupted", "terminated"):
         raise SystemExit(f"{summary.stop_reason} in {run}")
     points = [Point(e.seconds, e.val_loss) for e in learning_curve(run)]
@@ -185,10 +192,10 @@ def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
 
 def within(chosen: Preset, seconds: float) -> TrainConfig:
     """Return how a preset trains; where that would take longer than `seconds`, for `seconds`."""
-    training = chosen.train
+    training = chosen.train_config
     if training.minutes is not None:
         return training.replace(minutes=min(training.minutes, seconds / 60))
-    trainer = text_trainer(chosen.model, training)
+    trainer = text_trainer(chosen.model_config, training)
     prepare(trainer, lambda _: None)
     assert trainer.total_steps is not None
     needed = trainer.total_steps * Own(trainer).measure(TRIAL_SECONDS)
@@ -226,7 +233,7 @@ class TimedNanoGPT(NanoGPT):
         iterations = max(2, iterations if limit is None else min(iterations, limit))
         interval = max(2, iterations // N_EVALUATIONS)
         iterations -= iterations % interval  # so that the last one is evaluated
-        characters = self.trainer.config.batch_size * self.trainer.windows.block_size
+        characters = self.trainer.train_config.batch_size * self.trainer.windows.block_size
         flags = {
             "learning_rate": PEAK,
             "warmup_iters": min(100, iterations // 2),
@@ -273,7 +280,7 @@ class TimedHuggingFace(HuggingFace):
     """
 
     def __init__(self, trainer: Trainer, transformers: Any) -> None:
-        torch.manual_seed(trainer.config.seed)
+        torch.manual_seed(trainer.train_config.seed)
         compiled = trainer.device.type == "cuda"
         super().__init__(trainer, trainer.precision, transformers, compiled=compiled)
 
@@ -282,10 +289,10 @@ class TimedHuggingFace(HuggingFace):
         trainer, spent = self.trainer, 0.0
         points: list[Point] = []
         while spent < seconds:
-            share = schedule(max(spent / seconds, 1e-3), trainer.config)
+            share = schedule(max(spent / seconds, 1e-3), trainer.train_config)
             start = time.perf_counter()
             for group in self.optimizer.param_groups:
-                group["lr"] = trainer.config.learning_rate * share
+                group["lr"] = trainer.train_config.learning_rate * share
             self._step()
             synchronize(trainer.device)
             spent += time.perf_counter() - start

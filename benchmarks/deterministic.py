@@ -31,7 +31,7 @@ def main() -> None:
     for name in given.presets:
         for kernels in ("auto", "off"):
             preset = PRESETS[name]()
-            preset = replace(preset, train=preset.train.replace(kernels=kernels))
+            preset = replace(preset, train=preset.train_config.replace(kernels=kernels))
             ratios = measure(preset, given.rounds, given.seconds)
             print(
                 f"{name:6} kernels {kernels:4}  {statistics.median(ratios):.3f} times a step "
@@ -42,7 +42,7 @@ def main() -> None:
 
 def measure(preset: Preset, rounds: int, seconds: float) -> list[float]:
     """Return for each round how much longer a deterministic step takes."""
-    trainer = synthetic_trainer(preset.model, preset.train)
+    trainer = synthetic_trainer(preset.model_config, preset.train_config)
     prepare(trainer, lambda _: None)
     trainer.model.train()
     turn(trainer, seconds, wanted=False)  # to warm up

@@ -42,10 +42,10 @@ def main() -> None:
 def measure(name: str, folder: Path, repeats: int, batch_size: int | None) -> str:
     """Return a line of the table."""
     preset = PRESETS[name]()
-    training = preset.train.replace(gradient_accumulation_steps=1)
+    training = preset.train_config.replace(gradient_accumulation_steps=1)
     if batch_size:
         training = training.replace(batch_size=batch_size)
-    trainer = synthetic_trainer(preset.model, training)
+    trainer = synthetic_trainer(preset.model_config, training)
     prepare(trainer, lambda line: None)
     trainer.out = folder
     trainer.model.train()

@@ -87,12 +87,12 @@ def run_seeds(given: argparse.Namespace) -> None:
     """
     changes = parse_settings(given.set)
     configs = resolve(preset(given.preset), {}, changes)
-    validation = load_corpus(given.text, configs["data"]).validation
+    validation = load_corpus(given.text, configs["data_config"]).validation
     rows: list[Row] = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         run = given.out / f"seed-{seed}"
         # The clock at every step, and no time for samples.
-        training = configs["training"].replace(seed=seed, log_interval=1, sample_length=0)
+        training = configs["train_config"].replace(seed=seed, log_interval=1, sample_length=0)
         train_seed(run, given.text, configs | {"training": training})
         rows.append(score_run(run, validation, given.target) | {"seed": seed})
         results = {
@@ -143,7 +143,7 @@ def train_seed(run: Path, texts: Sequence[str], configs: Mapping[str, Any]) -> N
     """
     if _is_finished(run):
         old = saved(run)
-        shape = configs["model"].replace(vocab_size=old["model"].vocab_size)
+        shape = configs["model_config"].replace(vocab_size=old["model"].vocab_size)
         if old != {**configs, "model": shape} or saved_sources(run) != tuple(texts):
             raise UserError(f"{run} was trained with other settings: give another --out")
         return

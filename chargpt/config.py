@@ -27,10 +27,10 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "muon"]
 Cooldown = Literal["cosine", "linear"]
-Switch = Literal["auto", "on", "off"]
+OnOffAuto = Literal["auto", "on", "off"]
 Attention = Literal["auto", "native", "matmul", "sdpa"]
 Parallel = Literal["auto", "none", "dp"]
-Which = Literal["best", "last"]
+CheckpointName = Literal["best", "last"]
 """A checkpoint: of the lowest validation loss, or where the run is."""
 Tracker = Literal["none", "tensorboard", "wandb"]
 Unknown = Literal["error", "skip", "replace"]
@@ -211,12 +211,12 @@ class TrainConfig:
     """auto takes cuda, then mps, then cpu."""
     precision: Precision = "auto"
     """auto takes bf16 where the hardware multiplies it fast, then fp16 on CUDA, then fp32."""
-    kernels: Switch = "auto"
+    kernels: OnOffAuto = "auto"
     """C++ kernels for a CPU, compiled on first use. auto is on where that works (Linux)."""
     attention: Attention = "auto"
     """How attention is computed: native (the kernels), matmul (the textbook), sdpa (PyTorch's
     fused kernel); auto takes the fastest."""
-    compile: Switch = "auto"
+    compile: OnOffAuto = "auto"
     """torch.compile; auto is on for CUDA, off elsewhere. Falls back to eager."""
     parallel: Parallel = "auto"
     """dp shares each batch among all GPUs (torch.nn.DataParallel, in this process); auto uses
@@ -339,20 +339,20 @@ def check_sampling(config: Any) -> None:
 class Preset:
     """A model and the way to train it, which go together."""
 
-    model: GPT2Config
-    train: TrainConfig
+    model_config: GPT2Config
+    train_config: TrainConfig
 
 
 def tiny() -> Preset:
     """0.82 M parameters: a laptop's three minutes. The defaults above, edit them there."""
-    return Preset(model=GPT2Config(), train=TrainConfig())
+    return Preset(model_config=GPT2Config(), train_config=TrainConfig())
 
 
 def speedrun() -> Preset:
     """0.81 M parameters: on Tiny Shakespeare, nanoGPT's published loss in the shortest time."""
     return Preset(
-        model=GPT2Config(dropout=0.0, bias=False),
-        train=TrainConfig(
+        model_config=GPT2Config(dropout=0.0, bias=False),
+        train_config=TrainConfig(
             batch_size=16,
             steps=2600,
             optimizer="muon",
@@ -371,7 +371,7 @@ def speedrun() -> Preset:
 def best() -> Preset:
     """4.8 M parameters and dropout: half an hour on two fast cores; 1.40 on Tiny Shakespeare."""
     return Preset(
-        model=GPT2Config(
+        model_config=GPT2Config(
             block_size=256,
             n_layer=6,
             n_head=4,
@@ -381,7 +381,7 @@ def best() -> Preset:
             attention_dropout=0.0,
             bias=False,
         ),
-        train=TrainConfig(
+        train_config=TrainConfig(
             batch_size=16,
             steps=6000,
             optimizer="muon",
@@ -401,8 +401,8 @@ def best() -> Preset:
 def baby() -> Preset:
     """10.8 M parameters, the shape of nanoGPT's Shakespeare model: for a GPU."""
     return Preset(
-        model=GPT2Config(block_size=256, n_layer=6, n_head=6, d_model=384, dropout=0.2),
-        train=TrainConfig(
+        model_config=GPT2Config(block_size=256, n_layer=6, n_head=6, d_model=384, dropout=0.2),
+        train_config=TrainConfig(
             batch_size=64, learning_rate=1e-3, warmup_fraction=0.02, eval_interval=250, steps=5000
         ),
     )
@@ -411,8 +411,8 @@ def baby() -> Preset:
 def gpt2() -> Preset:
     """86 M parameters with a character vocabulary (124 M with GPT-2's own): for a large text."""
     return Preset(
-        model=GPT2Config(block_size=1024, n_layer=12, n_head=12, d_model=768, dropout=0.1),
-        train=TrainConfig(
+        model_config=GPT2Config(block_size=1024, n_layer=12, n_head=12, d_model=768, dropout=0.1),
+        train_config=TrainConfig(
             batch_size=12,
             gradient_accumulation_steps=8,
             learning_rate=6e-4,

@@ -23,7 +23,7 @@ from chargpt.base.checks import check_names
 from chargpt.base.errors import UserError
 from chargpt.base.seeding import SAMPLE, derive_seed
 from chargpt.compute.native import KernelsError
-from chargpt.config import SampleConfig, Switch
+from chargpt.config import OnOffAuto, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine import scheduler as engines
 from chargpt.engine.decoder import Decoder, PyTorchDecoder
@@ -34,7 +34,7 @@ from chargpt.model import GPT2
 BATCH_SIZE = 32
 
 
-def make_decoder(model: GPT2, n_slots: int, kernels: Switch = "auto") -> Decoder:
+def make_decoder(model: GPT2, n_slots: int, kernels: OnOffAuto = "auto") -> Decoder:
     """Return the fastest decoder for a model.
 
     Args:
@@ -62,7 +62,7 @@ def generate(
     prompt: Sequence[int],
     *,
     seed: int = 0,
-    kernels: Switch = "auto",
+    kernels: OnOffAuto = "auto",
     **settings: Any,
 ) -> Iterator[Token]:
     """Yield new tokens of one sequence, each with its log-probability.
@@ -119,7 +119,7 @@ def write(
     *,
     seeds: Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
-    kernels: Switch = "auto",
+    kernels: OnOffAuto = "auto",
     top_logprobs: int = 0,
     tell_prompt: bool = False,
 ) -> Iterator[tuple[Completion, str]]:
@@ -246,7 +246,7 @@ def generate_text(
     config: SampleConfig,
     *,
     number: int = 0,
-    kernels: Switch = "auto",
+    kernels: OnOffAuto = "auto",
 ) -> Iterator[str]:
     """Yield one new text piece by piece as it is written, without the prompt and stop strings.
 

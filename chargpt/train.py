@@ -14,7 +14,7 @@ from chargpt.base.seeding import own_random_state
 from chargpt.base.units import bits_per_char
 from chargpt.compute.counts import count_parameters
 from chargpt.compute.device import describe_device, deterministic_algorithms
-from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, Which, tiny
+from chargpt.config import CheckpointName, DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.generate import generate_text
 from chargpt.measure.baselines import unigram_nats
@@ -49,9 +49,9 @@ class TrainResult(NamedTuple):
 def train(
     texts: str | Sequence[str] = "tiny-shakespeare",
     *,
-    model: GPT2Config | None = None,
-    training: TrainConfig | None = None,
-    data: DataConfig | None = None,
+    model_config: GPT2Config | None = None,
+    train_config: TrainConfig | None = None,
+    data_config: DataConfig | None = None,
     out: str | Path | None = None,
     resume: bool | Literal["auto"] = False,
     quiet: bool = False,
@@ -60,9 +60,9 @@ def train(
 
     Args:
         texts: files, folders, globs, "-" or names of data sets; see `chargpt.data.corpus.load_corpus`.
-        model: its shape; default: the preset ``tiny``. ``vocab_size`` 0 follows the text.
-        training: budget, optimizer, device; default: the preset ``tiny``.
-        data: encoding, documents, split.
+        model_config: its shape; default: the preset ``tiny``. ``vocab_size`` 0 follows the text.
+        train_config: budget, optimizer, device; default: the preset ``tiny``.
+        data_config: encoding, documents, split.
         out: the run folder; default: a new one below ``runs/``.
         resume: go on with the run in `out`; "auto": or begin it, if there is none.
         quiet: print nothing.
@@ -75,7 +75,11 @@ def train(
         TrainingError: training cannot go on; what was learned is in the run folder.
     """
     sources = (texts,) if isinstance(texts, str) else tuple(texts)
-    model, training, data = model or tiny().model, training or tiny().train, data or DataConfig()
+    model_config, train_config, data_config = (
+        model_config or tiny().model_config,
+        train_config or tiny().train_config,
+        data_config or DataConfig(),
+    )
     folder = Path(out) if out is not None else free_folder(sources)
     try:
         _check_folder(folder, resume)
@@ -94,7 +98,7 @@ def train(
             raise UserError(
                 f"{folder} has no checkpoint to go on from: give --resume auto to begin anew"
             )
-        plan = _plan(sources, model, training, data, folder, resuming=resuming)
+        plan = _plan(sources, model_config, train_config, data_config, folder, resuming=resuming)
         if resume and not resuming:
             plan.lines.append(f"resuming   nothing yet in {folder}: starting from step 0")
         return _carry_out(plan, quiet=quiet)
@@ -102,22 +106,27 @@ def train(
 
 def _plan(
     sources: Sequence[str],
-    model: GPT2Config,
-    training: TrainConfig,
-    data: DataConfig,
+    model_config: GPT2Config,
+    train_config: TrainConfig,
+    data_config: DataConfig,
     folder: Path,
     *,
     resuming: bool,
 ) -> Plan:
     try:
         return make_plan(
-            sources, model=model, training=training, data=data, out=folder, resuming=resuming
+            sources,
+            model_config=model_config,
+            train_config=train_config,
+            data_config=data_config,
+            out=folder,
+            resuming=resuming,
         )
     except Exception as error:
         if is_out_of_memory(error):
             raise UserError(
-                f"the model does not fit into memory: give a lower --d-model ({model.d_model}), "
-                f"--n-layer ({model.n_layer}) or --block-size ({model.block_size})"
+                f"the model does not fit into memory: give a lower --d-model ({model_config.d_model}), "
+                f"--n-layer ({model_config.n_layer}) or --block-size ({model_config.block_size})"
             ) from error
         raise
 
@@ -143,19 +152,19 @@ def _train(plan: Plan, *, quiet: bool) -> StopReason:
     reporter = Reporter(
         out,
         quiet=quiet,
-        track=trainer.config.track,
-        write_sample=_sampler(plan) if trainer.config.sample_length else None,
+        track=trainer.train_config.track,
+        write_sample=_sampler(plan) if trainer.train_config.sample_length else None,
         resumed_step=trainer.state.step,
         evaluated_step=trainer.state.evaluated_step,
     )
     for line in [*plan.lines, f"run        {out}"]:
         reporter.note(line)
-    with deterministic_algorithms(trainer.config.deterministic):
+    with deterministic_algorithms(trainer.train_config.deterministic):
         environment = plan.config["environment"]
         environment |= prepare(trainer, reporter.note)._asdict()
         for line in environment_changes(plan.environment_before, environment):
             reporter.note(line)
-        for which in get_args(Which):
+        for which in get_args(CheckpointName):
             finish_save(out, which)
         write_config(out, plan.config)
         write_tokenizer(out, plan.corpus.tokenizer)
@@ -164,7 +173,7 @@ def _train(plan: Plan, *, quiet: bool) -> StopReason:
 
 
 def _out_of_memory(trainer: Trainer) -> TrainingError:
-    config, shape = trainer.config, trainer.model.config
+    config, shape = trainer.train_config, trainer.model.config
     smaller = next((n for n in range(2, config.batch_size + 1) if config.batch_size % n == 0), 1)
     batch, steps = config.batch_size // smaller, config.gradient_accumulation_steps * smaller
     same = f"--batch-size {batch} --gradient-accumulation-steps {steps}, which learns the same, or "
@@ -177,8 +186,10 @@ def _out_of_memory(trainer: Trainer) -> TrainingError:
 
 def _sampler(plan: Plan) -> Callable[[], str]:
     trainer, tokenizer = plan.trainer, plan.corpus.tokenizer
-    kernels = trainer.config.kernels
-    config = SampleConfig(max_new_tokens=trainer.config.sample_length, seed=trainer.config.seed)
+    kernels = trainer.train_config.kernels
+    config = SampleConfig(
+        max_new_tokens=trainer.train_config.sample_length, seed=trainer.train_config.seed
+    )
     return lambda: "".join(generate_text(trainer.model, tokenizer, config, kernels=kernels))
 
 

@@ -40,7 +40,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def result(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> TrainResult:
     """A finished run; do not change its folder."""
     out = tmp_path_factory.mktemp("runs") / "hearts"
-    return train(str(text_file), model=SMALL, training=QUICK, out=out, quiet=True)
+    return train(str(text_file), model_config=SMALL, train_config=QUICK, out=out, quiet=True)
 
 
 @pytest.fixture(scope="module", params=["on", "off"])

@@ -248,7 +248,7 @@ def test_a_preset_keeps_its_budget_where_it_is_short_enough(
         ({"steps": 2}, 600, {"steps": 2}),
         ({"steps": 10**9}, 60, {"minutes": 1.0}),
     ]:
-        chosen = Preset(model=SMALL, train=training.replace(**budget))
+        chosen = Preset(model_config=SMALL, train_config=training.replace(**budget))
         assert curves.within(chosen, seconds) == training.replace(**expected)
 
 

@@ -223,7 +223,7 @@ def test_two_budgets_are_refused(given: dict[str, Any], names: str) -> None:
 
 
 def test_the_defaults_are_the_preset_tiny() -> None:
-    assert tiny() == Preset(model=GPT2Config(), train=TrainConfig())
+    assert tiny() == Preset(model_config=GPT2Config(), train_config=TrainConfig())
 
 
 def test_presets_stand_alone() -> None:
@@ -255,7 +255,7 @@ def test_presets_stand_alone() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        *(part for make in PRESETS.values() for part in (make().model, make().train)),
+        *(part for make in PRESETS.values() for part in (make().model_config, make().train_config)),
         DataConfig(document_separator="\n"),
         SampleConfig(stop=("a", "b")),
     ],

@@ -138,7 +138,7 @@ def test_initial_weights(placement: str) -> None:
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 def test_the_initial_loss_is_near_that_of_a_uniform_guess(placement: str) -> None:
     torch.manual_seed(0)
-    shape = PRESETS["tiny"]().model.replace(vocab_size=65, norm_placement=placement)
+    shape = PRESETS["tiny"]().model_config.replace(vocab_size=65, norm_placement=placement)
     model = GPT2(shape).eval()
     ids, targets = some_ids(1, 8, 64, vocab_size=65), some_ids(2, 8, 64, vocab_size=65)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_the_head_is_the_token_embedding() -> None:
     [("gpt2", 50257, 124_439_808), ("tiny", 65, 818_048), ("baby", 65, 10_770_816)],
 )
 def test_number_of_parameters(preset: str, vocab_size: int, published: int) -> None:
-    shape = PRESETS[preset]().model.replace(vocab_size=vocab_size)
+    shape = PRESETS[preset]().model_config.replace(vocab_size=vocab_size)
     with torch.device("meta"):
         model = GPT2(shape)
     C, F4 = shape.d_model, 4 * shape.d_model

@@ -45,9 +45,9 @@ def test_the_learned_part_is_the_first_and_the_rest_validates(text_file: Path) -
     data = DataConfig(validation_fraction=0.25)
     plan = run_module.make_plan(
         [str(text_file)],
-        model=SMALL,
-        training=QUICK,
-        data=data,
+        model_config=SMALL,
+        train_config=QUICK,
+        data_config=data,
         out=Path("unused"),
         resuming=False,
     )
@@ -77,7 +77,9 @@ def test_running_out_of_memory_names_the_knobs_and_leaves_nothing(
 
     monkeypatch.setattr(GPT2, "forward", forward)
     with pytest.raises(TrainingError) as caught:
-        train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "run", quiet=True)
+        train(
+            str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "run", quiet=True
+        )
     assert str(caught.value).startswith("out of memory on cpu")
     assert (
         "--batch-size 2 --gradient-accumulation-steps 2, which learns the same, or a lower"
@@ -102,19 +104,21 @@ def test_a_model_that_does_not_compile_is_trained_without(
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     config = QUICK.replace(compile="on")
-    compiled = train(str(text_file), model=SMALL, training=config, out=tmp_path / "a")
+    compiled = train(str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "a")
     said = capsys.readouterr().err
     assert said.count("going on without") == 1
     assert "failed, going on without (RuntimeError: InvalidCxxCompiler: No working C++" in said
     assert "long story" not in said
     assert compiled.summary.compile_seconds > 0
-    eager = train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "b", quiet=True)
+    eager = train(
+        str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "b", quiet=True
+    )
     assert compiled.summary.val_loss == eager.summary.val_loss
 
 
 def train_with(text_file: Path, out: Path, dropout: float = 0.1, **setting: Any) -> TrainResult:
     model, training = SMALL.replace(dropout=dropout), QUICK.replace(**setting)
-    return train(str(text_file), model=model, training=training, out=out, quiet=True)
+    return train(str(text_file), model_config=model, train_config=training, out=out, quiet=True)
 
 
 @pytest.mark.slow
@@ -139,7 +143,9 @@ def test_training_several_files_makes_documents(tmp_path: Path, text_file: Path)
     other = tmp_path / "other.txt"
     other.write_text("a king\n" * 400)
     out = tmp_path / "run"
-    result = train([str(text_file), str(other)], model=SMALL, training=QUICK, out=out, quiet=True)
+    result = train(
+        [str(text_file), str(other)], model_config=SMALL, train_config=QUICK, out=out, quiet=True
+    )
     assert result.tokenizer.end_of_text_id == len(result.tokenizer.characters)
     assert result.model.config.vocab_size == result.tokenizer.vocab_size
 
@@ -181,7 +187,9 @@ def test_tensorboard_gets_every_metric(text_file: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = QUICK.replace(track="tensorboard")
-    result = train(str(text_file), model=SMALL, training=config, out=tmp_path / "r", quiet=True)
+    result = train(
+        str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "r", quiet=True
+    )
     events = EventAccumulator(str(result.run / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("validation/val_loss")] == [5, 10, 12]
@@ -205,7 +213,7 @@ def test_wandb_gets_every_metric(
     wandb.init = lambda **_: Run()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = QUICK.replace(track="wandb")
-    train(str(text_file), model=SMALL, training=config, out=tmp_path / "r", quiet=True)
+    train(str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "r", quiet=True)
     assert [s for v, s in logged if "validation/val_loss" in v] == [5, 10, 12]
     assert finished == [True]
 
@@ -217,8 +225,8 @@ def test_a_tracker_that_is_not_installed_is_named_before_training(
     with pytest.raises(UserError, match=r"track is 'wandb', which is not installed: pip install"):
         train(
             str(text_file),
-            model=SMALL,
-            training=QUICK.replace(track="wandb"),
+            model_config=SMALL,
+            train_config=QUICK.replace(track="wandb"),
             out=tmp_path / "run",
             quiet=True,
         )

@@ -48,9 +48,9 @@ def trainer_for(
     torch.manual_seed(0)
     return make_plan(
         [str(text_file)],
-        model=model,
-        training=config,
-        data=DataConfig(),
+        model_config=model,
+        train_config=config,
+        data_config=DataConfig(),
         out=out,
         resuming=False,
     ).trainer
@@ -74,7 +74,9 @@ def test_targets_are_shifted_exactly_once(tmp_path: Path) -> None:
     text = tmp_path / "abc.txt"
     text.write_text("abc" * 700)
     config = QUICK.replace(steps=60, learning_rate=1e-2, eval_interval=60, sample_length=0)
-    result = train(str(text), model=SMALL, training=config, out=tmp_path / "run", quiet=True)
+    result = train(
+        str(text), model_config=SMALL, train_config=config, out=tmp_path / "run", quiet=True
+    )
     sample = chargpt.sample(
         result.model, result.tokenizer, prompt="abca", max_new_tokens=9, temperature=0
     )
@@ -123,7 +125,9 @@ def test_gradients_are_clipped_to_their_norm(text_file: Path, tmp_path: Path) ->
 
 
 def run_with(text_file: Path, out: Path, config: TrainConfig, **options: Any) -> Path:
-    return train(str(text_file), model=SMALL, training=config, out=out, quiet=True, **options).run
+    return train(
+        str(text_file), model_config=SMALL, train_config=config, out=out, quiet=True, **options
+    ).run
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(
@@ -159,7 +163,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     """Stop with Ctrl-C after step `cut`, go on: every weight, moment and metric is the same."""
     interrupt_after(cut, monkeypatch)
     part = train(
-        str(text_file), model=SMALL, training=DETERMINED, out=tmp_path / "part", quiet=True
+        str(text_file),
+        model_config=SMALL,
+        train_config=DETERMINED,
+        out=tmp_path / "part",
+        quiet=True,
     )
     assert (part.summary.stop_reason, part.summary.steps) == ("interrupted", cut)
     monkeypatch.undo()
@@ -291,7 +299,9 @@ def test_patience_ends_a_run_that_gets_no_better_and_the_best_is_kept(
     losses = iter([3.0, 2.0, 2.5, 2.4, 2.2, 1.0])
     monkeypatch.setattr(training, "evaluate", lambda *_, **__: next(losses))
     config = QUICK.replace(steps=100, eval_interval=2, patience=3)
-    result = train(str(text_file), model=SMALL, training=config, out=tmp_path / "r", quiet=True)
+    result = train(
+        str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "r", quiet=True
+    )
     summary = result.summary
     assert (summary.stop_reason, summary.steps) == ("patience", 10)
     assert (summary.val_loss, summary.best_step, summary.final_val_loss) == (2.0, 4, 2.2)

@@ -61,13 +61,13 @@ def run(command: Any) -> int:
     from chargpt.measure.bench import BenchConfig, bench, table
     from chargpt.measure.bench_writing import bench_generation, generation_table
 
-    model, training = configs["model"], configs["training"]
+    model, training = configs["model_config"], configs["train_config"]
     config = BenchConfig(
         rounds=command.rounds, seconds=command.seconds, peers=command.peer, loss=command.loss
     )
     if command.generate:
         report = bench_generation(
-            model=model,
+            model_config=model,
             device=training.device,
             kernels=training.kernels,
             config=config,
@@ -77,9 +77,9 @@ def run(command: Any) -> int:
         return 0
     report = bench(
         command.texts or ("tiny-shakespeare",),
-        model=model,
-        training=training,
-        data=configs["data"],
+        model_config=model,
+        train_config=training,
+        data_config=configs["data_config"],
         config=config,
         tell=_tell,
     )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from chargpt.cli.shared import RunFolder, Texts, arg
-from chargpt.config import Device, Unknown, Which
+from chargpt.config import CheckpointName, Device, Unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Eval:
     files: Annotated[Texts, arg("Texts; none: a split of the training text.", "[FILE ...]")] = ()
     split: Literal["validation", "train"] = "validation"
     """Which part of the training text."""
-    which: Which = "best"
+    which: CheckpointName = "best"
     """Which checkpoint."""
     device: Device = "auto"
     """Where to compute."""

@@ -26,7 +26,11 @@ from chargpt.base.checks import check_names, from_dict
 from chargpt.base.errors import UserError
 from chargpt.config import BUDGETS, PRESETS, DataConfig, GPT2Config, TrainConfig
 
-RUN_CONFIGS = {"model": GPT2Config, "training": TrainConfig, "data": DataConfig}
+RUN_CONFIGS = {
+    "model_config": GPT2Config,
+    "train_config": TrainConfig,
+    "data_config": DataConfig,
+}
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -189,7 +193,11 @@ def preset(name: str) -> dict[str, Any]:
     """
     check_names([name], PRESETS)
     chosen = PRESETS[name]()
-    return {"model": chosen.model, "training": chosen.train, "data": DataConfig()}
+    return {
+        "model_config": chosen.model_config,
+        "train_config": chosen.train_config,
+        "data_config": DataConfig(),
+    }
 
 
 def saved(run: Path) -> dict[str, Any]:
@@ -202,9 +210,9 @@ def saved(run: Path) -> dict[str, Any]:
     data = {name: config["data"][name] for name in DataConfig.__dataclass_fields__}
     return {
         # The vocabulary follows the text, which is compared with the run's.
-        "model": from_dict(GPT2Config, config["model"] | {"vocab_size": 0}),
-        "training": from_dict(TrainConfig, config["train"]),
-        "data": from_dict(DataConfig, data),
+        "model_config": from_dict(GPT2Config, config["model"] | {"vocab_size": 0}),
+        "train_config": from_dict(TrainConfig, config["train"]),
+        "data_config": from_dict(DataConfig, data),
     }
 
 

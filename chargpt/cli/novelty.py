@@ -13,7 +13,7 @@ import tyro
 from chargpt.base.checks import from_dict
 from chargpt.cli import flags
 from chargpt.cli.shared import RunFolder, arg
-from chargpt.config import Device, SampleConfig, Which
+from chargpt.config import CheckpointName, Device, SampleConfig
 
 SHOWN = SampleConfig(num_samples=100, max_new_tokens=1000, echo=False)
 UNUSED = ("stop", "logit_bias", "echo", "prompt", "unknown")
@@ -31,7 +31,7 @@ def make_flags(_: str) -> type:
             ("sampling", settings, field(default_factory=dict)),
             ("samples", Annotated[Path | None, arg(samples_help, "FILE")], None),
             ("encoding", Annotated[str, arg(encoding_help, "NAME")], "utf-8"),
-            ("which", Annotated[Which, tyro.conf.arg(help="Which checkpoint.")], "best"),
+            ("which", Annotated[CheckpointName, tyro.conf.arg(help="Which checkpoint.")], "best"),
             ("device", Annotated[Device, tyro.conf.arg(help="Where to compute.")], "auto"),
             ("json", Annotated[bool, arg("Print one JSON object instead of a table.")], False),
         ],

@@ -16,7 +16,7 @@ from chargpt.base.errors import UserError
 from chargpt.base.terminal import for_stream, visible
 from chargpt.cli import flags
 from chargpt.cli.shared import RunFolder, arg, unescaped
-from chargpt.config import Device, SampleConfig, Switch, Which
+from chargpt.config import CheckpointName, Device, OnOffAuto, SampleConfig
 
 REPEATED = ("stop", "logit_bias")
 
@@ -50,9 +50,9 @@ def make_flags(_: str) -> type:
             ("interactive", Annotated[bool, arg(talk_help)], False),
             ("surprise", Annotated[str | None, arg(surprise_help, "FILE")], None),
             ("stride", Annotated[int | None, arg(stride_help, "INT")], None),
-            ("which", Annotated[Which, tyro.conf.arg(help="Which checkpoint.")], "best"),
+            ("which", Annotated[CheckpointName, tyro.conf.arg(help="Which checkpoint.")], "best"),
             ("device", Annotated[Device, tyro.conf.arg(help="Where to compute.")], "auto"),
-            ("kernels", Annotated[Switch, arg(kernels_help)], "auto"),
+            ("kernels", Annotated[OnOffAuto, arg(kernels_help)], "auto"),
         ],
         frozen=True,
     )
@@ -159,7 +159,7 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
 
 
 def _print_samples(
-    model: Any, tokenizer: Any, config: SampleConfig, kernels: Switch, file: TextIO
+    model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto, file: TextIO
 ) -> None:
     """Print all samples in order; the one whose turn it is as it is written."""
     from chargpt.generate import write
@@ -195,7 +195,7 @@ def _say(pieces: Iterable[str], file: TextIO) -> None:
         print(for_stream(piece, file), end="", file=file, flush=True)
 
 
-def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: Switch) -> None:
+def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto) -> None:
     """Continue each line that is typed, until the end of input."""
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its history and editing)

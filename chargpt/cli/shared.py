@@ -53,7 +53,7 @@ def settings(shown_preset: str) -> list[Any]:
 def given_settings(command: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of the file and those of the flags, by name."""
     file = flags.read_toml(command.config) if command.config else {}
-    given = {**command.model, **command.training, **command.data}
+    given = {**command.model_config, **command.train_config, **command.data_config}
     if "document_separator" in given:
         given["document_separator"] = unescaped(given["document_separator"])
     return file, given

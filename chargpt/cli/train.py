@@ -61,9 +61,9 @@ def run(command: Any) -> int:
 
     result = train(
         texts,
-        model=configs["model"],
-        training=configs["training"],
-        data=configs["data"],
+        model_config=configs["model_config"],
+        train_config=configs["train_config"],
+        data_config=configs["data_config"],
         out=command.out,
         resume="auto" if command.resume == "auto" else command.resume == "yes",
     )

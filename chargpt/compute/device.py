@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from chargpt.base.errors import UserError
-from chargpt.config import Device, Precision, Switch
+from chargpt.config import Device, OnOffAuto, Precision
 
 BF16_MIN_GAIN = 1.5  # bf16 rounds more: it must be clearly faster
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +93,7 @@ def choose_precision(wish: Precision, device: torch.device) -> PrecisionChoice:
     return PrecisionChoice(wish, "asked for")
 
 
-def choose_compile(wish: Switch, device: torch.device) -> CompileChoice:
+def choose_compile(wish: OnOffAuto, device: torch.device) -> CompileChoice:
     """Return whether to compile the model; whether it works shows at the first step."""
     if wish != "auto":
         return CompileChoice(wish == "on", "asked for")

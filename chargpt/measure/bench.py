@@ -72,9 +72,9 @@ class BenchConfig:
 def bench(
     texts: Sequence[str] = ("tiny-shakespeare",),
     *,
-    model: GPT2Config,
-    training: TrainConfig,
-    data: DataConfig | None = None,
+    model_config: GPT2Config,
+    train_config: TrainConfig,
+    data_config: DataConfig | None = None,
     config: BenchConfig | None = None,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def bench(
 
     Args:
         texts: what to reach ``config.loss`` on; not read without it.
-        model: the shape.
-        training: batch, device, precision, compilation; its budget only counts for the loss.
-        data: how to read the texts.
+        model_config: the shape.
+        train_config: batch, device, precision, compilation; its budget only counts for the loss.
+        data_config: how to read the texts.
         config: what to measure, and for how long.
         tell: is given a line now and then.
 
@@ -99,45 +99,49 @@ def bench(
         UserError: anything wrong with the settings, a peer or a text.
         TrainingError: out of memory, or the loss is not finite.
     """
-    data, config = data or DataConfig(), config or BenchConfig()
+    data_config, config = data_config or DataConfig(), config or BenchConfig()
     clones = parse_peers(config.peers)
     if config.loss is not None and STANDARD_INPUT not in texts:  # that can be read only once
-        load_corpus(texts, data)
+        load_corpus(texts, data_config)
     try:
         with own_random_state():
-            report = _measure(synthetic_trainer(model, training), clones, config, tell)
+            report = _measure(synthetic_trainer(model_config, train_config), clones, config, tell)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        device = describe_device(choose_device(training.device).device)
+        device = describe_device(choose_device(train_config.device).device)
         raise TrainingError(
-            f"out of memory on {device}: give a lower --batch-size ({training.batch_size}) or "
-            f"--block-size ({model.block_size})"
+            f"out of memory on {device}: give a lower --batch-size ({train_config.batch_size}) or "
+            f"--block-size ({model_config.block_size})"
         ) from error
     report["loss"] = None
     if config.loss is not None:
         tell(f"training to a validation loss of {config.loss:g}")
         report["loss"] = seconds_to_loss(
-            config.loss, texts, model=model, training=training, data=data
+            config.loss,
+            texts,
+            model_config=model_config,
+            train_config=train_config,
+            data_config=data_config,
         )
     return report
 
 
-def synthetic_trainer(model: GPT2Config, training: TrainConfig) -> Trainer:
+def synthetic_trainer(model_config: GPT2Config, train_config: TrainConfig) -> Trainer:
     """Return a trainer, as `chargpt train` makes it, for random characters over 65 symbols.
 
     Raises:
         UserError: a setting that cannot work.
     """
-    rng = random.Random(training.seed)
+    rng = random.Random(train_config.seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "random.txt")
         path.write_text("".join(rng.choices(SYMBOLS, k=N_CHARACTERS)), encoding="utf-8", newline="")
         return make_plan(
             [str(path)],
-            model=model,
-            training=training.replace(steps=ENDLESS),
-            data=DataConfig(),
+            model_config=model_config,
+            train_config=train_config.replace(steps=ENDLESS),
+            data_config=DataConfig(),
             out=Path(folder, "run"),
             resuming=False,
         ).trainer
@@ -273,18 +277,18 @@ def seconds_to_loss(
     loss: float,
     texts: Sequence[str],
     *,
-    model: GPT2Config,
-    training: TrainConfig,
-    data: DataConfig,
+    model_config: GPT2Config,
+    train_config: TrainConfig,
+    data_config: DataConfig,
 ) -> dict[str, Any]:
     """Train with the whole budget, and look when the validation loss was first low enough.
 
     Args:
         loss: over the whole validation part, nats a character.
         texts: what to train on.
-        model: the shape.
-        training: how to train; its budget sets the schedule, too.
-        data: how to read.
+        model_config: the shape.
+        train_config: how to train; its budget sets the schedule, too.
+        data_config: how to read.
 
     Returns:
         ``target``; ``seconds`` of training at the first evaluation at or below it, compilation
@@ -295,10 +299,16 @@ def seconds_to_loss(
         UserError: anything wrong with the texts.
         TrainingError: training cannot go on.
     """
-    training = training.replace(log_interval=1, sample_length=0)  # the clock at every step
+    train_config = train_config.replace(log_interval=1, sample_length=0)  # the clock at every step
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        summary = train(texts, model=model, training=training, data=data, out=out).summary
+        summary = train(
+            texts,
+            model_config=model_config,
+            train_config=train_config,
+            data_config=data_config,
+            out=out,
+        ).summary
         rows = read_metrics(out)
     clock = {row["step"]: row["train_seconds"] for row in rows if row["split"] == "train"}
     evaluations = [row for row in rows if row["split"] == "validation"]

@@ -28,7 +28,7 @@ from chargpt.base.seeding import own_random_state
 from chargpt.base.units import human_count
 from chargpt.compute.counts import count_parameters
 from chargpt.compute.device import choose_device
-from chargpt.config import Device, GPT2Config, SampleConfig, Switch
+from chargpt.config import Device, GPT2Config, OnOffAuto, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.generate import complete, make_decoder
 from chargpt.measure.bench import SYMBOLS, BenchConfig, Tell, describe_machine
@@ -51,16 +51,16 @@ class Writer(Protocol):
 
 def bench_generation(
     *,
-    model: GPT2Config,
+    model_config: GPT2Config,
     device: Device = "auto",
-    kernels: Switch = "auto",
+    kernels: OnOffAuto = "auto",
     config: BenchConfig | None = None,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """Measure generation on this machine.
 
     Args:
-        model: the shape.
+        model_config: the shape.
         device: where to write.
         kernels: see `chargpt.generate.make_decoder`.
         config: rounds and peers.
@@ -78,7 +78,7 @@ def bench_generation(
     config = config or BenchConfig()
     clones = parse_peers(config.peers)
     chosen = choose_device(device).device
-    shape = model.replace(vocab_size=len(SYMBOLS))
+    shape = model_config.replace(vocab_size=len(SYMBOLS))
     with own_random_state(), ExitStack() as stack:
         torch.manual_seed(0)
         gpt2 = GPT2(shape).to(chosen).eval()
@@ -143,7 +143,7 @@ class Own:
 
     name = "chargpt"
 
-    def __init__(self, model: GPT2, kernels: Switch) -> None:
+    def __init__(self, model: GPT2, kernels: OnOffAuto) -> None:
         self.model, self.kernels = model, kernels
         self.tokenizer = CharTokenizer(SYMBOLS)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
 from chargpt.base.files import read_json
-from chargpt.config import GPT2Config, TrainConfig, Which
+from chargpt.config import CheckpointName, GPT2Config, TrainConfig
 from chargpt.runs.checkpoint import MODEL, OPTIMIZER, checkpoint_folders, find_problem, read_state
 from chargpt.runs.folder import CONFIG, TOKENIZER, read_config, read_tokenizer
 from chargpt.runs.report import METRICS
@@ -45,7 +45,7 @@ def inspect_run(run: str | Path) -> list[Finding]:
         _look(TOKENIZER, lambda: _tokenizer(folder)),
     ]
     model = _model_config(folder)
-    which: Which
+    which: CheckpointName
     for which in ("best", "last"):
         folders = checkpoint_folders(folder, which)
         for checkpoint in (c for c in folders if not c.name.endswith(".new")):

@@ -126,7 +126,7 @@ class HuggingFace:
             self.name += ", not compiled"
 
     def _step(self) -> None:
-        trainer, config = self.trainer, self.trainer.config
+        trainer, config = self.trainer, self.trainer.train_config
         total = torch.zeros((), device=trainer.device)
         for micro_step in range(config.gradient_accumulation_steps):
             first = self._step_number * trainer.sequences_per_step + micro_step * config.batch_size
@@ -257,7 +257,11 @@ class NanoGPT:
         return self._step_seconds
 
     def _command(self, max_iters: int) -> list[str]:
-        shape, config, device = self.trainer.model.config, self.trainer.config, self.trainer.device
+        shape, config, device = (
+            self.trainer.model.config,
+            self.trainer.train_config,
+            self.trainer.device,
+        )
         flags = {
             "device": device.type,
             "compile": device.type == "cuda",

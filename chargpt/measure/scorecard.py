@@ -13,7 +13,7 @@ from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
 from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.device import choose_device
-from chargpt.config import DataConfig, Device, Unknown, Which
+from chargpt.config import CheckpointName, DataConfig, Device, Unknown
 from chargpt.data.corpus import Corpus, encode_documents, load_corpus, split_documents
 from chargpt.data.texts import STANDARD_INPUT, decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
@@ -46,7 +46,7 @@ def score_run(
     files: Sequence[str] = (),
     *,
     split: Split = "validation",
-    which: Which = "best",
+    which: CheckpointName = "best",
     device: Device = "auto",
     encoding: str | None = None,
     unknown: Unknown = "error",

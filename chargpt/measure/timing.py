@@ -119,7 +119,7 @@ def timed_step(trainer: Trainer) -> dict[str, float]:
         Milliseconds of each of `PARTS`; ``data`` goes as far as the device, ``forward`` includes
         the loss, ``clip`` the check that all is finite.
     """
-    config, state, scaler = trainer.config, trainer.state, trainer.scaler
+    config, state, scaler = trainer.train_config, trainer.state, trainer.scaler
     watch = _Stopwatch(trainer.device)
     total = torch.zeros((), device=trainer.device)
     for micro_step in range(config.gradient_accumulation_steps):

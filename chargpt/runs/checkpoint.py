@@ -19,7 +19,7 @@ from typing import Any
 
 from chargpt.base.errors import UserError, warn
 from chargpt.base.files import check_seal, read_json, seal, sync_folder, to_json, write_file
-from chargpt.config import Which
+from chargpt.config import CheckpointName
 from chargpt.runs.weights import Tensors, to_bytes
 
 FORMAT = 2
@@ -29,7 +29,9 @@ MANIFEST = "manifest.json"
 _FILES = {MODEL, OPTIMIZER, STATE}
 
 
-def save_checkpoint(run: Path, which: Which, parts: Mapping[str, Tensors], state: Any) -> None:
+def save_checkpoint(
+    run: Path, which: CheckpointName, parts: Mapping[str, Tensors], state: Any
+) -> None:
     """Write a checkpoint in place of the one before, and keep that.
 
     Args:
@@ -50,7 +52,7 @@ def save_checkpoint(run: Path, which: Which, parts: Mapping[str, Tensors], state
     _move_into_place(run, which)
 
 
-def _move_into_place(run: Path, which: Which) -> None:
+def _move_into_place(run: Path, which: CheckpointName) -> None:
     """Make the new checkpoint, which is whole, the current one."""
     new, current, previous = _new(run, which), run / which, _previous(run, which)
     if current.exists():
@@ -61,7 +63,7 @@ def _move_into_place(run: Path, which: Which) -> None:
     shutil.rmtree(_old(run, which), ignore_errors=True)
 
 
-def finish_save(run: Path, which: Which) -> None:
+def finish_save(run: Path, which: CheckpointName) -> None:
     """Finish what a save that was cut off had begun, or take it away; only its trainer may do so.
 
     A damaged checkpoint goes, too, if the one before is whole: the next save would put it there.
@@ -96,7 +98,7 @@ def _write(folder: Path, parts: Mapping[str, Tensors], state: Any) -> None:
     sync_folder(folder)
 
 
-def find_checkpoint(run: Path, which: Which) -> Path:
+def find_checkpoint(run: Path, which: CheckpointName) -> Path:
     """Return the folder of the newest whole checkpoint of this name.
 
     A damaged one that is passed over is named in a warning.
@@ -119,13 +121,13 @@ def find_checkpoint(run: Path, which: Which) -> Path:
     raise UserError(f"{run} has no checkpoint {which!r}: train it, or let it train longer")
 
 
-def checkpoint_folders(run: Path, which: Which) -> list[Path]:
+def checkpoint_folders(run: Path, which: CheckpointName) -> list[Path]:
     """Return the folders that may hold a checkpoint, newest first."""
     folders = (_new(run, which), run / which, _previous(run, which), _old(run, which))
     return [folder for folder in folders if folder.is_dir()]
 
 
-def has_checkpoint(run: Path, which: Which) -> bool:
+def has_checkpoint(run: Path, which: CheckpointName) -> bool:
     """Return whether there is a checkpoint of this name; one half written for the first is none."""
     new = _new(run, which)
     return any(f != new or find_problem(f) is None for f in checkpoint_folders(run, which))
@@ -202,14 +204,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return read_json(checkpoint / STATE)
 
 
-def _new(run: Path, which: Which) -> Path:
+def _new(run: Path, which: CheckpointName) -> Path:
     return run / f".{which}.new"
 
 
-def _previous(run: Path, which: Which) -> Path:
+def _previous(run: Path, which: CheckpointName) -> Path:
     return run / f"{which}.previous"
 
 
-def _old(run: Path, which: Which) -> Path:
+def _old(run: Path, which: CheckpointName) -> Path:
     """Where format 1 put the one before, while it saved."""
     return run / f".{which}.old"

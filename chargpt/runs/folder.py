@@ -33,7 +33,7 @@ from chargpt.base.files import (
     write_json,
 )
 from chargpt.base.seeding import own_random_state
-from chargpt.config import DataConfig, GPT2Config, Which
+from chargpt.config import CheckpointName, DataConfig, GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import MODEL, find_checkpoint, has_checkpoint
@@ -53,7 +53,9 @@ class Loaded(NamedTuple):
     tokenizer: CharTokenizer
 
 
-def load(run: str | Path, *, which: Which = "best", device: str | torch.device = "cpu") -> Loaded:
+def load(
+    run: str | Path, *, which: CheckpointName = "best", device: str | torch.device = "cpu"
+) -> Loaded:
     """Read a trained model from its run folder; nothing else is needed.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from chargpt.base.errors import UserError
-from chargpt.config import Tracker, Which
+from chargpt.config import CheckpointName, Tracker
 from chargpt.runs.checkpoint import has_checkpoint
 from chargpt.runs.folder import (
     CONFIG,
@@ -86,7 +86,7 @@ def _held(folder: Path) -> Iterator[None]:
             _refuse_links(_own_paths(folder))
             yield
         except BaseException:
-            learned = any(has_checkpoint(folder, which) for which in get_args(Which))
+            learned = any(has_checkpoint(folder, which) for which in get_args(CheckpointName))
             if is_ours and not learned and folder.exists():
                 _clear(folder)
                 with suppress(OSError):  # another run may have come into a folder above

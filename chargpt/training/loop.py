@@ -55,7 +55,7 @@ def train_step(trainer: Trainer) -> StepResult:
         NonFiniteError: loss or gradient is not finite, and no loss scaling is on that could mend
             it; the weights are those before the step.
     """
-    config, scaler = trainer.config, trainer.scaler
+    config, scaler = trainer.train_config, trainer.scaler
     lr = _set_learning_rate(trainer)
     loss = torch.zeros((), device=trainer.device)
     for micro_step in range(config.gradient_accumulation_steps):
@@ -95,9 +95,9 @@ def gradient_norm(trainer: Trainer) -> Tensor:
 
 def clip_gradient(trainer: Trainer, norm: Tensor) -> None:
     """Shorten the gradient, whose norm this is, to ``grad_clip``, if that is not 0."""
-    if trainer.config.grad_clip:
+    if trainer.train_config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(
-            _parameters(trainer), trainer.config.grad_clip, norm, foreach=_foreach(trainer)
+            _parameters(trainer), trainer.train_config.grad_clip, norm, foreach=_foreach(trainer)
         )
 
 
@@ -111,7 +111,7 @@ def _foreach(trainer: Trainer) -> bool | None:
 
 def _micro_loss(trainer: Trainer, micro_step: int) -> Tensor:
     """Return the mean loss of one batch in nats a token, a scalar."""
-    config, step = trainer.config, trainer.state.step
+    config, step = trainer.train_config, trainer.state.step
     first = step * trainer.sequences_per_step + micro_step * config.batch_size
     inputs, targets = trainer.windows.batch(first, config.batch_size)  # (B, T) each
     seed_dropout(derive_seed(config.seed, DROPOUT, step, micro_step), trainer.parallel)
@@ -136,10 +136,10 @@ def _set_learning_rate(trainer: Trainer) -> float:
         at_end = (state.step + 1) / trainer.total_steps
     else:
         at_end = trainer.progress * (1 + 1 / state.step) if state.step else FIRST_PROGRESS
-    share = schedule(at_end, trainer.config)
+    share = schedule(at_end, trainer.train_config)
     for group in trainer.optimizer.param_groups:
         group["lr"] = group["peak"] * share
-    return trainer.config.learning_rate * share
+    return trainer.train_config.learning_rate * share
 
 
 # --- the loop
@@ -154,7 +154,7 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     Raises:
         TrainingError: the loss is not finite; the last good state is in the run folder.
     """
-    state, config = trainer.state, trainer.config
+    state, config = trainer.state, trainer.train_config
     trainer.model.train()
     with Interrupts() as interrupts:
         try:
@@ -182,7 +182,7 @@ def _evaluation_is_due(trainer: Trainer) -> bool:
 
 
 def _patience_is_over(trainer: Trainer) -> bool:
-    state, patience = trainer.state, trainer.config.patience
+    state, patience = trainer.state, trainer.train_config.patience
     return state.evaluated_step == state.step and 0 < patience <= state.evaluations_since_best
 
 
@@ -197,7 +197,7 @@ def _timed_step(trainer: Trainer, reporter: Reporter) -> None:
         raise TrainingError(
             f"step {state.step + 1} stopped before its update ({error}); the state before it is in "
             f"{trainer.out / 'last'}: try --precision fp32, or, in a new run, a "
-            f"--learning-rate below {trainer.config.learning_rate:g}"
+            f"--learning-rate below {trainer.train_config.learning_rate:g}"
         ) from error
     state.train_seconds += time.perf_counter() - start
     state.step += 1
@@ -214,7 +214,7 @@ def _timed_step(trainer: Trainer, reporter: Reporter) -> None:
             "train_seconds": round(state.train_seconds, 3),
         },
         progress=trainer.progress,
-        log=state.step % trainer.config.log_interval == 0,
+        log=state.step % trainer.train_config.log_interval == 0,
     )
 
 
@@ -255,7 +255,7 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interru
             trainer.model,
             trainer.validation,
             trainer.windows.block_size,
-            batch_size=trainer.config.batch_size,
+            batch_size=trainer.train_config.batch_size,
             autocast=trainer.precision.autocast(trainer.device),
         )
     state.val_loss = val_loss

@@ -71,9 +71,9 @@ class Plan:
 def make_plan(
     sources: Sequence[str],
     *,
-    model: GPT2Config,
-    training: TrainConfig,
-    data: DataConfig,
+    model_config: GPT2Config,
+    train_config: TrainConfig,
+    data_config: DataConfig,
     out: Path,
     resuming: bool,
 ) -> Plan:
@@ -81,31 +81,33 @@ def make_plan(
 
     Args:
         sources: see `chargpt.data.corpus.load_corpus`.
-        model: the shape; a ``vocab_size`` of 0 follows the text.
-        training: how to train.
-        data: how to read and split.
+        model_config: the shape; a ``vocab_size`` of 0 follows the text.
+        train_config: how to train.
+        data_config: how to read and split.
         out: the run folder.
         resuming: put the trainer where the run in `out` stopped.
 
     Raises:
         UserError: anything that cannot work, found before the first step.
     """
-    device, why_device = choose_device(training.device)
+    device, why_device = choose_device(train_config.device)
     saved = read_config(out) if resuming else None
-    precision = choose_precision(training.precision, device)
-    if saved and training.precision == "auto":
+    precision = choose_precision(train_config.precision, device)
+    if saved and train_config.precision == "auto":
         precision = _precision_as_before(saved["environment"], device) or precision
-    parallel = choose_parallel(training.parallel, device, training.batch_size)
-    corpus = load_corpus(sources, data)
-    model = _with_vocabulary(model, corpus.tokenizer)
+    parallel = choose_parallel(train_config.parallel, device, train_config.batch_size)
+    corpus = load_corpus(sources, data_config)
+    model_config = _with_vocabulary(model_config, corpus.tokenizer)
     if saved is not None:  # before memory is taken for what a file asks for
         was = from_dict(GPT2Config, saved["model"])
         check_model_file(find_checkpoint(out, "last") / MODEL, was)
-    torch.manual_seed(derive_seed(training.seed, INIT))
-    gpt2 = GPT2(model).to(device)
-    trainer = _make_trainer(gpt2, training, corpus, precision=precision, parallel=parallel, out=out)
-    config = _config_dict(trainer, corpus, data)
-    lines = _describe(trainer, corpus, data, why_device)
+    torch.manual_seed(derive_seed(train_config.seed, INIT))
+    gpt2 = GPT2(model_config).to(device)
+    trainer = _make_trainer(
+        gpt2, train_config, corpus, precision=precision, parallel=parallel, out=out
+    )
+    config = _config_dict(trainer, corpus, data_config)
+    lines = _describe(trainer, corpus, data_config, why_device)
     if saved is not None:
         _refuse_changes(saved, config)
         restore_last(trainer)
@@ -121,7 +123,7 @@ def make_plan(
 
 def _make_trainer(
     gpt2: GPT2,
-    training: TrainConfig,
+    train_config: TrainConfig,
     corpus: Corpus,
     *,
     precision: PrecisionChoice,
@@ -132,11 +134,11 @@ def _make_trainer(
     return Trainer(
         model=gpt2,
         forward=parallelize(gpt2, parallel, precision),
-        optimizer=make_optimizer(gpt2, training, muon_dtype=_muon_dtype(device, precision)),
+        optimizer=make_optimizer(gpt2, train_config, muon_dtype=_muon_dtype(device, precision)),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
-        windows=Windows(corpus.train, gpt2.config.block_size, training.seed),
+        windows=Windows(corpus.train, gpt2.config.block_size, train_config.seed),
         validation=corpus.validation,
-        config=training,
+        train_config=train_config,
         precision=precision,
         parallel=parallel,
         out=out,
@@ -169,12 +171,12 @@ def _with_vocabulary(config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config
     return config.replace(vocab_size=tokenizer.vocab_size)
 
 
-def _config_dict(trainer: Trainer, corpus: Corpus, data: DataConfig) -> dict[str, Any]:
+def _config_dict(trainer: Trainer, corpus: Corpus, data_config: DataConfig) -> dict[str, Any]:
     return {
         "model": asdict(trainer.model.config),
-        "train": asdict(trainer.config),
+        "train": asdict(trainer.train_config),
         "data": {
-            **asdict(data),
+            **asdict(data_config),
             "sources": list(corpus.sources),
             "sha256": corpus.sha256,
             "boundaries": corpus.boundaries,
@@ -230,13 +232,15 @@ def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str
     ]
 
 
-def _describe(trainer: Trainer, corpus: Corpus, data: DataConfig, why_device: str) -> list[str]:
+def _describe(
+    trainer: Trainer, corpus: Corpus, data_config: DataConfig, why_device: str
+) -> list[str]:
     model, precision = trainer.model, trainer.precision
     lines = [
         f"text       {corpus.summary()}",
         f"model      {human_count(count_parameters(model))} parameters; {_settings(model.config)}",
-        f"training   {_settings(trainer.config)}",
-        f"data       {_settings(data)}",
+        f"training   {_settings(trainer.train_config)}",
+        f"data       {_settings(data_config)}",
         f"device     {describe_device(trainer.device)} ({why_device})",
         f"precision  {precision.name} ({precision.reason})",
         f"budget     {_describe_budget(trainer)}",
@@ -259,6 +263,6 @@ def _describe_budget(trainer: Trainer) -> str:
     tokens = f"{trainer.tokens_per_step:,} tokens a step"
     every = f"evaluation every {trainer.eval_interval:,} steps"
     if trainer.total_steps is None:
-        return f"{trainer.config.minutes:g} minutes of training, {tokens}, {every}"
+        return f"{trainer.train_config.minutes:g} minutes of training, {tokens}, {every}"
     seen = trainer.total_steps * trainer.tokens_per_step / len(trainer.windows.tokens)
     return f"{trainer.total_steps:,} steps, {tokens} ({seen:.1f} epochs), {every}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import TrainingError, UserError
 from chargpt.base.units import human_count
-from chargpt.config import Which
+from chargpt.config import CheckpointName
 from chargpt.runs.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -78,7 +78,9 @@ def save_last(trainer: Trainer) -> None:
     trainer.saved_step = trainer.state.step
 
 
-def _save(trainer: Trainer, which: Which, parts: Mapping[str, Tensors], state: Any) -> None:
+def _save(
+    trainer: Trainer, which: CheckpointName, parts: Mapping[str, Tensors], state: Any
+) -> None:
     """Write a checkpoint.
 
     Raises:

@@ -22,7 +22,7 @@ from chargpt.compute.device import CompileChoice, choose_compile
 from chargpt.compute.fast_layers import fast_muon_update, use_kernels
 from chargpt.compute.muon import MuonAdamW
 from chargpt.compute.native import KernelsError, library_path, load_kernels
-from chargpt.config import Attention, GPT2Config, Switch
+from chargpt.config import Attention, GPT2Config, OnOffAuto
 from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.training.loop import trial_step
 from chargpt.training.trainer import Trainer
@@ -61,7 +61,7 @@ def prepare(trainer: Trainer, note: Note) -> SpeedChoices:
     start = time.perf_counter()
     if trainer.device.type == "cpu":
         keep_memory()
-    compiling = choose_compile(trainer.config.compile, trainer.device)
+    compiling = choose_compile(trainer.train_config.compile, trainer.device)
     if trainer.parallel.device_ids:
         compiling = CompileChoice(False, "not over several GPUs in one process")
     kernels, attention = _choose_layers(trainer, note, compiling=compiling.on)
@@ -78,7 +78,7 @@ def prepare(trainer: Trainer, note: Note) -> SpeedChoices:
 def _choose_layers(
     trainer: Trainer, note: Note, *, compiling: bool
 ) -> tuple[KernelsChoice, AttentionChoice]:
-    config, model, device = trainer.config, trainer.model, trainer.device
+    config, model, device = trainer.train_config, trainer.model, trainer.device
     kernels = choose_kernels(config.kernels, device, compiling)
     if kernels.on:
         use_kernels(model)
@@ -115,7 +115,7 @@ class KernelsChoice(NamedTuple):
     reason: str
 
 
-def choose_kernels(wish: Switch, device: torch.device, compiling: bool) -> KernelsChoice:
+def choose_kernels(wish: OnOffAuto, device: torch.device, compiling: bool) -> KernelsChoice:
     """Return whether to use the kernels; they are compiled to find out.
 
     Raises:

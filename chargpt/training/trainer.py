@@ -65,7 +65,7 @@ class Trainer:
     windows: Windows
     validation: npt.NDArray[Any]
     """Token ids, (m,)."""
-    config: TrainConfig
+    train_config: TrainConfig
     precision: PrecisionChoice
     parallel: ParallelChoice
     out: Path
@@ -82,7 +82,7 @@ class Trainer:
     @property
     def sequences_per_step(self) -> int:
         """Windows that one optimizer step learns from."""
-        return self.config.batch_size * self.config.gradient_accumulation_steps
+        return self.train_config.batch_size * self.train_config.gradient_accumulation_steps
 
     @property
     def tokens_per_step(self) -> int:
@@ -92,10 +92,10 @@ class Trainer:
     @property
     def total_steps(self) -> int | None:
         """Length of the run; None where the clock decides."""
-        if self.config.steps is not None:
-            return self.config.steps
-        if self.config.epochs is not None:
-            sequences = self.config.epochs * self.windows.per_epoch
+        if self.train_config.steps is not None:
+            return self.train_config.steps
+        if self.train_config.epochs is not None:
+            sequences = self.train_config.epochs * self.windows.per_epoch
             return max(1, round(sequences / self.sequences_per_step))
         return None
 
@@ -104,17 +104,17 @@ class Trainer:
         """Share of the budget that is spent."""
         if self.total_steps is not None:
             return self.state.step / self.total_steps
-        assert self.config.minutes is not None
+        assert self.train_config.minutes is not None
         # Compilation shortens the run; it must not spend the warm-up.
-        budget = 60 * self.config.minutes - self.state.compile_seconds
+        budget = 60 * self.train_config.minutes - self.state.compile_seconds
         spent = self.state.train_seconds - self.state.compile_seconds
         return spent / budget if budget > 0 else 1.0
 
     @property
     def eval_interval(self) -> int:
-        """Steps between evaluations; see ``TrainConfig.eval_interval``."""
-        if self.config.eval_interval:
-            return self.config.eval_interval
+        """Steps between evaluations; see `TrainConfig.eval_interval`."""
+        if self.train_config.eval_interval:
+            return self.train_config.eval_interval
         epoch = self.windows.per_epoch / self.sequences_per_step
         # A forward pass is a third of a step: ten times that keeps evaluation below a tenth.
         cheap = 10 / 3 * len(self.validation) / self.tokens_per_step

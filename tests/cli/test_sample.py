@@ -227,7 +227,11 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
         sample_length=0, device="cpu", precision="fp32", warmup_fraction=0.05,
     )  # fmt: skip
     return train(
-        str(folder / "text.txt"), model=model, training=training, out=folder / "run", quiet=True
+        str(folder / "text.txt"),
+        model_config=model,
+        train_config=training,
+        out=folder / "run",
+        quiet=True,
     )
 
 

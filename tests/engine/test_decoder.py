@@ -24,7 +24,7 @@ from chargpt.base.errors import UserError
 from chargpt.compute import native
 from chargpt.compute.fast_layers import use_kernels
 from chargpt.compute.native import KernelsError
-from chargpt.config import GPT2Config, Switch
+from chargpt.config import GPT2Config, OnOffAuto
 from chargpt.engine import native_decoder
 from chargpt.engine.decoder import Chunk, Decoder, PyTorchDecoder
 from chargpt.engine.native_decoder import NativeDecoder, decodes
@@ -455,7 +455,7 @@ def test_other_types_of_weights(dtype: torch.dtype) -> None:
 # --- which decoder
 
 
-def kind_of(model: GPT2, kernels: Switch) -> type:
+def kind_of(model: GPT2, kernels: OnOffAuto) -> type:
     return type(make_decoder(model, 1, kernels))
 
 

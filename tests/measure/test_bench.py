@@ -81,7 +81,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(clone: Path) -> dict[str, Any]:
     config = BenchConfig(rounds=1, seconds=0.01, peers=(f"nanogpt={clone}",))
-    return bench(model=SMALL, training=QUICK, config=config)
+    return bench(model_config=SMALL, train_config=QUICK, config=config)
 
 
 # --- the report
@@ -259,7 +259,7 @@ def test_a_home_folder_may_be_written_short(clone: Path, monkeypatch: pytest.Mon
 def test_seconds_to_a_loss(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def reach(loss: float) -> dict[str, Any]:
         return seconds_to_loss(
-            loss, [str(text_file)], model=SMALL, training=QUICK, data=DataConfig()
+            loss, [str(text_file)], model_config=SMALL, train_config=QUICK, data_config=DataConfig()
         )
 
     reached, missed = reach(100.0), reach(0.001)

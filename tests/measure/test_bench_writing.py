@@ -42,7 +42,7 @@ def clone_in(folder: Path, script: str = FAKE) -> Path:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     clone = clone_in(tmp_path_factory.mktemp("peer") / "nanoGPT")
     config = BenchConfig(rounds=2, peers=(f"nanogpt={clone}",))
-    return bench_generation(model=SMALL, config=config)
+    return bench_generation(model_config=SMALL, config=config)
 
 
 def test_the_report_survives_json_and_has_what_it_promises(report: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def test_a_clone_that_cannot_write_is_a_mistake_and_stays_as_it_is(tmp_path: Pat
     before = sorted(clone.rglob("*"))
     config = BenchConfig(rounds=1, peers=(f"nanogpt={clone}",))
     with pytest.raises(UserError, match="no such luck.*see whether it runs alone"):
-        bench_generation(model=SMALL, config=config)
+        bench_generation(model_config=SMALL, config=config)
     assert sorted(clone.rglob("*")) == before
 
 

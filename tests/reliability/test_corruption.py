@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compile="off",
     )
     text = str(folder / "hearts.txt")
-    train(text, model=SHAPE, training=training, out=folder / "run", quiet=True)
+    train(text, model_config=SHAPE, train_config=training, out=folder / "run", quiet=True)
     return folder / "run"
 
 
@@ -238,7 +238,14 @@ def test_two_files_damaged_are_told_of_and_two_checkpoints_are_refused(
     sources = read_config(copy)["data"]["sources"]
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="last is damaged"):
-        train(sources, model=SHAPE, training=resumable(copy), out=copy, resume=True, quiet=True)
+        train(
+            sources,
+            model_config=SHAPE,
+            train_config=resumable(copy),
+            out=copy,
+            resume=True,
+            quiet=True,
+        )
     after = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     assert after == before, "a run that cannot go on is left as it was"
 
@@ -259,9 +266,13 @@ def test_a_run_goes_on_from_the_checkpoint_before(run: Path, tmp_path: Path, nam
     data = bytearray((copy / "last" / name).read_bytes())
     data[len(data) // 2] ^= 4
     (copy / "last" / name).write_bytes(data)
-    expected = train(sources, model=SHAPE, training=config, out=whole, resume=True, quiet=True)
+    expected = train(
+        sources, model_config=SHAPE, train_config=config, out=whole, resume=True, quiet=True
+    )
     with pytest.warns(RunWarning, match=f"last is damaged .{name}.*using .*last.previous"):
-        result = train(sources, model=SHAPE, training=config, out=copy, resume=True, quiet=True)
+        result = train(
+            sources, model_config=SHAPE, train_config=config, out=copy, resume=True, quiet=True
+        )
     assert result.summary.val_loss == expected.summary.val_loss
     assert are_equal(load_file(copy / "last" / MODEL), load_file(whole / "last" / MODEL)), (
         "the same as from the checkpoint before"

@@ -54,9 +54,9 @@ def make_trainer(text_file: Path, out: Path, optimizer: Any, precision: Any, on:
     )  # fmt: skip
     plan = make_plan(
         [str(text_file)],
-        model=SMALL.replace(d_model=32, dropout=0.2),  # heads of 16, which the kernels take
-        training=config,
-        data=DataConfig(),
+        model_config=SMALL.replace(d_model=32, dropout=0.2),  # heads of 16, which the kernels take
+        train_config=config,
+        data_config=DataConfig(),
         out=out,
         resuming=False,
     )

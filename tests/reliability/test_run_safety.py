@@ -48,9 +48,9 @@ def trainer_for(text_file: Path, out: Path, **changes: Any) -> Trainer:
     out.mkdir()
     plan = make_plan(
         [str(text_file)],
-        model=SMALL,
-        training=QUICK.replace(**changes),
-        data=DataConfig(),
+        model_config=SMALL,
+        train_config=QUICK.replace(**changes),
+        data_config=DataConfig(),
         out=out,
         resuming=False,
     )
@@ -67,9 +67,18 @@ def test_a_second_trainer_is_refused_and_nothing_changes(text_file: Path, run: P
         locked(run),
         pytest.raises(UserError, match="another process is training into .*run: wait"),
     ):
-        train(str(text_file), model=SMALL, training=longer, out=run, resume=True, quiet=True)
+        train(
+            str(text_file),
+            model_config=SMALL,
+            train_config=longer,
+            out=run,
+            resume=True,
+            quiet=True,
+        )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    result = train(str(text_file), model=SMALL, training=longer, out=run, resume=True, quiet=True)
+    result = train(
+        str(text_file), model_config=SMALL, train_config=longer, out=run, resume=True, quiet=True
+    )
     assert result.summary.steps == 20
 
 
@@ -103,7 +112,9 @@ def test_a_run_that_lost_its_last_state_does_not_begin_anew(text_file: Path, run
         shutil.rmtree(run / name)
     before = (run / "best" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="has a best checkpoint and no last one"):
-        train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+        train(
+            str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
+        )
     assert (run / "best" / "model.safetensors").read_bytes() == before
     assert load(run)
 
@@ -113,7 +124,7 @@ def test_a_mistake_leaves_no_folder_behind(text_file: Path, tmp_path: Path) -> N
     with pytest.raises(UserError):
         train("no such text", out=out, quiet=True)
     with pytest.raises(UserError, match="vocab_size"):
-        train(str(text_file), model=SMALL.replace(vocab_size=3), out=out, quiet=True)
+        train(str(text_file), model_config=SMALL.replace(vocab_size=3), out=out, quiet=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,7 +148,9 @@ def test_a_save_that_fails_ends_the_run_with_the_reason(
     with pytest.raises(
         TrainingError, match=r"could not be saved after step 10 \(No space .* needs .*B\).*--resume"
     ):
-        train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "run", quiet=True)
+        train(
+            str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "run", quiet=True
+        )
     assert read_state(tmp_path / "run" / "last")["step"] == 5
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -156,7 +169,7 @@ def test_a_run_folder_that_vanishes_ends_the_run(
 
     monkeypatch.setattr(training, "train_step", vanish)
     with pytest.raises(TrainingError, match=r"run has vanished, with all that was saved"):
-        train(str(text_file), model=SMALL, training=QUICK, out=run, quiet=True)
+        train(str(text_file), model_config=SMALL, train_config=QUICK, out=run, quiet=True)
     assert not run.exists()
 
 
@@ -186,7 +199,13 @@ def test_the_last_state_is_saved_at_its_interval(text_file: Path, tmp_path: Path
 
         patch.setattr(saving, "save_checkpoint", note)
         config = QUICK.replace(save_interval=4, eval_interval=6)
-        train(str(text_file), model=SMALL, training=config, out=tmp_path / "run", quiet=True)
+        train(
+            str(text_file),
+            model_config=SMALL,
+            train_config=config,
+            out=tmp_path / "run",
+            quiet=True,
+        )
     assert saved == [4, 6, 8, 12, 12]
 
 
@@ -196,7 +215,7 @@ def test_what_was_written_down_of_lost_steps_is_forgotten(text_file: Path, run: 
     with (run / "samples.txt").open("a") as file:
         file.write("--- step 13, validation loss 9.0000\nlost\n--- not a header\n")
     kept = (run / "samples.txt").read_text().partition("--- step 13")[0]
-    train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+    train(str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True)
     assert max(row["step"] for row in read_metrics(run)) == 12
     assert (run / "samples.txt").read_text() == kept
 
@@ -211,7 +230,14 @@ def test_an_evaluation_is_written_down_before_it_is_saved(
 
     def run_in(name: str, resume: Any = False) -> Path:
         out = tmp_path / name
-        train(str(text_file), model=SMALL, training=QUICK, out=out, resume=resume, quiet=True)
+        train(
+            str(text_file),
+            model_config=SMALL,
+            train_config=QUICK,
+            out=out,
+            resume=resume,
+            quiet=True,
+        )
         return out
 
     whole = run_in("whole")
@@ -242,7 +268,7 @@ def test_patience_that_was_over_is_over_when_the_run_is_started_again(
     config = QUICK.replace(steps=100, patience=2)
     for resume in (False, True, "auto"):
         summary = train(
-            str(text_file), model=SMALL, training=config, out=tmp_path / "run", resume=resume,
+            str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "run", resume=resume,
             quiet=True,
         ).summary  # fmt: skip
         assert (summary.steps, summary.stop_reason) == (15, "patience")
@@ -253,7 +279,9 @@ def test_a_better_best_checkpoint_is_never_replaced(text_file: Path, run: Path) 
     weights = {"model.safetensors": load_file(run / "best" / "model.safetensors")}
     save_checkpoint(run, "best", weights, {"step": 14, "val_loss": 0.25})
     longer = QUICK.replace(steps=20)
-    result = train(str(text_file), model=SMALL, training=longer, out=run, resume=True, quiet=True)
+    result = train(
+        str(text_file), model_config=SMALL, train_config=longer, out=run, resume=True, quiet=True
+    )
     assert (result.summary.best_step, result.summary.val_loss) == (14, 0.25)
     assert read_state(run / "best") == {"step": 14, "val_loss": 0.25}
 
@@ -270,11 +298,15 @@ def test_a_damaged_checkpoint_does_not_outlive_the_whole_one_before(run: Path) -
 def test_links_that_a_tracker_keeps_are_its_own(text_file: Path, run: Path) -> None:
     (run / "wandb").mkdir()
     (run / "wandb" / "latest-run").symlink_to(run)
-    assert train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+    assert train(
+        str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
+    )
     (run / "samples.txt").unlink()
     (run / "samples.txt").symlink_to(text_file)
     with pytest.raises(UserError, match=r"samples.txt is a link"):
-        train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+        train(
+            str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
+        )
 
 
 def test_a_tracker_that_fails_stops_no_run(
@@ -285,7 +317,7 @@ def test_a_tracker_that_fails_stops_no_run(
             raise ConnectionError("no route")
 
     monkeypatch.setattr(reporting, "make_tracker", lambda *_: Failing())
-    result = train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "run")
+    result = train(str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "run")
     assert result.summary.steps == 12
     assert capsys.readouterr().err.count("failed, going on without it") == 1
 
@@ -306,7 +338,9 @@ def test_a_model_too_large_for_memory_is_a_mistake(
 
     monkeypatch.setattr(chargpt.train, "make_plan", fail)
     with pytest.raises(UserError, match="does not fit into memory: give a lower --d-model .16."):
-        train(str(text_file), model=SMALL, training=QUICK, out=tmp_path / "run", quiet=True)
+        train(
+            str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "run", quiet=True
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -327,10 +361,19 @@ def test_weights_that_are_no_numbers_are_not_saved(
     monkeypatch.setattr(training, "train_step", spoil)
     for resume in (False, True, True):  # however often it is tried
         with pytest.raises(TrainingError, match=r"final_norm.weight is not finite after step 7"):
-            train(str(text_file), model=SMALL, training=QUICK, out=run, resume=resume, quiet=True)
+            train(
+                str(text_file),
+                model_config=SMALL,
+                train_config=QUICK,
+                out=run,
+                resume=resume,
+                quiet=True,
+            )
         assert read_state(run / "last")["step"] == 5
     monkeypatch.setattr(training, "train_step", step)
-    again = train(str(text_file), model=SMALL, training=QUICK, out=run, resume=True, quiet=True)
+    again = train(
+        str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
+    )
     assert again.summary.steps == 12
 
 
@@ -345,7 +388,14 @@ def test_a_step_that_fails_again_and_again_keeps_what_was_before_it(
     monkeypatch.setattr(training, "_micro_loss", poison)
     for resume in (False, True, True):
         with pytest.raises(TrainingError, match=r"step 8 stopped before its update"):
-            train(str(text_file), model=SMALL, training=QUICK, out=run, resume=resume, quiet=True)
+            train(
+                str(text_file),
+                model_config=SMALL,
+                train_config=QUICK,
+                out=run,
+                resume=resume,
+                quiet=True,
+            )
     assert read_state(run / "last")["step"] == 7
     assert read_state(run / "last.previous")["step"] == 5
 
@@ -395,7 +445,9 @@ def test_determinism_is_for_a_while_and_says_where_it_ends() -> None:
 def test_a_deterministic_run_is_the_same_run(text_file: Path, tmp_path: Path) -> None:
     for name, wish in (("a", True), ("b", False)):
         config = QUICK.replace(deterministic=wish)
-        train(str(text_file), model=SMALL, training=config, out=tmp_path / name, quiet=True)
+        train(
+            str(text_file), model_config=SMALL, train_config=config, out=tmp_path / name, quiet=True
+        )
     a, b = (load(tmp_path / name, which="last").model for name in ("a", "b"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 

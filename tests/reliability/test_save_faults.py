@@ -115,7 +115,14 @@ def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> 
             patch.setattr(module, name, faults.wrap(getattr(module, name), name))
         patch.setattr(builtins, "open", io.open)
         try:
-            train(str(text), model=MODEL, training=TRAINING, out=out, resume="auto", quiet=True)
+            train(
+                str(text),
+                model_config=MODEL,
+                train_config=TRAINING,
+                out=out,
+                resume="auto",
+                quiet=True,
+            )
         finally:
             reached = faults.count >= n
     return reached
@@ -123,7 +130,9 @@ def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> 
 
 def goes_on(text: Path, out: Path) -> bool:
     """Whether the run can be gone on with, to its end."""
-    result = train(str(text), model=MODEL, training=TRAINING, out=out, resume="auto", quiet=True)
+    result = train(
+        str(text), model_config=MODEL, train_config=TRAINING, out=out, resume="auto", quiet=True
+    )
     return result.summary.steps == TRAINING.steps and find_problem(out / "last") is None
 
 

@@ -71,7 +71,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compile="off",
     )
     text = str(folder / "hearts.txt")
-    train(text, model=SHAPE, training=training, out=folder / "run", quiet=True)
+    train(text, model_config=SHAPE, train_config=training, out=folder / "run", quiet=True)
     for name in ("best", "last"):
         shutil.rmtree(folder / "run" / f"{name}.previous")
     return folder / "run"

@@ -356,8 +356,8 @@ def test_unknown_settings_are_refused(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_come_back_by_way_of_a_file(name: str) -> None:
     preset = PRESETS[name]()
-    must_come_back(preset.model)
-    must_come_back(preset.train)
+    must_come_back(preset.model_config)
+    must_come_back(preset.train_config)
 
 
 @more

@@ -205,9 +205,9 @@ def trainer_for(
     config: TrainConfig = QUICK.replace(**setting)
     plan = make_plan(
         [str(text_file)],
-        model=model.replace(dropout=0.0),
-        training=config,
-        data=DataConfig(),
+        model_config=model.replace(dropout=0.0),
+        train_config=config,
+        data_config=DataConfig(),
         out=out,
         resuming=False,
     )
