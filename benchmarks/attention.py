@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 import typing
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chargpt.compute import native
-from chargpt.compute.attention import Backend, self_attention
 from chargpt.compute.device import choose_device, describe_device
-from chargpt.config import PRESETS
+from chargpt.compute.fast_layers import Backend, set_attention, use_fast_dropout
+from chargpt.config import PRESETS, GPT2Config
 from chargpt.measure.timing import median_seconds
+from chargpt.model import CausalSelfAttention
 
 BACKENDS: tuple[Backend, ...] = typing.get_args(Backend)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,38 +40,33 @@ def main() -> None:
                 print(f"{name:<8}{_shape(name):<20}{dtype:<6}{dropout_p:<9g}", end="", flush=True)
                 for backend in BACKENDS:
                     qkv = _random(name, DTYPES[dtype], device)
-                    case = Case(backend, PRESETS[name]().model_config.n_head, dropout_p)
-                    shown = time_case(case, qkv, arguments.seconds)
+                    config = PRESETS[name]().model_config.replace(attention_dropout=dropout_p)
+                    shown = time_backend(backend, config, qkv, arguments.seconds)
                     print(f"{shown:>10}", end="", flush=True)
                 print()
 
 
-class Case(NamedTuple):
-    """What is compared, on the same queries, keys and values."""
-
-    backend: Backend
-    n_head: int
-    dropout_p: float
-
-
-def time_case(case: Case, qkv: Tensor, seconds: float) -> str:
+def time_backend(backend: Backend, config: GPT2Config, qkv: Tensor, seconds: float) -> str:
     """Return the median milliseconds of a forward and backward pass; – if it does not run.
 
     Args:
-        case: what to time.
+        backend: what to time.
+        config: the shape and the dropout.
         qkv: queries, keys and values side by side, (B, T, 3C).
         seconds: how long to measure.
     """
-    upstream = torch.randn_like(qkv[..., : qkv.size(-1) // 3])  # (B, T, C)
-    width = upstream.size(-1) // case.n_head
+    layer = CausalSelfAttention(config).train()
+    use_fast_dropout(layer)
+    set_attention(layer, backend)
+    upstream = torch.randn_like(qkv[..., : config.d_model])  # (B, T, C)
 
     def both_ways() -> None:
-        out = self_attention(qkv, case.n_head, dropout_p=case.dropout_p, backend=case.backend)
-        out.backward(upstream)
+        layer.attend(qkv).backward(upstream)
         qkv.grad = None
 
     try:
-        if case.backend == "native" and not native.suits(qkv, widths=(width,)):
+        width = config.d_model // config.n_head
+        if backend == "native" and not native.suits(qkv, widths=(width,)):
             return "–"  # it would fall back, and show another backend's number
         return f"{1000 * median_seconds(both_ways, seconds, qkv.device):.2f}"
     except (native.KernelsError, torch.OutOfMemoryError):

@@ -93,7 +93,7 @@ def run_seeds(given: argparse.Namespace) -> None:
         run = given.out / f"seed-{seed}"
         # The clock at every step, and no time for samples.
         training = configs["train_config"].replace(seed=seed, log_interval=1, sample_length=0)
-        train_seed(run, given.text, configs | {"training": training})
+        train_seed(run, given.text, configs | {"train_config": training})
         rows.append(score_run(run, validation, given.target) | {"seed": seed})
         results = {
             "preset": given.preset,
@@ -143,7 +143,7 @@ def train_seed(run: Path, texts: Sequence[str], configs: Mapping[str, Any]) -> N
     """
     if _is_finished(run):
         old = saved(run)
-        shape = configs["model_config"].replace(vocab_size=old["model"].vocab_size)
+        shape = configs["model_config"].replace(vocab_size=old["model_config"].vocab_size)
         if old != {**configs, "model": shape} or saved_sources(run) != tuple(texts):
             raise UserError(f"{run} was trained with other settings: give another --out")
         return
@@ -173,7 +173,7 @@ def score_run(run: Path, validation: Any, target: float) -> Row:
         target: loss over the whole validation part.
     """
     summary = _summary(run)
-    device = choose_device(saved(run)["training"].device).device
+    device = choose_device(saved(run)["train_config"].device).device
     autocast = PrecisionChoice(summary["precision"], "as trained").autocast(device)
     best = run_folder.load(run, which="best", device=device).model
     last = run_folder.load(run, which="last", device=device).model

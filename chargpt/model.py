@@ -2,8 +2,10 @@
 
     ids ─► token + position embedding ─► n_layer × Block ─► LayerNorm ─► head ─► logits
 
-A block adds to the residual stream twice: attention, the one place where positions see each
-other, then a feed-forward network that acts on each position by itself.
+A block adds to the residual stream twice: attention, the only layer in which positions see each
+other, then a feed-forward network that acts on each position alone.
+
+This file is plain PyTorch. `chargpt.compute.fast_layers` can replace its layers by faster ones.
 
 Shapes: B batch, T time, C = d_model, H heads, D = C / H head size, F = d_ff, V vocabulary.
 """
@@ -11,18 +13,15 @@ Shapes: B batch, T time, C = d_model, H heads, D = C / H head size, F = d_ff, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chargpt.base.errors import UserError
-from chargpt.compute.attention import Backend, self_attention
-from chargpt.compute.dropout import Dropout
-from chargpt.compute.kv_cache import Cache, LayerCache
 from chargpt.config import ActivationFunction, GPT2Config
 
 INIT_STD = 0.02
@@ -37,6 +36,108 @@ ACTIVATIONS: dict[ActivationFunction, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 
+# --- attention (Vaswani et al. 2017, section 3.2)
+
+AttentionBackend = Literal["matmul", "sdpa"]
+"""``matmul`` is the textbook, written out; ``sdpa`` is PyTorch's fused kernel."""
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Map (B, T, 3C) to queries, keys and values, each (B, H, T, D)."""
+    heads = qkv.view(*qkv.shape[:2], 3, n_head, qkv.size(2) // (3 * n_head))  # (B, T, 3, H, D)
+    q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
+    return q, k, v
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Return softmax(q kᵀ / √D + mask), shape (B, H, T, T): what each position looks at.
+
+    Args:
+        q: queries, (B, H, T, D).
+        k: keys, (B, H, T, D).
+    """
+    T = q.size(-2)
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)  # (T, T)
+    # One call scales, multiplies and masks: a pass over (B, H, T, T) costs as much as a product.
+    scores = torch.baddbmm(
+        mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5
+    )  # (B × H, T, T)
+    weights: Tensor = scores.softmax(dim=-1).view(*q.shape[:2], T, T)  # (B, H, T, T)
+    return weights
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, backend: AttentionBackend | None = None
+) -> Tensor:
+    """Average, for each position, the values up to it, weighted by how well keys fit its query.
+
+    Args:
+        q: queries, (B, H, T, D).
+        k: keys, (B, H, T, D).
+        v: values, (B, H, T, D).
+        dropout: acts on the attention weights.
+        backend: None: ``sdpa``, or ``matmul`` where the fused kernel cannot drop weights (CPUs).
+
+    Returns:
+        dropout(softmax(q kᵀ / √D + mask)) v, shape (B, H, T, D).
+    """
+    dropout_p = dropout.p if dropout.training else 0.0
+    if backend is None:
+        backend = "matmul" if q.device.type == "cpu" and dropout_p > 0 else "sdpa"
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+    weights: Tensor = dropout(attention_weights(q, k))  # (B, H, T, T)
+    return weights @ v
+
+
+# --- the key-value cache
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, and which of them a forward pass reads and writes."""
+
+    keys: Tensor
+    """(slots, H, block_size, D)."""
+    values: Tensor
+    """(slots, H, block_size, D)."""
+    slots: Tensor
+    """The slot of each sequence, (B,)."""
+    positions: Tensor
+    """Positions of the new tokens, (B, T)."""
+    length: int
+    """S: positions in the longest sequence, new ones included."""
+
+    def attend(self, qkv: Tensor, n_head: int) -> Tensor:
+        """Store new keys and values, and attend from each new token to all up to it.
+
+        Args:
+            qkv: queries, keys and values of the new tokens side by side, (B, T, 3C).
+            n_head: H.
+
+        Returns:
+            (B, T, C).
+        """
+        q, k, v = split_heads(qkv, n_head)  # 3 × (B, H, T, D)
+        self.keys[self.slots[:, None], :, self.positions] = k.transpose(1, 2)  # (B, T, H, D)
+        self.values[self.slots[:, None], :, self.positions] = v.transpose(1, 2)
+        keys = self.keys[self.slots, :, : self.length]  # (B, H, S, D)
+        values = self.values[self.slots, :, : self.length]  # (B, H, S, D)
+        all_positions = torch.arange(self.length, device=qkv.device)  # (S,)
+        visible = all_positions <= self.positions[:, None, :, None]  # (B, 1, T, S)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)  # (B, H, T, D)
+        return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+
+
+class Cache(NamedTuple):
+    """The cache of all layers, as a forward pass takes it."""
+
+    layers: Sequence[LayerCache]
+    positions: Tensor
+    """Positions of the new tokens, (B, T)."""
+
+
+# --- the layers
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention: H small attentions side by side, projected back to C."""
@@ -44,21 +145,23 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.dropout_p = _or(config.attention_dropout, config.dropout)
-        self.backend: Backend | None = None
+        self.backend: AttentionBackend | None = None
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.dropout = nn.Dropout(_or(config.attention_dropout, config.dropout))
         self.projection = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C); with a cache, T new positions also see those before them."""
-        dropout_p = self.dropout_p if self.training else 0.0
         qkv = self.qkv(x)  # (B, T, 3C)
-        if cache is None:
-            y = self_attention(qkv, self.n_head, dropout_p=dropout_p, backend=self.backend)
-        else:
-            y = cache.attend(qkv, self.n_head)  # (B, T, C)
+        y = self.attend(qkv) if cache is None else cache.attend(qkv, self.n_head)  # (B, T, C)
         out: Tensor = self.projection(y)  # (B, T, C)
         return out
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Map queries, keys and values side by side, (B, T, 3C), to (B, T, C)."""
+        q, k, v = split_heads(qkv, self.n_head)  # 3 × (B, H, T, D)
+        y = causal_attention(q, k, v, self.dropout, self.backend)  # (B, H, T, D)
+        return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -78,7 +181,7 @@ class FeedForward(nn.Module):
 
 
 class ResidualSum(nn.Module):
-    """What a sublayer computes, some of it dropped, added to the residual stream.
+    """Add a sublayer's output to the residual stream, with dropout.
 
     Args:
         p: probability of dropping a value, in [0, 1).
@@ -86,7 +189,7 @@ class ResidualSum(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.dropout = Dropout(p)
+        self.dropout = nn.Dropout(p)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         """Map two tensors (B, T, C) to one."""
@@ -118,9 +221,9 @@ class Residual(nn.Module):
         self.sum_norm = norm_if(placement == "post")
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """Map (B, T, C) to (B, T, C); the sublayer is given the context, too."""
-        update = self.sublayer_norm(self.sublayer(self.norm(x), *context))
-        out: Tensor = self.sum_norm(self.sum(x, update))
+        """Map (B, T, C) to (B, T, C); the sublayer also gets the context."""
+        update = self.sublayer_norm(self.sublayer(self.norm(x), *context))  # (B, T, C)
+        out: Tensor = self.sum_norm(self.sum(x, update))  # (B, T, C)
         return out
 
 
@@ -136,6 +239,9 @@ class Block(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         out: Tensor = self.feed_forward(self.attention(x, cache))
         return out
+
+
+# --- the model
 
 
 class GPT2(nn.Module):
@@ -155,7 +261,7 @@ class GPT2(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.block_size, config.d_model)
-        self.dropout = Dropout(_or(config.embedding_dropout, config.dropout))
+        self.dropout = nn.Dropout(_or(config.embedding_dropout, config.dropout))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = layer_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -171,7 +277,7 @@ class GPT2(nn.Module):
 
         Args:
             ids: token ids, (B, T) with T ≤ block_size.
-            cache: of the tokens before these, if any; see `chargpt.compute.kv_cache`.
+            cache: the keys and values of the tokens before these, if any.
 
         Returns:
             Unnormalised log-probabilities, (B, T, V).
@@ -196,6 +302,17 @@ def layer_norm(config: GPT2Config) -> nn.LayerNorm:
     return nn.LayerNorm(config.d_model, eps=1e-5, bias=config.bias)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, then back in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -205,14 +322,3 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for a while, then back in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -1,36 +1,36 @@
-"""Both backends against an explicit loop, square and rectangular, and attention's dropout."""
+"""Both backends against an explicit loop, and attention's dropout."""
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from chargpt.compute.attention import Backend, attention_weights, causal_attention, default_backend
+from chargpt.model import AttentionBackend, attention_weights, causal_attention
 
-SHAPES = [(5, 5), (1, 1), (1, 6), (3, 6), (5, 6)]  # queries, keys: the last of the positions
+LENGTHS = [1, 2, 5]
+NO_DROPOUT = nn.Dropout(0.0)
 
 
 def queries_keys_values(
-    queries: int, keys: int, dtype: torch.dtype = torch.float64
+    length: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(queries * 100 + keys)
+    generator = torch.Generator().manual_seed(length)
     q, k, v = (
         torch.randn(2, 3, length, 4, generator=generator, dtype=dtype).requires_grad_()
-        for length in (queries, keys, keys)
+        for _ in range(3)
     )
     return q, k, v
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Query t of T is position S - T + t, and sees the positions up to its own."""
     B, H, T, D = q.shape
     q, k, v = q.detach(), k.detach(), v.detach()
     out = torch.empty(B, H, T, D, dtype=torch.float64)
     for b in range(B):
         for h in range(H):
             for t in range(T):
-                visible = range(k.size(2) - T + t + 1)
+                visible = range(t + 1)
                 weights = [math.exp(float(q[b, h, t] @ k[b, h, s]) / math.sqrt(D)) for s in visible]
                 total = sum(weights)
                 out[b, h, t] = sum(weights[s] / total * v[b, h, s] for s in visible)
@@ -38,27 +38,25 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul", None])
-@pytest.mark.parametrize(("queries", "keys"), SHAPES)
-def test_a_backend_equals_the_loop(queries: int, keys: int, backend: Backend | None) -> None:
-    q, k, v = queries_keys_values(queries, keys)
-    out = causal_attention(q, k, v, backend=backend)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_backend_equals_the_loop(length: int, backend: AttentionBackend | None) -> None:
+    q, k, v = queries_keys_values(length)
+    out = causal_attention(q, k, v, NO_DROPOUT, backend)
     torch.testing.assert_close(out.detach(), by_hand(q, k, v), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 )
-@pytest.mark.parametrize(("queries", "keys"), SHAPES)
+@pytest.mark.parametrize("length", LENGTHS)
 def test_backends_agree_in_value_and_gradient(
-    queries: int, keys: int, dtype: torch.dtype, tolerance: float
+    length: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     results = []
-    upstream = torch.randn(
-        2, 3, queries, 4, generator=torch.Generator().manual_seed(1), dtype=dtype
-    )
+    upstream = torch.randn(2, 3, length, 4, generator=torch.Generator().manual_seed(1), dtype=dtype)
     for backend in ("sdpa", "matmul"):
-        q, k, v = queries_keys_values(queries, keys, dtype)
-        out = causal_attention(q, k, v, backend=backend)
+        q, k, v = queries_keys_values(length, dtype)
+        out = causal_attention(q, k, v, NO_DROPOUT, backend)
         assert out.dtype == dtype
         out.backward(upstream)
         results.append((out, q.grad, k.grad, v.grad))
@@ -66,57 +64,21 @@ def test_backends_agree_in_value_and_gradient(
         torch.testing.assert_close(fused, written_out, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("queries", "keys"), SHAPES)
-def test_weights_are_a_causal_distribution(queries: int, keys: int) -> None:
-    q, k, _ = queries_keys_values(queries, keys)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_weights_are_a_causal_distribution(length: int) -> None:
+    q, k, _ = queries_keys_values(length)
     weights = attention_weights(q, k)
-    assert weights.shape == (2, 3, queries, keys)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, queries, dtype=torch.float64))
-    for t in range(queries):
-        own = keys - queries + t
-        assert (weights[..., t, : own + 1] > 0).all()
-        assert (weights[..., t, own + 1 :] == 0).all()
+    assert weights.shape == (2, 3, length, length)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, length, dtype=torch.float64))
+    for t in range(length):
+        assert (weights[..., t, : t + 1] > 0).all()
+        assert (weights[..., t, t + 1 :] == 0).all()
 
 
 def test_weights_of_huge_scores_are_finite() -> None:
-    q, k, v = (1e4 * x.detach().float() for x in queries_keys_values(5, 5))
+    q, k, v = (1e4 * x.detach().float() for x in queries_keys_values(5))
     for backend in ("sdpa", "matmul"):
-        assert causal_attention(q, k, v, backend=backend).isfinite().all()
-
-
-# --- the choice of a backend
-
-
-@pytest.mark.parametrize(
-    ("device_type", "dropout_p", "backend"),
-    [
-        ("cpu", 0.0, "sdpa"),
-        ("cpu", 0.1, "matmul"),
-        ("cuda", 0.0, "sdpa"),
-        ("cuda", 0.1, "sdpa"),
-        ("mps", 0.1, "sdpa"),
-    ],
-)
-def test_default(device_type: str, dropout_p: float, backend: Backend) -> None:
-    assert default_backend(device_type, dropout_p) == backend
-
-
-@pytest.mark.parametrize(
-    ("dropout_p", "named", "chosen"),
-    [(0.0, None, "sdpa"), (0.5, None, "matmul"), (0.5, "sdpa", "sdpa"), (0.0, "matmul", "matmul")],
-)
-def test_the_named_backend_wins(
-    dropout_p: float, named: Backend | None, chosen: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called = []
-    for name in ("sdpa", "matmul"):
-        monkeypatch.setitem(
-            causal_attention.__globals__["_BACKENDS"],
-            name,
-            lambda q, k, v, p, name=name: called.append((name, p)) or v,
-        )
-    causal_attention(*queries_keys_values(2, 2), dropout_p=dropout_p, backend=named)
-    assert called == [(chosen, dropout_p)]
+        assert causal_attention(q, k, v, NO_DROPOUT, backend).isfinite().all()
 
 
 # --- dropout of weights
@@ -124,13 +86,15 @@ def test_the_named_backend_wins(
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_single_weights_and_scales_the_rest(p: float, backend: Backend) -> None:
+def test_dropout_drops_single_weights_and_scales_the_rest(
+    p: float, backend: AttentionBackend
+) -> None:
     """With the identity as values the output is the weights, after dropout."""
     torch.manual_seed(0)
     B, T = 64, 48
     q = torch.zeros(B, 2, T, T)
     v = torch.eye(T).expand(B, 2, T, T)
-    out = causal_attention(q, q, v, dropout_p=p, backend=backend)
+    out = causal_attention(q, q, v, nn.Dropout(p), backend)
 
     plain = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]  # equal shares
     visible = plain > 0
@@ -148,17 +112,17 @@ def test_dropout_drops_single_weights_and_scales_the_rest(p: float, backend: Bac
 def test_every_head_and_sequence_drops_its_own() -> None:
     torch.manual_seed(0)
     q = torch.zeros(2, 2, 16, 16)
-    out = causal_attention(q, q, torch.eye(16).expand_as(q), dropout_p=0.5)
+    out = causal_attention(q, q, torch.eye(16).expand_as(q), nn.Dropout(0.5))
     masks = {tuple((head != 0).flatten().tolist()) for head in out.flatten(0, 1)}
     assert len(masks) == 4
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
-def test_it_is_weights_that_drop_and_not_outputs(backend: Backend) -> None:
+def test_it_is_weights_that_drop_and_not_outputs(backend: AttentionBackend) -> None:
     """A dropped weight takes the whole of its value with it, so equal columns stay equal."""
     torch.manual_seed(0)
     q = torch.zeros(2, 2, 32, 4)
     column = torch.randn(2, 2, 32, 1)
-    out = causal_attention(q, q, column.expand(2, 2, 32, 4), dropout_p=0.5, backend=backend)
+    out = causal_attention(q, q, column.expand(2, 2, 32, 4), nn.Dropout(0.5), backend)
     torch.testing.assert_close(out, out[..., :1].expand_as(out))
-    assert not torch.equal(out, causal_attention(q, q, column.expand(2, 2, 32, 4)))
+    assert not torch.equal(out, causal_attention(q, q, column.expand(2, 2, 32, 4), NO_DROPOUT))

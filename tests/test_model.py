@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from twin import HF_ACTIVATIONS, as_hf, hf_names, hugging_face, reference_logits, shake
 
 from chargpt.base.errors import UserError
-from chargpt.compute.attention import Backend
 from chargpt.compute.counts import count_parameters
+from chargpt.compute.fast_layers import set_attention
 from chargpt.config import PRESETS, GPT2Config
-from chargpt.model import ACTIVATIONS, GPT2
-from chargpt.training.speed import set_backend
+from chargpt.model import ACTIVATIONS, GPT2, AttentionBackend
 
 VOCAB = 11
 DROPOUT_PLACES = ("embeddings", "weights", "attention", "feed_forward")  # in the order of one block
@@ -102,9 +101,9 @@ def test_logits_and_gradients_equal_the_formulas(
 
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
-def test_a_token_changes_no_logit_before_it(backend: Backend, placement: str) -> None:
+def test_a_token_changes_no_logit_before_it(backend: AttentionBackend, placement: str) -> None:
     model = shake(GPT2(config(norm_placement=placement))).eval()
-    set_backend(model, backend)
+    set_attention(model, backend)
     ids = some_ids(1, 2, 7)
     with torch.no_grad():
         logits = model(ids)
@@ -183,13 +182,14 @@ def test_dropout_acts_where_it_should_while_training(
     calls = itertools.cycle(DROPOUT_PLACES[1:])
     seen = []
 
-    def fake(x: torch.Tensor, p: float) -> torch.Tensor:
+    def fake(x: torch.Tensor, p: float, training: bool, inplace: bool) -> torch.Tensor:
+        if not training:
+            return x
         seen.append(next(calls) if seen else "embeddings")
         assert p == 0.3
         return x * 0.0 if seen[-1] == place else x
 
-    monkeypatch.setattr("chargpt.compute.dropout.dropout", fake)
-    monkeypatch.setattr("chargpt.compute.attention.dropout", fake)
+    monkeypatch.setattr(F, "dropout", fake)
     model = shake(GPT2(shape).double()).train()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     ids = some_ids(1, 2, 7)

@@ -12,7 +12,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _LANES = 4  # 16-bit numbers in a word
 _LEVELS = 1 << 16
@@ -43,26 +43,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     keep = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.ge(lanes, dropped - _LEVELS // 2, out=keep)
     return x * keep.mul_(_LEVELS / (_LEVELS - dropped))
-
-
-class Dropout(nn.Module):
-    """`dropout` while training, the identity otherwise.
-
-    Args:
-        p: probability of dropping a value, in [0, 1).
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map a tensor of any shape to one of the same shape."""
-        return dropout(x, self.p) if self.training else x
-
-    def extra_repr(self) -> str:
-        """Show p where the module is printed."""
-        return f"p={self.p}"
 
 
 def _random_lanes(n: int) -> Tensor:

@@ -7,13 +7,25 @@ the kernels do not suit (another device, another type, an odd width) it does wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from chargpt.compute import native
+from chargpt.compute.dropout import dropout
 from chargpt.compute.muon import MuonSettings, Tensors, muon_update
-from chargpt.model import ACTIVATIONS, GPT2, FeedForward, Residual, ResidualSum
+from chargpt.model import (
+    ACTIVATIONS,
+    GPT2,
+    CausalSelfAttention,
+    FeedForward,
+    Residual,
+    ResidualSum,
+)
+
+Backend = Literal["matmul", "sdpa", "native"]
+"""How attention computes: the two of `chargpt.model`, or the kernel."""
 
 
 class FastLayerNorm(nn.LayerNorm):
@@ -62,11 +74,51 @@ class FastResidualSum(ResidualSum):
         return native.residual_sum(x, update, self.dropout.p if self.training else 0.0)
 
 
+class FastDropout(nn.Dropout):
+    """Dropout with masks that are cheap on a CPU; needs no kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a tensor of any shape to one of the same shape."""
+        return dropout(x, self.p) if self.training else x
+
+
+class FastCausalSelfAttention(CausalSelfAttention):
+    """Attention in one pass over queries, keys and values, without the (T, T) weights."""
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Map queries, keys and values side by side, (B, T, 3C), to (B, T, C)."""
+        if not native.suits(qkv, widths=(qkv.size(2) // (3 * self.n_head),)):
+            return super().attend(qkv)
+        return native.attention(qkv, self.n_head, self.dropout.p if self.training else 0.0)
+
+
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
     FeedForward: FastFeedForward,
     ResidualSum: FastResidualSum,
 }
+
+
+def use_fast_dropout(model: nn.Module) -> None:
+    """Replace a model's dropout, in place; on a GPU and in compiled code it stays PyTorch's."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = FastDropout
+
+
+def set_attention(model: nn.Module, backend: Backend) -> None:
+    """Choose how every attention layer of a model computes, in place.
+
+    Args:
+        model: its layers are changed.
+        backend: ``native`` is the kernel; where that does not suit, ``matmul`` is used.
+    """
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            if backend == "native":
+                module.__class__, module.backend = FastCausalSelfAttention, "matmul"
+            else:
+                module.__class__, module.backend = CausalSelfAttention, backend
 
 
 def use_kernels(model: GPT2) -> None:

@@ -191,7 +191,7 @@ def _contiguous(weight: Tensor | None) -> Tensor | None:
 
 
 def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
-    """Causal self-attention; the twin of `chargpt.compute.attention.causal_attention`.
+    """Causal self-attention; the twin of `chargpt.model.causal_attention`.
 
     Args:
         qkv: queries, keys and values side by side, (B, T, 3C).

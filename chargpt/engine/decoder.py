@@ -17,8 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from chargpt.compute.kv_cache import Cache, LayerCache
-from chargpt.model import GPT2, evaluating
+from chargpt.model import GPT2, Cache, LayerCache, evaluating
 
 
 class Chunk(NamedTuple):

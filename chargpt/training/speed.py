@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from chargpt.base.errors import UserError, is_out_of_memory
-from chargpt.compute.attention import Backend
 from chargpt.compute.device import CompileChoice, choose_compile
-from chargpt.compute.fast_layers import fast_muon_update, use_kernels
+from chargpt.compute.fast_layers import (
+    Backend,
+    fast_muon_update,
+    set_attention,
+    use_fast_dropout,
+    use_kernels,
+)
 from chargpt.compute.muon import MuonAdamW
 from chargpt.compute.native import KernelsError, library_path, load_kernels
 from chargpt.config import Attention, GPT2Config, OnOffAuto
-from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.training.loop import trial_step
 from chargpt.training.trainer import Trainer
 
@@ -86,7 +90,8 @@ def _choose_layers(
             trainer.optimizer.update = fast_muon_update
     note(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
     attention = choose_attention(config.attention, model.config, device, kernels=kernels.on)
-    set_backend(model, attention.backend)
+    use_fast_dropout(model)
+    set_attention(model, attention.backend)
     note(f"attention  {attention.backend} ({attention.reason})")
     return kernels, attention
 
@@ -187,13 +192,6 @@ def choose_attention(
     if drops or shape.block_size < SDPA_MIN_BLOCK:
         return AttentionChoice("matmul", "the fastest of PyTorch's on a CPU, at this block_size")
     return AttentionChoice("sdpa", "the fastest of PyTorch's on a CPU, at this block_size")
-
-
-def set_backend(model: GPT2, backend: Backend) -> None:
-    """Let every attention layer of a model use a backend."""
-    for module in model.modules():
-        if isinstance(module, CausalSelfAttention):
-            module.backend = backend
 
 
 # --- compilation

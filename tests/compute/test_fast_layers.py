@@ -20,13 +20,13 @@ from chargpt.compute.fast_layers import (
     FastLayerNorm,
     FastLinear,
     fast_muon_update,
+    set_attention,
     use_kernels,
 )
 from chargpt.compute.muon import JORDAN, MuonSettings, muon_update
 from chargpt.compute.native import Kernels, KernelsError, load_kernels
 from chargpt.config import GPT2Config
 from chargpt.model import GPT2
-from chargpt.training.speed import set_backend
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler here"
@@ -75,7 +75,7 @@ def pair(**changes: Any) -> tuple[GPT2, GPT2]:
     plain = shake(GPT2(config(**changes)), std=0.2)
     fast = copy.deepcopy(plain)
     use_kernels(fast)
-    set_backend(fast, "native")
+    set_attention(fast, "native")
     return plain, fast
 
 
@@ -296,7 +296,7 @@ def test_what_does_not_suit_is_computed_by_pytorch(
 ) -> None:
     """Odd widths, and a model that torch.compile is looking through: to the bit as ever."""
     plain, fast = pair(**changes)
-    set_backend(plain, "matmul")
+    set_attention(plain, "matmul")
     if compiling:
         is_compiling(monkeypatch)
     (expected, gradients), (ours, our_gradients) = (learn(m, some_ids()) for m in (plain, fast))
@@ -315,7 +315,7 @@ def test_another_type_is_computed_by_pytorch(
     calls: list[Call], convert: Callable[[GPT2], GPT2]
 ) -> None:
     plain, fast = (convert(model).eval() for model in pair())
-    set_backend(plain, "matmul")
+    set_attention(plain, "matmul")
     with torch.no_grad():
         assert torch.equal(fast(some_ids()), plain(some_ids()))
     assert not calls
@@ -331,8 +331,8 @@ def test_a_model_of_bf16_weights_is_computed_by_pytorch(monkeypatch: pytest.Monk
     for name in ("linear", "feed_forward", "layer_norm"):
         monkeypatch.setattr(native, name, fail)
     plain, fast = (model.to(BF16).eval() for model in pair())
-    set_backend(plain, "matmul")
-    set_backend(fast, "matmul")
+    set_attention(plain, "matmul")
+    set_attention(fast, "matmul")
     with torch.no_grad():
         assert torch.equal(fast(some_ids()), plain(some_ids()))
 
@@ -379,10 +379,10 @@ def curve(seed: int, dtype: torch.dtype, *, kernels: bool) -> float:
         block_size=32, vocab_size=len(alphabet), n_layer=1, n_head=2, d_ff=128, dropout=0.1
     )
     model = GPT2(shape)
-    set_backend(model, "matmul")
+    set_attention(model, "matmul")
     if kernels:
         use_kernels(model)
-        set_backend(model, "native")
+        set_attention(model, "native")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
     losses = []
     for _ in range(200):

@@ -22,7 +22,7 @@ from variants import kernels_of
 
 from chargpt.base.errors import UserError
 from chargpt.compute import native
-from chargpt.compute.fast_layers import use_kernels
+from chargpt.compute.fast_layers import set_attention, use_kernels
 from chargpt.compute.native import KernelsError
 from chargpt.config import GPT2Config, OnOffAuto
 from chargpt.engine import native_decoder
@@ -30,7 +30,6 @@ from chargpt.engine.decoder import Chunk, Decoder, PyTorchDecoder
 from chargpt.engine.native_decoder import NativeDecoder, decodes
 from chargpt.generate import make_decoder
 from chargpt.model import ACTIVATIONS, GPT2
-from chargpt.training.speed import set_backend
 
 T = 24
 
@@ -407,7 +406,7 @@ def test_a_model_that_trains_on_the_kernels_decodes_as_well(kind: Kind) -> None:
     ids = some_ids(model, T, 0)
     before = kind.make(model, 1).read([Chunk(0, 0, ids)], every=True)
     use_kernels(model)
-    set_backend(model, "native")
+    set_attention(model, "native")
     after = kind.make(model, 1).read([Chunk(0, 0, ids)], every=True)
     kind.assert_same(after, before)
     model.train()
@@ -434,7 +433,7 @@ def test_logits_are_float32_in_memory_whatever_torchs_defaults(
 @pytest.mark.parametrize("backend", ["matmul", "sdpa"])
 def test_every_attention_backend_has_the_same_cache(backend: Any) -> None:
     model = some_model()
-    set_backend(model, backend)
+    set_attention(model, backend)
     ids = some_ids(model, T, 0)
     parts = in_pieces(PyTorchDecoder(model, 1), {0: ids}, random.Random(0))
     assert_exact(torch.cat(parts[0]), ids, model)

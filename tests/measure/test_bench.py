@@ -334,8 +334,8 @@ def test_a_preset_and_a_file_set_what_is_measured(
     file.write_text('preset = "baby"\nn_layer = 2\nbatch_size = 8')
     with pytest.raises(SystemExit):
         cli.main(["bench", "--config", str(file), "--batch-size", "3", "--json"])
-    assert (asked["model"].d_model, asked["model"].n_layer) == (384, 2)
-    assert asked["training"].batch_size == 3
+    assert (asked["model_config"].d_model, asked["model_config"].n_layer) == (384, 2)
+    assert asked["train_config"].batch_size == 3
     assert asked["config"] == BenchConfig()
 
 

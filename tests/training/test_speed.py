@@ -14,7 +14,7 @@ from conftest import QUICK, SMALL
 
 from chargpt.base.errors import UserError
 from chargpt.compute import native
-from chargpt.compute.fast_layers import FAST
+from chargpt.compute.fast_layers import FAST, FastCausalSelfAttention, set_attention
 from chargpt.compute.native import Kernels, KernelsError, library_path
 from chargpt.compute.parallel import ParallelChoice
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
@@ -27,7 +27,6 @@ from chargpt.training.speed import (
     choose_kernels,
     keep_memory,
     prepare,
-    set_backend,
 )
 from chargpt.training.trainer import Trainer
 
@@ -172,7 +171,7 @@ def test_heads_are_measured_by_the_vectors_of_this_processor(
 
 def test_every_layer_gets_the_backend() -> None:
     model = GPT2(SMALL.replace(vocab_size=11))
-    set_backend(model, "sdpa")
+    set_attention(model, "sdpa")
     layers = [m for m in model.modules() if isinstance(m, CausalSelfAttention)]
     assert [layer.backend for layer in layers] == ["sdpa"] * SMALL.n_layer
 
@@ -234,8 +233,8 @@ def test_three_lines_say_how_a_model_computes(
     assert said[1].startswith(f"attention  {'native' if on else 'matmul'} (the fastest")
     assert said[2].startswith("compile    off (takes longer")
     assert is_fast(trainer.model) == on
-    backends = {m.backend for m in trainer.model.modules() if isinstance(m, CausalSelfAttention)}
-    assert backends == {"native" if on else "matmul"}
+    layers = {type(m) for m in trainer.model.modules() if isinstance(m, CausalSelfAttention)}
+    assert layers == {FastCausalSelfAttention if on else CausalSelfAttention}
     assert trainer.forward is trainer.model
 
 
