@@ -16,7 +16,7 @@ from chargpt.compute.device import deterministic_algorithms
 from chargpt.config import PRESETS, Preset
 from chargpt.measure.bench import synthetic_trainer
 from chargpt.measure.timing import synchronize
-from chargpt.training.loop import train_step
+from chargpt.train import train_step
 from chargpt.training.speed import prepare
 from chargpt.training.trainer import Trainer
 

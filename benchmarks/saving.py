@@ -18,7 +18,7 @@ from pathlib import Path
 from chargpt.base.units import human_count
 from chargpt.config import PRESETS
 from chargpt.measure.bench import synthetic_trainer
-from chargpt.training.loop import train_step
+from chargpt.train import train_step
 from chargpt.training.saving import save_last
 from chargpt.training.speed import prepare
 

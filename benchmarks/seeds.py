@@ -28,7 +28,7 @@ import chargpt
 from chargpt.base import files as durable
 from chargpt.base.checks import check_names
 from chargpt.base.errors import UserError
-from chargpt.cli.flags import RUN_CONFIGS, preset, resolve, saved, saved_sources
+from chargpt.cli.flags import RUN_CONFIGS, preset, resolve, saved
 from chargpt.compute.device import PrecisionChoice, choose_device, cpu_name
 from chargpt.config import PRESETS
 from chargpt.data.corpus import load_corpus
@@ -142,9 +142,9 @@ def train_seed(run: Path, texts: Sequence[str], configs: Mapping[str, Any]) -> N
         SystemExit: somebody interrupted it.
     """
     if _is_finished(run):
-        old = saved(run)
+        old, sources = saved(run)
         shape = configs["model_config"].replace(vocab_size=old["model_config"].vocab_size)
-        if old != {**configs, "model": shape} or saved_sources(run) != tuple(texts):
+        if old != {**configs, "model_config": shape} or sources != tuple(texts):
             raise UserError(f"{run} was trained with other settings: give another --out")
         return
     result = train(texts, **configs, out=run, resume="auto", quiet=True)
@@ -173,7 +173,7 @@ def score_run(run: Path, validation: Any, target: float) -> Row:
         target: loss over the whole validation part.
     """
     summary = _summary(run)
-    device = choose_device(saved(run)["train_config"].device).device
+    device = choose_device(saved(run)[0]["train_config"].device).device
     autocast = PrecisionChoice(summary["precision"], "as trained").autocast(device)
     best = run_folder.load(run, which="best", device=device).model
     last = run_folder.load(run, which="last", device=device).model

@@ -149,7 +149,7 @@ def write(
     settings = make_settings(config, tokenizer, top_logprobs=top_logprobs)
     if seeds is None:
         seeds = [derive_seed(config.seed, SAMPLE, number) for number in range(config.num_samples)]
-    encoded = [encode_prompt(prompt, tokenizer, config) for prompt in prompts]
+    encoded = [tokenizer.encode_prompt(prompt, unknown=config.unknown) for prompt in prompts]
     jobs = [
         _Job(Completion(prompt=prompt, index=index, number=number), encoded[index], seed)
         for index, prompt in enumerate(prompts)
@@ -323,20 +323,6 @@ def _bias(config: SampleConfig, tokenizer: CharTokenizer) -> torch.Tensor | None
     if not torch.isfinite(bias[: len(tokenizer.characters)]).any():
         raise UserError("every character of the model is forbidden: leave it at least one")
     return bias
-
-
-def encode_prompt(prompt: str, tokenizer: CharTokenizer, config: SampleConfig) -> list[int]:
-    """Return the ids to start from: the prompt, after what a document starts with.
-
-    Raises:
-        UserError: characters that the model has never seen, with ``config.unknown`` "error".
-    """
-    ids = [int(i) for i in tokenizer.encode(prompt, unknown=config.unknown)]
-    if tokenizer.end_of_text_id is not None:
-        return [tokenizer.end_of_text_id, *ids]
-    # One text has no start of its own: the start of a line is the nearest thing.
-    start = "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
-    return ids or [int(i) for i in tokenizer.encode(start)]
 
 
 class Withheld:

@@ -31,8 +31,8 @@ def test_a_run_leaves_what_the_documents_promise(result: TrainResult) -> None:
     }
     assert json.loads((result.run / "summary.json").read_text()) == asdict(result.summary)
     config = json.loads((result.run / "config.json").read_text())
-    assert config["data"]["characters"] == 3000
-    assert len(config["data"]["sha256"]) == 64
+    assert config["text"]["n_characters"] == 3000
+    assert len(config["text"]["sha256"]) == 64
     assert config["environment"]["torch"] == torch.__version__
     rows = read_metrics(result.run)
     train_row = next(row for row in rows if row["split"] == "train")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import chargpt
 import chargpt.train
+import chargpt.train as training
 from chargpt.base.errors import TrainingError
 from chargpt.compute.device import PrecisionChoice
 from chargpt.compute.optimizers import schedule
@@ -21,11 +22,9 @@ from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.runs.checkpoint import read_state
 from chargpt.runs.report import Reporter, read_metrics
 from chargpt.runs.weights import model_tensors
-from chargpt.train import TrainResult, train
-from chargpt.training import loop as training
+from chargpt.train import NonFiniteError, TrainResult, fit, train, train_step
 from chargpt.training import plan as planning
 from chargpt.training import speed
-from chargpt.training.loop import NonFiniteError, fit, train_step
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer
 

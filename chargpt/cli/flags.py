@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
-from chargpt.base.checks import check_names, from_dict
+from chargpt.base.checks import check_names
 from chargpt.base.errors import UserError
 from chargpt.config import BUDGETS, PRESETS, DataConfig, GPT2Config, TrainConfig
 
@@ -200,37 +200,19 @@ def preset(name: str) -> dict[str, Any]:
     }
 
 
-def saved(run: Path) -> dict[str, Any]:
-    """Return the configurations of a run, by the names of `RUN_CONFIGS`.
+def saved(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the configurations of a run, by the names of `RUN_CONFIGS`, and its texts.
 
     Raises:
-        UserError: the run is damaged, or of a newer format.
+        UserError: the run is damaged, or of another format.
     """
-    config = _read_config(run)
-    data = {name: config["data"][name] for name in DataConfig.__dataclass_fields__}
-    return {
-        # The vocabulary follows the text, which is compared with the run's.
-        "model_config": from_dict(GPT2Config, config["model"] | {"vocab_size": 0}),
-        "train_config": from_dict(TrainConfig, config["train"]),
-        "data_config": from_dict(DataConfig, data),
-    }
+    from chargpt.runs.folder import read_config, text_sources  # here, for help without torch
 
-
-def saved_sources(run: Path) -> tuple[str, ...]:
-    """Return the texts of a run.
-
-    Raises:
-        UserError: the run is damaged, or of a newer format.
-    """
-    from chargpt.runs.folder import text_sources
-
-    return text_sources(_read_config(run)["data"])
-
-
-def _read_config(run: Path) -> dict[str, Any]:
-    from chargpt.runs.folder import read_config
-
-    return read_config(run)
+    config = read_config(run)
+    # The vocabulary follows the text, which is compared with the run's.
+    configs = {name: getattr(config, name) for name in RUN_CONFIGS}
+    configs["model_config"] = config.model_config.replace(vocab_size=0)
+    return configs, text_sources(config)
 
 
 def _fields() -> list[str]:

@@ -86,8 +86,8 @@ def _base(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, 
     if not resuming or not (command.out / "config.json").is_file():
         return flags.preset(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
     # The command that began the run may go on with it: what differs is refused by name later.
-    base = flags.saved(command.out) if chosen is None else flags.preset(chosen)
-    return base, command.texts or flags.saved_sources(command.out)
+    base, sources = flags.saved(command.out)
+    return base if chosen is None else flags.preset(chosen), command.texts or sources
 
 
 def _print_sample(result: Any) -> None:

@@ -10,10 +10,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chargpt.base.checks import check_types
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data.texts import decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextFacts:
+    """What was found in the texts; two corpora with the same facts are the same."""
+
+    sha256: str
+    """SHA-256 of the bytes of all sources, one after the other."""
+    boundaries: str
+    """SHA-256 of the documents' lengths."""
+    n_characters: int
+    n_documents: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +43,14 @@ class Corpus:
     """Token ids, (m,)."""
     sources: tuple[str, ...]
     """What the user named, to read it again."""
-    sha256: str
-    """Of the bytes of all sources, one after the other."""
-    boundaries: str
-    """SHA-256 of the documents' lengths."""
-    n_characters: int
-    n_documents: int
+    facts: TextFacts
 
     def summary(self) -> str:
         """Return one line for the person who trains."""
-        documents = f" in {self.n_documents:,} documents" if self.n_documents > 1 else ""
+        n_documents = self.facts.n_documents
+        documents = f" in {n_documents:,} documents" if n_documents > 1 else ""
         return (
-            f"{self.n_characters:,} characters{documents}, {len(self.tokenizer.characters)} "
+            f"{self.facts.n_characters:,} characters{documents}, {len(self.tokenizer.characters)} "
             f"distinct; {len(self.train):,} to train on, {len(self.validation):,} to validate"
         )
 
@@ -72,10 +84,12 @@ def load_corpus(sources: Sequence[str], config: DataConfig | None = None) -> Cor
         train=tokens[:cut],
         validation=tokens[cut:],
         sources=tuple(sources),
-        sha256=digest.hexdigest(),
-        boundaries=hashlib.sha256(np.array(lengths, dtype="<i8").tobytes()).hexdigest(),
-        n_characters=sum(lengths),
-        n_documents=len(documents),
+        facts=TextFacts(
+            sha256=digest.hexdigest(),
+            boundaries=hashlib.sha256(np.array(lengths, dtype="<i8").tobytes()).hexdigest(),
+            n_characters=sum(lengths),
+            n_documents=len(documents),
+        ),
     )
 
 

@@ -92,6 +92,25 @@ class CharTokenizer:
                 ids[missing] = self._replacement_id()
         return ids.astype(self.dtype)
 
+    def encode_prompt(self, prompt: str, *, unknown: Unknown = "error") -> list[int]:
+        """Return the ids that a model continues: the prompt, after what a document starts with.
+
+        Documents start with end-of-text. A single text has no start of its own: without a prompt
+        it starts with a newline, or else with its first character.
+
+        Args:
+            prompt: any text, also none.
+            unknown: what to do with characters outside the vocabulary, see `encode`.
+
+        Raises:
+            UserError: unknown characters, under ``error``.
+        """
+        ids: list[int] = self.encode(prompt, unknown=unknown).tolist()
+        if self.end_of_text_id is not None:
+            return [self.end_of_text_id, *ids]
+        start = "\n" if "\n" in self.characters else self.characters[0]
+        return ids or [self.characters.index(start)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; end-of-text is no text.
 

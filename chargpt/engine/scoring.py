@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chargpt.base.errors import UserError
-from chargpt.config import SampleConfig, Unknown
+from chargpt.config import Unknown
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.windows import blocks
-from chargpt.generate import encode_prompt
 from chargpt.model import GPT2, evaluating
 
 BATCH_SIZE = 32
@@ -151,7 +150,7 @@ def score(
     """Return ln p of each character of a text, given those before it.
 
     The text is taken for one document: its first character is predicted from what a document starts
-    with (see `chargpt.generate.encode_prompt`), and how likely it is to end is not scored.
+    with (see `CharTokenizer.encode_prompt`), and how likely it is to end is not scored.
 
     Args:
         model: any GPT2 with this tokenizer's vocabulary; left in the mode it was in.
@@ -175,7 +174,7 @@ def score(
     ids = tokenizer.encode(text, unknown=unknown)  # (len(text),), fewer where some were skipped
     if not len(ids):
         raise UserError("the model has never seen any character of the text: give another text")
-    start = np.array(encode_prompt("", tokenizer, SampleConfig()), dtype=ids.dtype)  # (s,)
+    start = np.array(tokenizer.encode_prompt(""), dtype=ids.dtype)  # (s,)
     tokens = np.concatenate([start, ids])  # (s + len(ids),)
     scores = token_log_probabilities(
         model, tokens, stride=stride, batch_size=batch_size, autocast=autocast

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.data.tokenizer import CharTokenizer
+from chargpt.training.summary import unigram_nats
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -61,7 +62,7 @@ def baselines(
     """
     training_ids = training_ids[max(len(training_ids) - training_chars, 0) :]
     size = tokenizer.vocab_size
-    unigram = unigram_nats(training_ids, held_out_ids, size)
+    unigram = unigram_nats(_checked(training_ids, size), _checked(held_out_ids, size), size)
     ngram = NgramModel.fit(training_ids, size, order=order).nats_per_char(held_out_ids)
     training, held_out = tokenizer.decode(training_ids), tokenizer.decode(held_out_ids)
     return [
@@ -111,22 +112,6 @@ def _compressed_bytes(data: bytes, method: Literal["xz", "bz2"]) -> int:
     # Preset 9 is preset 6 with a larger dictionary; one of the data's size is as good and lighter.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": max(len(data), 4096)}]
     return len(lzma.compress(data, filters=filters))
-
-
-def unigram_nats(train_ids: Ids, held_out_ids: Ids, vocab_size: int) -> float:
-    """Return the mean −ln p of guessing each character by its frequency, add-one smoothed.
-
-    Args:
-        train_ids: the text that the frequencies are taken from, shape (n,).
-        held_out_ids: the text to guess, shape (m,).
-        vocab_size: number of tokens.
-
-    Raises:
-        UserError: the held-out text is empty, or an id is outside the vocabulary.
-    """
-    counts = np.bincount(_checked(train_ids, vocab_size), minlength=vocab_size) + 1
-    nats = np.log(counts.sum()) - np.log(counts[_checked(held_out_ids, vocab_size)])
-    return _mean(nats)
 
 
 class _Level(NamedTuple):

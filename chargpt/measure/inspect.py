@@ -10,8 +10,15 @@ from typing import NamedTuple
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
 from chargpt.base.files import read_json
-from chargpt.config import CheckpointName, GPT2Config, TrainConfig
-from chargpt.runs.checkpoint import MODEL, OPTIMIZER, checkpoint_folders, find_problem, read_state
+from chargpt.config import CheckpointName, GPT2Config
+from chargpt.runs.checkpoint import (
+    FORMAT,
+    MODEL,
+    OPTIMIZER,
+    checkpoint_folders,
+    find_problem,
+    read_state,
+)
 from chargpt.runs.folder import CONFIG, TOKENIZER, read_config, read_tokenizer
 from chargpt.runs.report import METRICS
 from chargpt.runs.weights import check_model_file, read_tensors
@@ -68,16 +75,14 @@ def _look(part: str, look: Callable[[], str]) -> Finding:
 
 def _model_config(folder: Path) -> GPT2Config | None:
     try:
-        return from_dict(GPT2Config, read_config(folder)["model"])
+        return read_config(folder).model_config
     except UserError:
         return None  # reported as such
 
 
 def _config(folder: Path) -> str:
-    config = read_config(folder)
-    from_dict(GPT2Config, config["model"])
-    from_dict(TrainConfig, config["train"])
-    return f"format {config['format']}"
+    read_config(folder)
+    return f"format {FORMAT}"
 
 
 def _tokenizer(folder: Path) -> str:

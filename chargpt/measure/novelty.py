@@ -22,7 +22,7 @@ from chargpt.data.corpus import Corpus, encode_documents, split_documents
 from chargpt.data.texts import decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.measure.scorecard import training_corpus
-from chargpt.runs.folder import read_config
+from chargpt.runs.folder import RunConfig, read_config
 
 THRESHOLDS = (20, 40, 80)
 _CHUNK = 1 << 20  # characters handled at a time where a temporary array would be the largest
@@ -501,14 +501,14 @@ def novelty_of_run(
     """
     if held_out_characters < 0:
         raise UserError(f"held_out_characters is {held_out_characters}: give 0 or more")
-    data = read_config(Path(run))["data"]
+    config = read_config(Path(run))
     texts = [samples] if isinstance(samples, str) else list(samples)
     if samples_file is not None:
-        texts += _read_samples(str(samples_file), encoding, data["document_separator"])
+        texts += _read_samples(str(samples_file), encoding, config.data_config.document_separator)
     texts = [text for text in texts if text]
     if not texts:
         raise UserError("there are no samples: give what the model wrote, a file or a text")
-    corpus = _corpus_of(data)
+    corpus = _corpus_of(config)
     typical = max(sum(map(len, texts)) // len(texts), _LEAST_PIECE)
     return measure_novelty(
         texts,
@@ -519,10 +519,10 @@ def novelty_of_run(
     )
 
 
-def _corpus_of(data: dict[str, Any]) -> Corpus:
+def _corpus_of(config: RunConfig) -> Corpus:
     """Read the text of a run again."""
     try:
-        return training_corpus(data)
+        return training_corpus(config)
     except UserError as error:
         remedy = "novelty needs the text that the run was trained on"
         raise UserError(f"{error}: {remedy}") from error

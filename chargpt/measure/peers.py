@@ -24,7 +24,7 @@ from chargpt.base.errors import UserError
 from chargpt.compute.device import PrecisionChoice
 from chargpt.config import GPT2Config
 from chargpt.measure.timing import median_seconds
-from chargpt.training.loop import train_step
+from chargpt.train import train_step
 from chargpt.training.trainer import Trainer
 
 PEERS = ("nanogpt",)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy.typing as npt
 
-from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
 from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.device import choose_device
-from chargpt.config import CheckpointName, DataConfig, Device, Unknown
+from chargpt.config import CheckpointName, Device, Unknown
 from chargpt.data.corpus import Corpus, encode_documents, load_corpus, split_documents
 from chargpt.data.texts import STANDARD_INPUT, decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import mean_nats, token_log_probabilities
 from chargpt.measure.baselines import Baseline, baselines
-from chargpt.runs.folder import load, read_config, text_sources
+from chargpt.runs.folder import RunConfig, load, read_config, text_sources
 
 Split = Literal["validation", "train"]
 
@@ -72,18 +71,23 @@ def score_run(
         UserError: no such run, the text is gone or has changed, a character is unknown, or a
             stride outside 0 … block_size.
     """
-    data = read_config(Path(run))["data"]
-    config = data_config(data)
+    config = read_config(Path(run))
     model, tokenizer = load(run, which=which, device=choose_device(device).device)
     note, corpus = "", None
     try:
-        corpus = training_corpus(data)
+        corpus = training_corpus(config)
     except UserError as error:
         if not files:
             raise UserError(f"{error}: name a file to evaluate on") from error
         note = f"no baselines: {error}"
     if files:
-        tokens = _read_tokens(files, tokenizer, config, encoding or config.encoding, unknown)
+        tokens = _read_tokens(
+            files,
+            tokenizer,
+            config.data_config.document_separator,
+            encoding or config.data_config.encoding,
+            unknown,
+        )
         name = ", ".join(files)
     else:
         assert corpus is not None
@@ -103,43 +107,35 @@ def score_run(
     )
 
 
-def training_corpus(data: Mapping[str, Any]) -> Corpus:
+def training_corpus(config: RunConfig) -> Corpus:
     """Read the text of a run again.
-
-    Args:
-        data: of the run's ``config.json``.
 
     Raises:
         UserError: it is gone, came from standard input, or has changed; what to do about it is the
             caller's to say.
     """
-    sources = text_sources(data)
+    sources = text_sources(config)
     if STANDARD_INPUT in sources:
         raise UserError("the run read its text from standard input")
     try:
-        corpus = load_corpus(sources, data_config(data))
+        corpus = load_corpus(sources, config.data_config)
     except UserError as error:
         raise UserError(f"the run's text cannot be read again: {error}") from error
-    if corpus.sha256 != data["sha256"]:
+    if corpus.facts.sha256 != config.text.sha256:
         raise UserError(f"{', '.join(sources)} has changed since the run")
     return corpus
-
-
-def data_config(data: Mapping[str, Any]) -> DataConfig:
-    """Return how a run read its text, given what its ``config.json`` says of data."""
-    return from_dict(DataConfig, {name: data[name] for name in DataConfig.__dataclass_fields__})
 
 
 def _read_tokens(
     files: Sequence[str],
     tokenizer: CharTokenizer,
-    config: DataConfig,
+    separator: str,
     encoding: str,
     unknown: Unknown,
 ) -> npt.NDArray[Any]:
     documents: list[str] = []
     for raw in read_sources(files):
-        for text in split_documents(decode(raw, encoding), config.document_separator):
+        for text in split_documents(decode(raw, encoding), separator):
             try:
                 known = tokenizer.encode(text, unknown=unknown)
             except UserError as error:

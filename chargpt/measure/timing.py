@@ -8,15 +8,11 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from chargpt.base.seeding import DROPOUT, derive_seed
-from chargpt.compute.parallel import seed_dropout
-from chargpt.training.loop import clip_gradient, gradient_norm
+from chargpt.train import PARTS, train_step
 from chargpt.training.trainer import Trainer
 
 WARM_UP_STEPS, MIN_STEPS = 2, 3
-PARTS = ("data", "forward", "backward", "clip", "optimizer")
 PART_STEPS = 10
 CEILING_SECONDS = 0.3
 
@@ -105,47 +101,11 @@ def step_parts(trainer: Trainer) -> dict[str, float]:
     trainer.model.train()
     rows: list[dict[str, float]] = []
     for _ in range(PART_STEPS):
-        rows.append(timed_step(trainer))
+        watch = _Stopwatch(trainer.device)
+        train_step(trainer, watch.lap)
+        rows.append(watch.milliseconds)
         trainer.state.step += 1
     return {part: statistics.median(row[part] for row in rows) for part in PARTS}
-
-
-def timed_step(trainer: Trainer) -> dict[str, float]:
-    """Make the update that `chargpt.training.loop.train_step` makes, looking at the clock in between.
-
-    The learning rate is left as it is.
-
-    Returns:
-        Milliseconds of each of `PARTS`; ``data`` goes as far as the device, ``forward`` includes
-        the loss, ``clip`` the check that all is finite.
-    """
-    config, state, scaler = trainer.train_config, trainer.state, trainer.scaler
-    watch = _Stopwatch(trainer.device)
-    total = torch.zeros((), device=trainer.device)
-    for micro_step in range(config.gradient_accumulation_steps):
-        first = state.step * trainer.sequences_per_step + micro_step * config.batch_size
-        batch = trainer.windows.batch(first, config.batch_size)
-        inputs, targets = (ids.to(trainer.device) for ids in batch)  # (B, T) each
-        watch.lap("data")
-        seed_dropout(derive_seed(config.seed, DROPOUT, state.step, micro_step), trainer.parallel)
-        with trainer.precision.autocast(trainer.device):
-            logits = trainer.forward(inputs)  # (B, T, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss = loss / config.gradient_accumulation_steps
-        watch.lap("forward")
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        watch.lap("backward")
-        total += loss.detach()
-    scaler.unscale_(trainer.optimizer)
-    norm = gradient_norm(trainer)
-    bool(torch.isfinite(total) & torch.isfinite(norm))
-    clip_gradient(trainer, norm)
-    watch.lap("clip")
-    scaler.step(trainer.optimizer)
-    scaler.update()
-    trainer.optimizer.zero_grad()
-    watch.lap("optimizer")
-    return watch.milliseconds
 
 
 class _Stopwatch:

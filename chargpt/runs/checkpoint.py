@@ -22,8 +22,8 @@ from chargpt.base.files import check_seal, read_json, seal, sync_folder, to_json
 from chargpt.config import CheckpointName
 from chargpt.runs.weights import Tensors, to_bytes
 
-FORMAT = 2
-"""Of the manifest. 1 had no sizes and no seal."""
+FORMAT = 3
+"""Version of a run folder's files. Others are refused."""
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
 _FILES = {MODEL, OPTIMIZER, STATE}
@@ -60,7 +60,6 @@ def _move_into_place(run: Path, which: CheckpointName) -> None:
         current.rename(previous)
     new.rename(current)
     sync_folder(run)
-    shutil.rmtree(_old(run, which), ignore_errors=True)
 
 
 def finish_save(run: Path, which: CheckpointName) -> None:
@@ -123,7 +122,7 @@ def find_checkpoint(run: Path, which: CheckpointName) -> Path:
 
 def checkpoint_folders(run: Path, which: CheckpointName) -> list[Path]:
     """Return the folders that may hold a checkpoint, newest first."""
-    folders = (_new(run, which), run / which, _previous(run, which), _old(run, which))
+    folders = (_new(run, which), run / which, _previous(run, which))
     return [folder for folder in folders if folder.is_dir()]
 
 
@@ -171,8 +170,6 @@ class _NewerError(UserError):
 def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Return what should be known of each file, whatever the format."""
     manifest = read_json(checkpoint / MANIFEST)
-    if manifest["format"] == 1:
-        return {name: {"sha256": digest} for name, digest in manifest["sha256"].items()}
     check_seal(manifest, MANIFEST)  # first: a number that has changed is no newer format
     if manifest["format"] != FORMAT:
         raise _NewerError(
@@ -186,7 +183,7 @@ def _file_problem(path: Path, expected: Mapping[str, Any]) -> str | None:
         size = path.stat().st_size
         if not path.is_file():
             return "is no plain file"
-        if size != expected.get("bytes", size):
+        if size != expected["bytes"]:
             return f"has {size:,} bytes and should have {expected['bytes']!r:.20}"
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -210,8 +207,3 @@ def _new(run: Path, which: CheckpointName) -> Path:
 
 def _previous(run: Path, which: CheckpointName) -> Path:
     return run / f"{which}.previous"
-
-
-def _old(run: Path, which: CheckpointName) -> Path:
-    """Where format 1 put the one before, while it saved."""
-    return run / f".{which}.old"

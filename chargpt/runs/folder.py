@@ -1,6 +1,6 @@
 """The run folder: everything a run leaves, readable without this package, and never half-written.
 
-    config.json       format version, model, training, data, environment
+    config.json       format version, configurations, texts, environment
     tokenizer.json    the vocabulary
     best/  last/      checkpoints, and the ones before them (see `chargpt.runs.checkpoint`)
     metrics.jsonl  summary.json  samples.txt  loss.png
@@ -12,15 +12,16 @@ folder, run code, or take memory beyond what the files themselves have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
 import torch
 
-from chargpt.base.checks import from_dict
+from chargpt.base.checks import check_names, from_dict
 from chargpt.base.errors import UserError
 from chargpt.base.files import (
     SEAL,
@@ -33,17 +34,30 @@ from chargpt.base.files import (
     write_json,
 )
 from chargpt.base.seeding import own_random_state
-from chargpt.config import CheckpointName, DataConfig, GPT2Config
+from chargpt.config import CheckpointName, DataConfig, GPT2Config, TrainConfig
+from chargpt.data.corpus import TextFacts
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.model import GPT2
-from chargpt.runs.checkpoint import MODEL, find_checkpoint, has_checkpoint
+from chargpt.runs.checkpoint import FORMAT, MODEL, find_checkpoint, has_checkpoint
 from chargpt.runs.weights import check_model_file, load_model_tensors, read_tensors
 
-FORMAT = 2
-"""Of config.json. 1 was not sealed."""
 MAX_TOKENIZER_BYTES = 32 * 2**20  # all of Unicode takes half of it
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", ".lock"
 CONFIG_PART = part_of(Path(CONFIG)).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What config.json holds: what was asked for, what was found, where the run began."""
+
+    model_config: GPT2Config
+    train_config: TrainConfig
+    data_config: DataConfig
+    sources: tuple[str, ...]
+    """The texts as the user named them."""
+    text: TextFacts
+    environment: dict[str, Any]
+    """Versions, processor, device, precision, kernels: another one may round differently."""
 
 
 class Loaded(NamedTuple):
@@ -71,7 +85,7 @@ def load(
         UserError: not a run folder, a missing or damaged checkpoint, or a newer format.
     """
     folder = Path(run)
-    config = from_dict(GPT2Config, read_config(folder)["model"])
+    config = read_config(folder).model_config
     tokenizer = read_tokenizer(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -88,48 +102,57 @@ def load(
     return Loaded(model.eval(), tokenizer)
 
 
-def read_config(run: Path) -> dict[str, Any]:
+def read_config(run: Path) -> RunConfig:
     """Return ``config.json`` of a run folder.
 
     Raises:
-        UserError: not a run folder, a damaged one, or one of a newer format.
+        UserError: not a run folder, a damaged one, or one of another format.
     """
-    if not (run / CONFIG).is_file():
+    path = run / CONFIG
+    if not path.is_file():
         what = "holds no config.json" if run.is_dir() else "does not exist"
         raise UserError(
             f"{run} {what}, so it is no run: give the folder that `chargpt train` named"
         )
-    config = read_json(run / CONFIG)
-    if config.get("format") not in (1, FORMAT):
-        raise UserError(
-            f"{run} has format {config.get('format')!r:.20}, this chargpt reads {FORMAT}: "
-            "upgrade chargpt"
-        )
-    if config["format"] == FORMAT or SEAL in config:  # format 1 had no seal
-        check_seal(config, str(run / CONFIG))
-    for part in ("model", "train", "data", "environment"):
-        if not isinstance(config.get(part), dict):
-            raise UserError(f"{run / CONFIG} has no part {part!r}: the run is damaged")
-    data, names = config["data"], DataConfig.__dataclass_fields__
-    sources = data.get("sources")
-    whole = names.keys() <= data.keys() and isinstance(sources, list)
-    if not whole or not all(isinstance(source, str) for source in sources or []):
-        raise UserError(f"{run / CONFIG} does not say how its text was read: the run is damaged")
-    from_dict(DataConfig, {name: data[name] for name in names})
-    return config
+    values = read_json(path)
+    version = values.pop("format", None)
+    if version != FORMAT:
+        remedy = "train again" if version in (1, 2) else "upgrade chargpt"
+        raise UserError(f"{run} has format {version!r:.20}, this chargpt reads {FORMAT}: {remedy}")
+    check_seal(values | {"format": version}, str(path))
+    del values[SEAL]
+    try:
+        return _parse_config(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}: the run is damaged") from error
 
 
-def text_sources(data: Mapping[str, Any]) -> tuple[str, ...]:
+def _parse_config(values: dict[str, Any]) -> RunConfig:
+    check_names(values, [field.name for field in fields(RunConfig)])
+    parts = {"model_config": GPT2Config, "train_config": TrainConfig, "data_config": DataConfig}
+    for part in (*parts, "text", "environment"):
+        if not isinstance(values.get(part), dict):
+            raise UserError(f"there is no part {part!r}")
+    sources = values.get("sources")
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        raise UserError("the texts are not named")
+    return RunConfig(
+        model_config=from_dict(GPT2Config, values["model_config"]),
+        train_config=from_dict(TrainConfig, values["train_config"]),
+        data_config=from_dict(DataConfig, values["data_config"]),
+        sources=tuple(sources),
+        text=from_dict(TextFacts, values["text"]),
+        environment=values["environment"],
+    )
+
+
+def text_sources(config: RunConfig) -> tuple[str, ...]:
     """Return the texts that a run names, to read them again.
-
-    Args:
-        data: of ``config.json``.
 
     Raises:
         UserError: one is a device or a pipe, which may never end; the user may still name it.
     """
-    sources = tuple(data["sources"])
-    for source in sources:
+    for source in config.sources:
         try:
             path = Path(source).expanduser()
             endless = path.exists() and not (path.is_file() or path.is_dir())
@@ -137,12 +160,12 @@ def text_sources(data: Mapping[str, Any]) -> tuple[str, ...]:
             continue  # reading it will say what is wrong
         if endless:
             raise UserError(f"{source}, which the run names as its text, is no file: name the text")
-    return sources
+    return config.sources
 
 
-def write_config(run: Path, config: dict[str, Any]) -> None:
+def write_config(run: Path, config: RunConfig) -> None:
     """Write ``config.json``, sealed."""
-    write_json(run / CONFIG, seal({"format": FORMAT, **config}))
+    write_json(run / CONFIG, seal({"format": FORMAT, **asdict(config)}))
 
 
 def read_tokenizer(run: Path) -> CharTokenizer:
@@ -156,8 +179,7 @@ def read_tokenizer(run: Path) -> CharTokenizer:
     if text.count("[") + text.count("{") > 4:  # lists of lists take forty times their size
         raise UserError(f"{path} is no vocabulary: the run is damaged")
     fields = parse_json(text, str(path))
-    if SEAL in fields or read_config(run)["format"] != 1:
-        check_seal(fields, str(path))
+    check_seal(fields, str(path))
     return CharTokenizer.from_json(text)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
 from chargpt.base.seeding import INIT, derive_seed
 from chargpt.base.units import human_count
@@ -32,7 +31,7 @@ from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.windows import Windows
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import MODEL, find_checkpoint
-from chargpt.runs.folder import read_config
+from chargpt.runs.folder import RunConfig, read_config
 from chargpt.runs.weights import check_model_file
 from chargpt.training.saving import restore_last
 from chargpt.training.trainer import Trainer
@@ -60,7 +59,7 @@ class Plan:
 
     trainer: Trainer
     corpus: Corpus
-    config: dict[str, Any]
+    config: RunConfig
     """What config.json will hold."""
     environment_before: dict[str, Any]
     """Of the run that is gone on with; empty: it begins."""
@@ -94,19 +93,18 @@ def make_plan(
     saved = read_config(out) if resuming else None
     precision = choose_precision(train_config.precision, device)
     if saved and train_config.precision == "auto":
-        precision = _precision_as_before(saved["environment"], device) or precision
+        precision = _precision_as_before(saved.environment, device) or precision
     parallel = choose_parallel(train_config.parallel, device, train_config.batch_size)
     corpus = load_corpus(sources, data_config)
     model_config = _with_vocabulary(model_config, corpus.tokenizer)
     if saved is not None:  # before memory is taken for what a file asks for
-        was = from_dict(GPT2Config, saved["model"])
-        check_model_file(find_checkpoint(out, "last") / MODEL, was)
+        check_model_file(find_checkpoint(out, "last") / MODEL, saved.model_config)
     torch.manual_seed(derive_seed(train_config.seed, INIT))
     gpt2 = GPT2(model_config).to(device)
     trainer = _make_trainer(
         gpt2, train_config, corpus, precision=precision, parallel=parallel, out=out
     )
-    config = _config_dict(trainer, corpus, data_config)
+    config = _run_config(trainer, corpus, data_config)
     lines = _describe(trainer, corpus, data_config, why_device)
     if saved is not None:
         _refuse_changes(saved, config)
@@ -116,7 +114,7 @@ def make_plan(
         trainer=trainer,
         corpus=corpus,
         config=config,
-        environment_before=saved["environment"] if saved else {},
+        environment_before=saved.environment if saved else {},
         lines=lines,
     )
 
@@ -171,19 +169,14 @@ def _with_vocabulary(config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config
     return config.replace(vocab_size=tokenizer.vocab_size)
 
 
-def _config_dict(trainer: Trainer, corpus: Corpus, data_config: DataConfig) -> dict[str, Any]:
-    return {
-        "model": asdict(trainer.model.config),
-        "train": asdict(trainer.train_config),
-        "data": {
-            **asdict(data_config),
-            "sources": list(corpus.sources),
-            "sha256": corpus.sha256,
-            "boundaries": corpus.boundaries,
-            "characters": corpus.n_characters,
-            "documents": corpus.n_documents,
-        },
-        "environment": {
+def _run_config(trainer: Trainer, corpus: Corpus, data_config: DataConfig) -> RunConfig:
+    return RunConfig(
+        model_config=trainer.model.config,
+        train_config=trainer.train_config,
+        data_config=data_config,
+        sources=corpus.sources,
+        text=corpus.facts,
+        environment={
             "chargpt": __version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -195,32 +188,28 @@ def _config_dict(trainer: Trainer, corpus: Corpus, data_config: DataConfig) -> d
             "precision": trainer.precision.name,
             "threads": torch.get_num_threads(),
         },
-    }
+    )
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with a run as if it were another.
+def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
+    """Refuse to resume a run with settings or texts that change what it learns.
 
     Raises:
         UserError: a difference in the model, the data, or how it learns.
     """
-    learning = [name for name in now["train"] if name not in FREE_ON_RESUME]
-    data = [name for name in now["data"] if name != "sources"]
-    for part, names in (("data", data), ("model", list(now["model"])), ("train", learning)):
-        for name in names:
-            if name == "boundaries" and name not in before[part]:
-                continue  # of an older chargpt
-            was, wish = before[part].get(name), now[part][name]
-            if was != wish and name in ("sha256", "boundaries"):
+    for part in ("data_config", "model_config", "train_config"):
+        was, wish = asdict(getattr(before, part)), asdict(getattr(now, part))
+        for name in was.keys() - FREE_ON_RESUME:
+            if was[name] != wish[name]:
                 raise UserError(
-                    f"{', '.join(now['data']['sources'])}: not the text this run learned from (its "
-                    "SHA-256 differs): give that text, or train anew with another --out"
+                    f"{name} was {was[name]!r} in this run and cannot become {wish[name]!r}: leave "
+                    "it as it was, or train anew with another --out"
                 )
-            if was != wish:
-                raise UserError(
-                    f"{name} was {was!r} in this run and cannot become {wish!r}: leave it as it "
-                    "was, or train anew with another --out"
-                )
+    if before.text != now.text:
+        raise UserError(
+            f"{', '.join(now.sources)}: not the text this run learned from (its SHA-256 differs): "
+            "give that text, or train anew with another --out"
+        )
 
 
 def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -28,7 +28,6 @@ from chargpt.compute.fast_layers import (
 from chargpt.compute.muon import MuonAdamW
 from chargpt.compute.native import KernelsError, library_path, load_kernels
 from chargpt.config import Attention, GPT2Config, OnOffAuto
-from chargpt.training.loop import trial_step
 from chargpt.training.trainer import Trainer
 
 Note = Callable[[str], None]
@@ -205,7 +204,7 @@ def _compile(trainer: Trainer, choice: CompileChoice, note: Note) -> bool:
     eager = trainer.forward
     try:
         trainer.forward = cast(Callable[[Tensor], Tensor], torch.compile(trainer.model))
-        trial_step(trainer)
+        trainer.trial_step()
         note(f"compile    on ({choice.reason})")
         return True
     except Exception as error:

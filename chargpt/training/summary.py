@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from chargpt.base.interrupts import Interruption
 from chargpt.base.units import bits_per_char, perplexity
-from chargpt.training.loop import StopReason
 from chargpt.training.trainer import TrainState
 
 SUMMARY = "summary.json"
+StopReason = Literal["budget", "patience"] | Interruption
 OVERFIT_NATS = 0.01  # a validation loss this far above its best is no noise
 
 
@@ -68,3 +73,18 @@ def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopRe
     else:
         parts.append("still improving when its time was up: a longer budget would help")
     return "; ".join(parts)
+
+
+def unigram_nats(
+    train_ids: npt.NDArray[Any], held_out_ids: npt.NDArray[Any], vocab_size: int
+) -> float:
+    """Return the mean −ln p of guessing each token by its frequency, add-one smoothed.
+
+    Args:
+        train_ids: the text that the frequencies are taken from, shape (n,).
+        held_out_ids: the text to guess, shape (m,) with m ≥ 1.
+        vocab_size: number of tokens.
+    """
+    counts = np.bincount(train_ids, minlength=vocab_size) + 1
+    nats = np.log(counts.sum()) - np.log(counts[held_out_ids])
+    return float(nats.mean())

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.base.checks import check, check_types
+from chargpt.base.seeding import DROPOUT, derive_seed
 from chargpt.compute.device import PrecisionChoice
-from chargpt.compute.parallel import ParallelChoice
+from chargpt.compute.parallel import ParallelChoice, seed_dropout
 from chargpt.config import TrainConfig
-from chargpt.data.windows import Windows
+from chargpt.data.windows import Batch, Windows
 from chargpt.model import GPT2
 
 
@@ -119,3 +121,27 @@ class Trainer:
         # A forward pass is a third of a step: ten times that keeps evaluation below a tenth.
         cheap = 10 / 3 * len(self.validation) / self.tokens_per_step
         return round(max(25, min(250, epoch), cheap))
+
+    def batch(self, micro_step: int) -> Batch:
+        """Return a batch of the next step on the device, (B, T) each."""
+        config = self.train_config
+        first = self.state.step * self.sequences_per_step + micro_step * config.batch_size
+        inputs, targets = self.windows.batch(first, config.batch_size)
+        return Batch(inputs.to(self.device), targets.to(self.device))
+
+    def loss_of(self, batch: Batch, micro_step: int) -> Tensor:
+        """Return the mean loss of a batch in nats a token, a scalar; `micro_step` seeds dropout."""
+        seed = derive_seed(self.train_config.seed, DROPOUT, self.state.step, micro_step)
+        seed_dropout(seed, self.parallel)
+        with self.precision.autocast(self.device):
+            logits = self.forward(batch.inputs)  # (B, T, V)
+        return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+
+    def trial_step(self) -> None:
+        """Go forward and backward once, changing nothing, so that lazy compilation happens."""
+        self.model.train()
+        try:
+            loss = self.loss_of(self.batch(0), 0)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.optimizer.zero_grad()

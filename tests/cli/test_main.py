@@ -219,7 +219,7 @@ def test_train_sample_and_eval_end_to_end(chargpt: Any) -> None:
     assert expected <= summary.keys()
     assert Path("runs/text/loss.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads(Path("runs/text/config.json").read_text())
-    assert (config["model"]["d_ff"], config["model"]["vocab_size"]) == (64, 22)
+    assert (config["model_config"]["d_ff"], config["model_config"]["vocab_size"]) == (64, 22)
     Path("text.txt").rename("moved.txt")  # a run folder is enough to sample
     sampled = chargpt("sample", "runs/text", "--prompt", "the ", "--max-new-tokens", "50")
     assert (sampled.code, len(sampled.out)) == (0, 4 + 50 + 1)
@@ -253,7 +253,7 @@ def test_preset_then_file_then_flags(chargpt: Any) -> None:
     arguments = ["--config", "my.toml", "--n-layer", "1", "--block-size", "8", "--steps", "2"]
     assert chargpt("train", "text.txt", *arguments, "--batch-size", "2").code == 0
     config = json.loads(Path("runs/text/config.json").read_text())
-    model, training = config["model"], config["train"]
+    model, training = config["model_config"], config["train_config"]
     assert (model["n_layer"], model["d_model"], model["d_ff"]) == (1, 24, 96)  # flag, file, derived
     assert model["dropout"] == 0.2  # of the preset that the file names
     assert (training["steps"], training["minutes"]) == (2, None)  # a budget displaces another

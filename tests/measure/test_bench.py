@@ -23,7 +23,7 @@ from chargpt.measure import timing
 from chargpt.measure.bench import BenchConfig, bench, seconds_to_loss, synthetic_trainer, table
 from chargpt.measure.peers import NanoGPT, hugging_face, parse_peers
 from chargpt.measure.timing import PARTS, timed_step
-from chargpt.training.loop import train_step
+from chargpt.train import train_step
 
 SHAPE = "--n-layer 1 --n-head 2 --d-model 16 --block-size 16 --batch-size 4 --device cpu".split()
 QUICKLY = ["--rounds", "1", "--seconds", "0.001"]

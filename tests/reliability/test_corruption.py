@@ -235,7 +235,7 @@ def test_two_files_damaged_are_told_of_and_two_checkpoints_are_refused(
     with pytest.raises(UserError, match=r"last is damaged .*last.previous is damaged .*backup"):
         load(copy, which="last")
     load(copy)  # the best one is whole
-    sources = read_config(copy)["data"]["sources"]
+    sources = read_config(copy).sources
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="last is damaged"):
         train(
@@ -251,7 +251,7 @@ def test_two_files_damaged_are_told_of_and_two_checkpoints_are_refused(
 
 
 def resumable(run: Path) -> TrainConfig:
-    return TrainConfig(**read_config(run)["train"])
+    return read_config(run).train_config
 
 
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, MANIFEST])
@@ -261,7 +261,7 @@ def test_a_run_goes_on_from_the_checkpoint_before(run: Path, tmp_path: Path, nam
     shutil.rmtree(whole / "last")
     (whole / "last.previous").rename(whole / "last")
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    sources = read_config(copy)["data"]["sources"]
+    sources = read_config(copy).sources
     config = resumable(copy).replace(steps=6)
     data = bytearray((copy / "last" / name).read_bytes())
     data[len(data) // 2] ^= 4

@@ -16,11 +16,11 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
+import chargpt.train as training
 from chargpt.config import DataConfig, TrainConfig
 from chargpt.runs.report import Reporter, read_metrics
 from chargpt.runs.weights import model_tensors, optimizer_tensors
-from chargpt.training import loop as training
-from chargpt.training.loop import fit
+from chargpt.train import fit
 from chargpt.training.plan import make_plan
 from chargpt.training.saving import restore_last, save_last
 from chargpt.training.speed import prepare

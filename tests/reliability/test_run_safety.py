@@ -13,6 +13,7 @@ from conftest import QUICK, SMALL
 from safetensors.torch import load_file
 
 import chargpt.train
+import chargpt.train as training
 from chargpt.base.errors import RunWarning, TrainingError, UserError
 from chargpt.cli import main as cli
 from chargpt.compute.counts import parameters_of
@@ -23,10 +24,8 @@ from chargpt.runs import report as reporting
 from chargpt.runs.checkpoint import finish_save, read_state, save_checkpoint
 from chargpt.runs.folder import load, locked
 from chargpt.runs.report import Reporter, read_metrics
-from chargpt.train import TrainResult, train
-from chargpt.training import loop as training
+from chargpt.train import NonFiniteError, TrainResult, train, train_step
 from chargpt.training import saving
-from chargpt.training.loop import NonFiniteError, train_step
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer
 

@@ -29,7 +29,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Tells when it evaluates, and never ends a save once told to.
 TALKATIVE = """
 import signal, sys, threading, time
-from chargpt.runs import checkpoint; from chargpt.cli import main as cli; from chargpt.training import loop as training
+from chargpt.runs import checkpoint; from chargpt.cli import main as cli; import chargpt.train as training
 
 def tell_first(module, name, text):
     plain = getattr(module, name)

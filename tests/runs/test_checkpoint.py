@@ -209,7 +209,7 @@ def test_errors_say_what_is_wrong_with_a_folder(tmp_path: Path, run: Path) -> No
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not JSON .* the run is damaged"):
         load(run)
-    config["model"]["d_model"] = 32
+    config["model_config"]["d_model"] = 32
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="config.json has changed since it was written"):
         load(run)

@@ -448,7 +448,7 @@ CASES: dict[str, Case] = {
         in_json("config.json", lambda c: c.update(sha256=[c["sha256"]]), sealed=False), ALL
     ),
     "a config with a broken seal": Case(
-        in_json("config.json", lambda c: c["model"].update(dropout=0.2), sealed=False), ALL
+        in_json("config.json", lambda c: c["model_config"].update(dropout=0.2), sealed=False), ALL
     ),
     "a config of format 3": Case(in_json("config.json", lambda c: c.update(format=3)), ALL),
     "a config of a format of text": Case(
@@ -1088,14 +1088,14 @@ def amplified(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     width, n_layer = 256, 150  # 470 MB
     shape = {"d_model": width, "d_ff": 4 * width, "n_layer": n_layer, "n_head": 1}
-    config["model"] |= shape
+    config["model_config"] |= shape
     (run / "config.json").write_text(json.dumps(seal(config)))
     from chargpt.compute.counts import parameters_of
 
-    wanted = parameters_of(GPT2Config(**config["model"]))
+    wanted = parameters_of(GPT2Config(**config["model_config"]))
     sizes = {
-        "token_embedding.weight": [config["model"]["vocab_size"], width],
-        "position_embedding.weight": [config["model"]["block_size"], width],
+        "token_embedding.weight": [config["model_config"]["vocab_size"], width],
+        "position_embedding.weight": [config["model_config"]["block_size"], width],
         "final_norm.weight": [width],
     }
     rest = wanted - sum(s[0] * (s[1] if len(s) > 1 else 1) for s in sizes.values())
@@ -1115,17 +1115,17 @@ def many_layers(run: Path) -> None:
     """A file of 2 MB whose config asks for 40,000 layers of one number each."""
     config = json.loads((run / "config.json").read_text())
     ones = dict.fromkeys(("d_model", "d_ff", "n_head", "block_size"), 1)
-    config["model"] |= ones | {"n_layer": 40_000}
+    config["model_config"] |= ones | {"n_layer": 40_000}
     (run / "config.json").write_text(json.dumps(seal(config)))
     from chargpt.compute.counts import parameters_of
 
-    v = config["model"]["vocab_size"]
+    v = config["model_config"]["vocab_size"]
     sizes = {
         "token_embedding.weight": [v, 1],
         "position_embedding.weight": [1, 1],
         "final_norm.weight": [1],
     }
-    sizes["x"] = [parameters_of(GPT2Config(**config["model"])) - v - 2]
+    sizes["x"] = [parameters_of(GPT2Config(**config["model_config"])) - v - 2]
     header, end = {}, 0
     for name, size in sizes.items():
         start, end = end, end + 4 * size[0]

@@ -19,8 +19,8 @@ from chargpt.compute.native import Kernels, KernelsError, library_path
 from chargpt.compute.parallel import ParallelChoice
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.model import GPT2, CausalSelfAttention
+from chargpt.train import train_step
 from chargpt.training import speed
-from chargpt.training.loop import train_step
 from chargpt.training.plan import make_plan
 from chargpt.training.speed import (
     choose_attention,
