@@ -16,14 +16,12 @@ import chargpt
 import chargpt.train
 import chargpt.train as training
 from chargpt.base.errors import TrainingError
-from chargpt.compute.device import PrecisionChoice
 from chargpt.compute.optimizers import schedule
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.runs.checkpoint import read_state
 from chargpt.runs.report import Reporter, read_metrics
 from chargpt.runs.weights import model_tensors
 from chargpt.train import NonFiniteError, TrainResult, fit, train, train_step
-from chargpt.training import plan as planning
 from chargpt.training import speed
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer
@@ -223,15 +221,15 @@ def test_one_schedule_moves_both_rates_and_adamws_is_logged(
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "dtype"),
-    [("cpu", "fp32", "float32"), ("cpu", "bf16", "bfloat16"), ("cuda", "fp32", "bfloat16"),
-     ("mps", "fp32", "float32")],
-)  # fmt: skip
-def test_muon_orthogonalizes_in_bf16_where_that_is_fast(
-    device: str, precision: Any, dtype: str
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_muon_orthogonalizes_in_the_precision_of_the_products(
+    text_file: Path, tmp_path: Path, precision: Any, dtype: torch.dtype
 ) -> None:
-    choice = PrecisionChoice(precision, "asked for")
-    assert planning._muon_dtype(torch.device(device), choice) == getattr(torch, dtype)
+    config = QUICK.replace(optimizer="muon", precision=precision)
+    assert (
+        trainer_for(text_file, tmp_path / "run", config).optimizer.param_groups[0]["dtype"] == dtype
+    )
 
 
 def test_training_leaves_torchs_random_state_and_the_configuration_alone(
