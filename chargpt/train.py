@@ -277,21 +277,29 @@ def _step(trainer: Trainer, reporter: Reporter) -> None:
         ) from error
     state.train_seconds += time.perf_counter() - start
     state.step += 1
-    state.train_loss = result.loss if not result.skipped else state.train_loss
+    loss = None if result.skipped else _finite(result.loss)
+    grad_norm = None if result.skipped else _finite(result.grad_norm)
+    state.train_loss = state.train_loss if loss is None else loss
     _count_skipped(trainer, result)
-    _report_spike(trainer, result, reporter)
+    if grad_norm is not None:
+        _report_spike(trainer, grad_norm, reporter)
     reporter.step(
         {
             "step": state.step,
-            "loss": result.loss if not result.skipped else None,
+            "loss": loss,
             "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm if not result.skipped else None,
+            "grad_norm": grad_norm,
             "tokens": state.step * trainer.tokens_per_step,
             "train_seconds": round(state.train_seconds, 3),
         },
         progress=trainer.progress,
         log=state.step % trainer.train_config.log_interval == 0,
     )
+
+
+def _finite(value: float) -> float | None:
+    """Return a number that JSON can hold, or None."""
+    return value if math.isfinite(value) else None
 
 
 def _count_skipped(trainer: Trainer, result: StepResult) -> None:
@@ -306,11 +314,9 @@ def _count_skipped(trainer: Trainer, result: StepResult) -> None:
         )
 
 
-def _report_spike(trainer: Trainer, result: StepResult, reporter: Reporter) -> None:
+def _report_spike(trainer: Trainer, norm: float, reporter: Reporter) -> None:
     """Report a gradient far longer than usual, which the mean loss does not show."""
-    state, norm = trainer.state, result.grad_norm
-    if result.skipped:
-        return
+    state = trainer.state
     usual = state.usual_grad_norm
     if usual and state.step > SPIKE_SETTLING and norm > SPIKE * usual:
         reporter.note(
@@ -366,18 +372,20 @@ def train_step(trainer: Trainer, lap: Callable[[str], None] = lambda part: None)
         loss += micro_loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = _gradient_norm(trainer)
-    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    if not finite and not scaler.is_enabled():
+    is_finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    if not is_finite and not scaler.is_enabled():
         reason = _first_non_finite(trainer, float(loss))
         optimizer.zero_grad()
         raise NonFiniteError(reason)
     _clip_gradient(trainer, grad_norm)
     lap("clip")
-    scaler.step(optimizer)  # makes no update if the scaled gradient overflowed
-    scaler.update()
+    scale = scaler.get_scale()
+    scaler.step(optimizer)  # makes no update if the scaled gradient overflowed,
+    scaler.update()  # and then lowers the scale
     optimizer.zero_grad()
     lap("optimizer")
-    return StepResult(float(loss), float(grad_norm), learning_rate, skipped=not finite)
+    skipped = scaler.get_scale() < scale
+    return StepResult(float(loss), float(grad_norm), learning_rate, skipped)
 
 
 def _set_learning_rate(trainer: Trainer) -> float:

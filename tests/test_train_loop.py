@@ -407,6 +407,19 @@ def test_steps_that_overflow_fp16_are_skipped_and_counted(text_file: Path, tmp_p
     assert all(torch.isfinite(t).all() for t in weights(trainer.out).values())
 
 
+def test_an_infinite_loss_with_a_finite_gradient_is_not_a_skipped_step(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler looks at the gradient alone: it makes this update, and the step must count."""
+    trainer = with_scaler(trainer_for(text_file, tmp_path / "run"))
+    loss = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda *arguments: loss(*arguments) + torch.inf)
+    before = trainer.model.token_embedding.weight.detach().clone()
+    result = train_step(trainer)
+    assert not torch.equal(trainer.model.token_embedding.weight, before)
+    assert (result.loss, result.skipped) == (torch.inf, False)
+
+
 def test_scaled_steps_are_the_unscaled_ones(text_file: Path, tmp_path: Path) -> None:
     plain = trainer_for(text_file, tmp_path / "a")
     scaled = with_scaler(trainer_for(text_file, tmp_path / "b"))
