@@ -389,16 +389,22 @@ def train_step(trainer: Trainer, lap: Callable[[str], None] = lambda part: None)
 
 
 def _set_learning_rate(trainer: Trainer) -> float:
-    """Set the rates of the next step; return AdamW's."""
-    state = trainer.state
+    """Set the rates of the next step; return AdamW's.
+
+    They are the highest of the schedule during the step, so that no step has rate 0: neither the
+    first one, where warm-up starts, nor the last one, where a cool-down may end at 0.
+    """
+    state, train_config = trainer.state, trainer.train_config
+    start = trainer.progress
     if trainer.total_steps is not None:
-        at_end = (state.step + 1) / trainer.total_steps
+        end = (state.step + 1) / trainer.total_steps
     else:
-        at_end = trainer.progress * (1 + 1 / state.step) if state.step else FIRST_PROGRESS
-    share = schedule(at_end, trainer.train_config)
+        end = start * (1 + 1 / state.step) if state.step else FIRST_PROGRESS
+    peak = min(max(start, train_config.warmup_fraction), end)
+    share = max(schedule(progress, train_config) for progress in (start, peak, end))
     for group in trainer.optimizer.param_groups:
         group["lr"] = group["peak"] * share
-    return trainer.train_config.learning_rate * share
+    return train_config.learning_rate * share
 
 
 def _gradient_norm(trainer: Trainer) -> Tensor:

@@ -213,11 +213,24 @@ def test_one_schedule_moves_both_rates_and_adamws_is_logged(
     config = QUICK.replace(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.04)
     trainer = trainer_for(text_file, tmp_path / "run", config)
     trainer.state.step = 8
-    share = schedule(9 / 12, config)
+    share = schedule(8 / 12, config)
     assert 0.1 < share < 1
     assert train_step(trainer).learning_rate == pytest.approx(0.01 * share)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates == pytest.approx([0.04 * share, 0.01 * share])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_no_step_has_rate_zero(text_file: Path, tmp_path: Path, steps: int) -> None:
+    """With a floor of 0 the last step learned nothing, and a run of one step not at all."""
+    config = QUICK.replace(steps=steps, learning_rate_floor=0.0, warmup_fraction=0.02)
+    trainer = trainer_for(text_file, tmp_path / "run", config)
+    rates = []
+    for trainer.state.step in range(steps):
+        rates.append(train_step(trainer).learning_rate)
+    assert min(rates) > 0
+    assert rates[0] == config.learning_rate  # warm-up is shorter than a step
+    assert rates == sorted(rates, reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +346,7 @@ def test_minutes_end_the_run_and_its_schedule(
     assert summary["eval_seconds"] == 6  # of which the budget takes no notice
     rates = [row["learning_rate"] for row in read_metrics(run) if row["split"] == "train"]
     assert max(rates) == pytest.approx(config.learning_rate, rel=0.01)
-    assert rates[-1] == pytest.approx(0.1 * config.learning_rate, rel=0.01)
+    assert rates[-1] == pytest.approx(0.1 * config.learning_rate, rel=0.05)
 
 
 @pytest.mark.parametrize(
