@@ -123,13 +123,13 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["sample"], "Missing from chargpt sample: RUN"),
     (
         ["sample", "nowhere"],
-        "nowhere does not exist, so it is no run: give the folder that `chargp",
+        "nowhere does not exist, so it is not a run: give the folder that `chargp",
     ),
-    (["sample", "full"], "full holds no config.json, so it is no run"),
+    (["sample", "full"], "full has no config.json, so it is not a run"),
     (["sample", "full", "--temperature", "-1"], "temperature is -1.0: give 0 .greedy. or more"),
     (["sample", "full", "--top-p", "0"], "top_p is 0.0: give a share above 0 and up to 1"),
     (["sample", "full", "--top-k", "-1"], "top_k is -1: give a whole number of at least 0"),
-    (["eval", "nowhere"], "nowhere does not exist, so it is no run"),
+    (["eval", "nowhere"], "nowhere does not exist, so it is not a run"),
 ]
 
 
