@@ -16,7 +16,6 @@ from chargpt.base.errors import TrainingError, UserError
 from chargpt.config import DataConfig
 from chargpt.model import GPT2
 from chargpt.runs.report import Reporter, read_metrics
-from chargpt.runs.reserve import free_folder
 from chargpt.train import TrainResult, train
 from chargpt.training.summary import verdict
 from chargpt.training.trainer import TrainState
@@ -54,19 +53,6 @@ def test_the_learned_part_is_the_first_and_the_rest_validates(text_file: Path) -
     text = text_file.read_text()
     assert plan.corpus.tokenizer.decode(plan.corpus.train) == text[:2250]
     assert plan.corpus.tokenizer.decode(plan.corpus.validation) == text[2250:]
-
-
-def test_free_folders_are_named_after_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert free_folder(["a/b/my poem.txt"]) == Path("runs/my-poem")
-    Path("runs/my-poem").mkdir(parents=True)
-    assert free_folder(["my poem.txt"]) == Path("runs/my-poem-2")
-    assert free_folder(["-"]) == Path("runs/text")
-    assert free_folder(["*.txt"]) == Path("runs/text")
-    assert free_folder(["a", "b"]) == Path("runs/texts")
-    assert free_folder(["tiny-shakespeare"]) == Path("runs/tiny-shakespeare")
 
 
 def test_running_out_of_memory_names_the_knobs_and_leaves_nothing(
