@@ -40,7 +40,7 @@ def kernels_of(variant: str) -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, f"{variant}.so")
         sources = map(str, native.SOURCES)
-        flags += native.own_flags(COMPILERS[:1])
+        flags += native.gcc_flags(COMPILERS[:1])
         command = [COMPILERS[0], *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
         subprocess.run(command, check=True)
         kernels = Kernels(library)

@@ -34,7 +34,7 @@ class FastLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, C) to (…, C)."""
         weights = (self.weight, self.bias)
-        if x.dtype != torch.float32 or not native.suits(x, widths=x.shape[-1:], weights=weights):
+        if x.dtype != torch.float32 or not native.supports(x, widths=x.shape[-1:], weights=weights):
             return super().forward(x)
         return native.layer_norm(x, self.weight, self.bias, self.eps)
 
@@ -45,7 +45,7 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, inputs) to (…, outputs)."""
         widths, weights = (self.in_features, self.out_features), (self.weight, self.bias)
-        if not native.suits(x, widths=widths, weights=weights):
+        if not native.supports(x, widths=widths, weights=weights):
             return super().forward(x)
         return native.linear(x, self.weight, self.bias)
 
@@ -59,7 +59,7 @@ class FastFeedForward(FeedForward):
         widths = (first.in_features, first.out_features)
         weights = (first.weight, first.bias, second.weight, second.bias)
         is_gelu = self.activation is ACTIVATIONS["gelu"]
-        if not is_gelu or not native.suits(x, widths=widths, weights=weights):
+        if not is_gelu or not native.supports(x, widths=widths, weights=weights):
             return super().forward(x)
         return native.feed_forward(x, *weights)
 
@@ -69,7 +69,7 @@ class FastResidualSum(ResidualSum):
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         """Map two tensors (B, T, C) to one."""
-        if x.dtype != torch.float32 or not native.suits(x, update, widths=x.shape[-1:]):
+        if x.dtype != torch.float32 or not native.supports(x, update, widths=x.shape[-1:]):
             return super().forward(x, update)
         return native.residual_sum(x, update, self.dropout.p if self.training else 0.0)
 
@@ -87,7 +87,7 @@ class FastCausalSelfAttention(CausalSelfAttention):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Map queries, keys and values side by side, (B, T, 3C), to (B, T, C)."""
-        if not native.suits(qkv, widths=(qkv.size(2) // (3 * self.n_head),)):
+        if not native.supports(qkv, widths=(qkv.size(2) // (3 * self.n_head),)):
             return super().attend(qkv)
         return native.attention(qkv, self.n_head, self.dropout.p if self.training else 0.0)
 
@@ -150,7 +150,7 @@ def fast_muon_update(
     widths = {size for weight in weights for size in weight.shape}
     contiguous = all(tensor.is_contiguous() for tensor in tensors)
     known = settings.dtype in native.load_kernels().dtypes
-    if contiguous and known and native.suits(*tensors[:1], widths=widths, weights=tensors):
+    if contiguous and known and native.supports(*tensors[:1], widths=widths, weights=tensors):
         native.muon_update(weights, gradients, momenta, lengths, settings)
     else:
         muon_update(weights, gradients, momenta, lengths, settings)

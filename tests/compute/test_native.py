@@ -778,16 +778,16 @@ def by_definition(
 def test_suits(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     lanes = setting.kernels.lanes
     x = torch.zeros(2, lanes)
-    assert native.suits(x, widths=(lanes, 3 * lanes))
-    assert not native.suits(x, widths=(lanes, lanes + 1))
+    assert native.supports(x, widths=(lanes, 3 * lanes))
+    assert not native.supports(x, widths=(lanes, lanes + 1))
     for dtype in (torch.float64, torch.float16):
-        assert not native.suits(x.to(dtype), widths=(lanes,))
-        assert not native.suits(x, x.to(dtype), widths=(lanes,))
-    assert native.suits(x.to(BF16), widths=(lanes,)) == (BF16 in setting.kernels.dtypes)
-    assert not native.suits(x, torch.zeros(1, device="meta"), widths=(lanes,))
+        assert not native.supports(x.to(dtype), widths=(lanes,))
+        assert not native.supports(x, x.to(dtype), widths=(lanes,))
+    assert native.supports(x.to(BF16), widths=(lanes,)) == (BF16 in setting.kernels.dtypes)
+    assert not native.supports(x, torch.zeros(1, device="meta"), widths=(lanes,))
     with torch.autocast("cpu", torch.float16):
-        assert not native.suits(x, widths=(lanes,))
+        assert not native.supports(x, widths=(lanes,))
     with torch.autocast("cpu", BF16):
-        assert native.suits(x, widths=(lanes,)) == (BF16 in setting.kernels.dtypes)
+        assert native.supports(x, widths=(lanes,)) == (BF16 in setting.kernels.dtypes)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not native.suits(x, widths=(lanes,))
+    assert not native.supports(x, widths=(lanes,))
