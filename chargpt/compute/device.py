@@ -17,7 +17,6 @@ from chargpt.base.errors import UserError
 from chargpt.config import Device, OnOffAuto, Precision
 
 BF16_MIN_GAIN = 1.5  # bf16 rounds more, so it must be clearly faster
-BF16_TRIAL_SECONDS = 0.1  # for each of the two types
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -114,21 +113,17 @@ def _auto_precision(device: torch.device) -> PrecisionChoice:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return PrecisionChoice("bf16", "this GPU has bf16 tensor cores")
         return PrecisionChoice("fp16", "this GPU has no fast bf16; the loss is scaled")
-    bf16, fp32 = (
-        matmul_flops(dtype, device, (1024, 512, 512), BF16_TRIAL_SECONDS)
-        for dtype in (torch.bfloat16, torch.float32)
-    )
-    gain = bf16 / fp32
+    size, seconds = (1024, 512, 512), 0.1
+    bf16 = matmul_flops(torch.bfloat16, device, size, seconds)
+    gain = bf16 / matmul_flops(torch.float32, device, size, seconds)
     if gain >= BF16_MIN_GAIN:
         return PrecisionChoice("bf16", f"bf16 is {gain:.1f} times as fast as fp32 here")
     if gain >= 1:
         return PrecisionChoice(
             "fp32", f"bf16 is only {gain:.1f} times as fast here, and less exact"
         )
-    return PrecisionChoice("fp32", f"fp32 is faster here: bf16 runs at {gain:.0%} of its speed")
-
-
-# --- measurement
+    share = f"{max(gain, 0.01):.0%}"
+    return PrecisionChoice("fp32", f"fp32 is faster here: bf16 runs at {share} of its speed")
 
 
 def synchronize(device: torch.device) -> None:
@@ -154,12 +149,10 @@ def matmul_flops(
         The rate of the fastest product.
     """
     m, k, n = size
-    generator = torch.Generator(device).manual_seed(0)
     # Random factors, because a GPU multiplies constant ones faster.
-    a, b = (
-        torch.randn(shape, device=device, generator=generator).to(dtype)
-        for shape in ((m, k), (k, n))
-    )
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(m, k, device=device, generator=generator).to(dtype)
+    b = torch.randn(k, n, device=device, generator=generator).to(dtype)
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
@@ -169,9 +162,6 @@ def matmul_flops(
         synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * m * k * n / min(times[1:])
-
-
-# --- description
 
 
 def describe_device(device: torch.device) -> str:
@@ -199,9 +189,6 @@ def cpu_info(field: str) -> list[str]:
     fields = (line.partition(":") for line in lines)
     values = (value.strip() for name, _, value in fields if name.strip() == field)
     return [value for value in dict.fromkeys(values) if value]
-
-
-# --- determinism
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def _compile(path: Path) -> None:
     """Compile the library in a temporary folder and move it to `path`: no process sees a part."""
     compiler = find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # PyTorch has already loaded OpenMP, so the kernels share its threads. Apple's Clang has no OpenMP.
+    # The kernels share the OpenMP threads of PyTorch. Apple's Clang has no OpenMP.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         library = Path(folder, path.name)
@@ -186,7 +186,8 @@ def _contiguous(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-# --- attention
+def _empty_like(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else torch.empty_like(weight)
 
 
 def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
@@ -231,9 +232,6 @@ def _seed(dropout_p: float) -> int:
     return int(torch.randint(2**62, ())) if dropout_p > 0 else 0
 
 
-# --- LayerNorm
-
-
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise the last axis, like `torch.nn.functional.layer_norm`.
 
@@ -262,16 +260,14 @@ class _LayerNorm(torch.autograd.Function):
         means, inverse_stds = torch.empty(n), torch.empty(n)
         tensors = (x, gain, bias, out, means, inverse_stds)
         load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
-        ctx.save_for_backward(x, gain, means, inverse_stds)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, gain, bias, means, inverse_stds)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, gain, means, inverse_stds = ctx.saved_tensors
-        d_x, d_gain = torch.empty_like(x), torch.empty_like(gain)
-        d_bias = torch.empty_like(gain) if ctx.has_bias else None
+        x, gain, bias, means, inverse_stds = ctx.saved_tensors
+        d_x, d_gain, d_bias = map(_empty_like, (x, gain, bias))
         tensors = (x, gain, means, inverse_stds, d_out.contiguous(), d_x, d_gain, d_bias)
         load_kernels()("layer_norm_backward", d_out.dtype, *tensors, means.numel(), x.size(-1))
         return d_x, d_gain, d_bias, None
@@ -282,9 +278,6 @@ def product_dtype() -> torch.dtype:
     if not torch.is_autocast_enabled("cpu"):
         return torch.float32
     return torch.get_autocast_dtype("cpu")
-
-
-# --- linear layers
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -311,22 +304,17 @@ class _Linear(torch.autograd.Function):
         ctx.sizes = (x.numel() // inputs, inputs, outputs)
         out = x.new_empty(*x.shape[:-1], outputs)
         load_kernels()("linear_forward", x.dtype, x, weight, bias, out, *ctx.sizes)
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
-        d_bias = weight.new_empty(weight.size(0)) if ctx.has_bias else None
+        x, weight, bias = ctx.saved_tensors
+        d_x, d_weight, d_bias = map(_empty_like, (x, weight, bias))
         tensors = (x, weight, d_out.contiguous(), d_x, d_weight, d_bias)
         load_kernels()("linear_backward", x.dtype, *tensors, *ctx.sizes)
         return d_x, d_weight, d_bias
-
-
-# --- feed-forward
 
 
 def feed_forward(
@@ -361,23 +349,18 @@ class _FeedForward(torch.autograd.Function):
         before, out = x.new_empty(*x.shape[:-1], F), torch.empty_like(x)
         tensors = (x, w1, b1, w2, b2, before, out)
         load_kernels()("feed_forward_forward", x.dtype, *tensors, *ctx.sizes)
-        ctx.save_for_backward(x, w1, w2, before)
-        ctx.has_bias = b1 is not None
+        ctx.save_for_backward(x, w1, b1, w2, b2, before)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, w1, w2, before = ctx.saved_tensors
-        d_x, d_w1, d_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
-        d_b1 = w1.new_empty(w1.size(0)) if ctx.has_bias else None
-        d_b2 = w1.new_empty(w2.size(0)) if ctx.has_bias else None
-        tensors = (x, w1, w2, before, d_out.contiguous(), d_x, d_w1, d_b1, d_w2, d_b2)
+        *inputs, before = ctx.saved_tensors
+        x, w1, _, w2, _ = inputs
+        gradients = [_empty_like(tensor) for tensor in inputs]
+        tensors = (x, w1, w2, before, d_out.contiguous(), *gradients)
         load_kernels()("feed_forward_backward", x.dtype, *tensors, *ctx.sizes)
-        return d_x, d_w1, d_b1, d_w2, d_b2
-
-
-# --- residual sum
+        return tuple(gradients)
 
 
 def residual_sum(x: Tensor, update: Tensor, dropout_p: float) -> Tensor:
@@ -408,9 +391,6 @@ class _ResidualSum(torch.autograd.Function):
         d_update = torch.empty_like(d_out, dtype=ctx.dtype)
         load_kernels()("residual_backward", ctx.dtype, d_out, d_update, d_out.numel(), *ctx.random)
         return d_out, d_update, None
-
-
-# --- Muon
 
 
 def muon_update(
