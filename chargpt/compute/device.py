@@ -103,7 +103,7 @@ def choose_compile(requested: OnOffAuto, device: torch.device) -> CompileChoice:
         if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
             return CompileChoice(True, "the default on a GPU")
         return CompileChoice(False, "no C compiler found")
-    return CompileChoice(False, "it would take longer than it saves here; --compile on forces it")
+    return CompileChoice(False, "takes longer than it saves here; --compile on forces it")
 
 
 def _auto_precision(device: torch.device) -> PrecisionChoice:

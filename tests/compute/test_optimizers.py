@@ -222,7 +222,8 @@ def test_the_gram_iteration_equals_the_plain_iteration(decades: float, steps: St
     exact = newton_schulz(x.double(), steps)
     torch.testing.assert_close(newton_schulz_gram(x.double(), steps), exact, rtol=0, atol=1e-9)
     # In fp32 an eigenvalue of the Gram matrix has an error of 1e-7, which each of four steps
-    # enlarges by up to 3.4445²: to 2e-3 of a singular value, spread over many entries. bf16 errs by 4e-2.
+    # enlarges by up to 3.4445²: to 2e-3 of a singular value, spread over many entries. bf16
+    # errs by 4e-2.
     torch.testing.assert_close(newton_schulz_gram(x, steps).double(), exact, rtol=0, atol=1e-3)
 
 

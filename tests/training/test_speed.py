@@ -1,13 +1,11 @@
 """Which kernels, which attention, compiled or not: each choice, its reason, its way back."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import platformdirs
 import pytest
 import torch
 from conftest import QUICK, SMALL
@@ -15,7 +13,7 @@ from conftest import QUICK, SMALL
 from chargpt.base.errors import UserError
 from chargpt.compute import native
 from chargpt.compute.fast_layers import FAST, FastCausalSelfAttention, set_attention
-from chargpt.compute.native import Kernels, KernelsError, library_path
+from chargpt.compute.native import Kernels, KernelsError
 from chargpt.compute.parallel import ParallelChoice
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.model import GPT2, CausalSelfAttention
@@ -34,8 +32,6 @@ needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler here"
 )
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
-# What `Kernels` needs at the least: a library that is compiled in a moment.
-TINY_SOURCE = 'extern "C" __attribute__((visibility("default"))) int chargpt_lanes() { return 12; }'
 
 
 def offer(
@@ -330,131 +326,3 @@ def test_several_gpus_are_not_compiled(
     monkeypatch.setattr(torch, "compile", lambda _: pytest.fail("compiled"))
     prepare(trainer, said.append)
     assert said[2] == "compile    off (not over several GPUs in one process)"
-
-
-# --- the library
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, and a small source to be compiled into it."""
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
-    source = tmp_path / "kernels.cpp"
-    source.write_text(TINY_SOURCE)
-    monkeypatch.setattr(native, "SOURCES", (source,))
-    return tmp_path / "cache"
-
-
-load_afresh = native.load_kernels.__wrapped__  # what is cached for the process stays as it is
-
-
-def test_a_library_is_for_one_source_compiler_call_and_processor(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = [library_path()]
-    assert library_path() == paths[0]
-    assert paths[0].is_relative_to(cache / "chargpt" / "kernels")
-    assert paths[0].suffix == ".so"
-    native.SOURCES[0].write_text(TINY_SOURCE + "\n// changed")
-    paths.append(library_path())
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O1"))
-    paths.append(library_path())
-    monkeypatch.setattr(native, "_processor", lambda: "another")
-    paths.append(library_path())
-    assert len(set(paths)) == 4
-    assert not cache.exists()  # asking makes nothing
-
-
-def test_a_processor_is_told_by_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cpuinfo(text: str) -> str:
-        monkeypatch.setattr(Path, "read_text", lambda _: text)
-        return native._processor()
-
-    one = "processor : 0\nmodel name : A\ncpu MHz : 2000\nflags : avx2 fma\n"
-    two = "processor : 1\nmodel name : A\ncpu MHz : 1900\nflags : avx2 fma\n"
-    assert cpuinfo(one) == cpuinfo(one + two) == cpuinfo(two)  # not by its clock of the moment
-    assert cpuinfo(one) != cpuinfo(one.replace("fma", "fma avx512f"))
-    assert cpuinfo(one) != cpuinfo(one.replace(": A", ": B"))
-
-    def nothing(_: Path) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", nothing)
-    assert native._processor() == native.platform.processor()
-
-
-@needs_compiler
-def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_afresh().lanes == 12
-    made = library_path().stat()
-    monkeypatch.setattr(native, "_compile", lambda _: pytest.fail("compiled again"))
-    assert load_afresh().lanes == 12
-    assert library_path().stat().st_mtime_ns == made.st_mtime_ns
-
-
-@needs_compiler
-@pytest.mark.parametrize(("source", "path"), [("this is not C++", ""), (TINY_SOURCE, "/nowhere")])
-def test_what_does_not_compile_is_one_error_of_one_line(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, source: str, path: str
-) -> None:
-    """A source that is wrong, and a machine without compilers."""
-    native.SOURCES[0].write_text(source)
-    if path:
-        monkeypatch.setenv("PATH", path)
-        monkeypatch.delenv("CXX", raising=False)
-    for _ in range(2):  # the second time too: what is left of the first is not taken for a library
-        with pytest.raises(KernelsError) as caught:
-            load_afresh()
-        assert 0 < len(str(caught.value)) <= 200
-        assert "\n" not in str(caught.value)
-
-
-def test_a_folder_that_is_not_writable_is_such_an_error(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache.write_text("a file where the folder should be")
-    with pytest.raises(KernelsError):
-        load_afresh()
-
-
-@needs_compiler
-def test_a_library_cut_short_is_made_again(cache: Path) -> None:
-    """An empty one here; one with a header and no more ends the process with SIGBUS."""
-    library_path().parent.mkdir(parents=True)
-    library_path().touch()
-    assert load_afresh().lanes == 12
-
-
-CHILD = """
-import sys
-from pathlib import Path
-import platformdirs
-from chargpt.compute import native
-platformdirs.user_cache_dir = lambda name: sys.argv[1]
-native.SOURCES = (Path(sys.argv[2]),)
-print("ready", flush=True)
-sys.stdin.readline()
-print(native.load_kernels().lanes)
-"""
-
-
-@needs_compiler
-def test_two_processes_may_compile_at_once(cache: Path) -> None:
-    command = [sys.executable, "-c", CHILD, str(cache), str(native.SOURCES[0])]
-    children = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:  # both are imported: from here on they race
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    try:
-        assert [child.communicate(timeout=120)[0] for child in children] == ["12\n"] * 2
-    finally:
-        for child in children:
-            child.kill()
-    assert not list(cache.rglob("lock"))
