@@ -1,7 +1,7 @@
 """Two independent GPT-2s that take the weights of a `chargpt.GPT2`, as references.
 
-`hugging_face` is the field's reference for pre-norm. `reference_logits` is the paper's formulas with
-loops over sequences and heads; it uses no module of chargpt or torch.nn.
+`hugging_face` is the field's reference for pre-norm. `reference_logits` computes the paper's
+formulas with loops over sequences and heads; it uses no module of chargpt or torch.nn.
 """
 
 import math
