@@ -50,7 +50,7 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return softmax(q kᵀ / √D + mask), shape (B, H, T, T): how much each position attends to others.
+    """Return softmax(q kᵀ / √D + mask), (B, H, T, T): how much positions attend to each other.
 
     Args:
         q: queries, (B, H, T, D).

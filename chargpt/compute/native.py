@@ -400,15 +400,7 @@ def muon_update(
     lengths: Sequence[float],
     settings: MuonSettings,
 ) -> None:
-    """Update each matrix by one step of Muon, in place, like `chargpt.compute.muon.muon_update`.
-
-    Args:
-        weights: float32 matrices.
-        gradients: they stay unchanged.
-        momenta: running means of the gradients, updated in place.
-        lengths: the step length of each matrix.
-        settings: what all matrices share.
-    """
+    """Call Muon's kernel, like `chargpt.compute.muon.muon_update`; gradients stay unchanged."""
     n = len(weights)
     addresses = [
         (_Pointer * n)(*(t.data_ptr() for t in ts)) for ts in (weights, gradients, momenta)
