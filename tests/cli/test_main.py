@@ -98,7 +98,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (
         ["train", "text.txt", "--device", "cuda"],
-        "device is 'cuda', which this PyTorch does not fin",
+        "device is 'cuda', which PyTorch does not find her",
     ),
     (["train", "text.txt", "--parallel", "dp"], "parallel is 'dp', which needs at least two GPUs"),
     (
