@@ -66,7 +66,7 @@ def time_backend(backend: Backend, config: GPT2Config, qkv: Tensor, seconds: flo
 
     try:
         width = config.d_model // config.n_head
-        if backend == "native" and not native.suits(qkv, widths=(width,)):
+        if backend == "native" and not native.supports(qkv, widths=(width,)):
             return "–"  # it would fall back, and show another backend's number
         return f"{1000 * median_seconds(both_ways, seconds, qkv.device):.2f}"
     except (native.KernelsError, torch.OutOfMemoryError):

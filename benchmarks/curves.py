@@ -41,11 +41,10 @@ from chargpt.base import files as durable
 from chargpt.base.errors import UserError
 from chargpt.base.seeding import own_random_state
 from chargpt.cli.flags import preset
-from chargpt.compute.device import cpu_name, describe_device
+from chargpt.compute.device import cpu_name, describe_device, synchronize
 from chargpt.compute.optimizers import schedule
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
 from chargpt.measure.peers import HuggingFace, NanoGPT, Own, parse_peers
-from chargpt.measure.timing import synchronize
 from chargpt.train import train
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer

@@ -12,10 +12,9 @@ import statistics
 import time
 from dataclasses import replace
 
-from chargpt.compute.device import deterministic_algorithms
+from chargpt.compute.device import deterministic_algorithms, synchronize
 from chargpt.config import PRESETS, Preset
 from chargpt.measure.bench import synthetic_trainer
-from chargpt.measure.timing import synchronize
 from chargpt.train import train_step
 from chargpt.training.trainer import Trainer
 

@@ -2,10 +2,10 @@
 
     ids ─► token + position embedding ─► n_layer × Block ─► LayerNorm ─► head ─► logits
 
-A block adds to the residual stream twice: attention, the only layer in which positions see each
-other, then a feed-forward network that acts on each position alone.
+A block adds to the residual stream twice: first attention, the only layer where positions see each
+other, then a feed-forward network, which acts on each position separately.
 
-This file is plain PyTorch. `chargpt.compute.fast_layers` can replace its layers by faster ones.
+This file is plain PyTorch. `chargpt.compute.fast_layers` can replace its layers with faster ones.
 
 Shapes: B batch, T time, C = d_model, H heads, D = C / H head size, F = d_ff, V vocabulary.
 """
@@ -39,7 +39,7 @@ ACTIVATIONS: dict[ActivationFunction, Callable[[Tensor], Tensor]] = {
 # --- attention (Vaswani et al. 2017, section 3.2)
 
 AttentionBackend = Literal["matmul", "sdpa"]
-"""``matmul`` is the textbook, written out; ``sdpa`` is PyTorch's fused kernel."""
+"""``matmul`` is the textbook formula; ``sdpa`` is PyTorch's fused kernel."""
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return softmax(q kᵀ / √D + mask), shape (B, H, T, T): what each position looks at.
+    """Return softmax(q kᵀ / √D + mask), (B, H, T, T): how much positions attend to each other.
 
     Args:
         q: queries, (B, H, T, D).
@@ -58,7 +58,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """
     T = q.size(-2)
     mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)  # (T, T)
-    # One call scales, multiplies and masks: a pass over (B, H, T, T) costs as much as a product.
+    # A single call, because each pass over (B, H, T, T) takes as long as a product.
     scores = torch.baddbmm(
         mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5
     )  # (B × H, T, T)
@@ -69,14 +69,14 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, backend: AttentionBackend | None = None
 ) -> Tensor:
-    """Average, for each position, the values up to it, weighted by how well keys fit its query.
+    """Average the values up to each position, weighted by how well their keys match its query.
 
     Args:
         q: queries, (B, H, T, D).
         k: keys, (B, H, T, D).
         v: values, (B, H, T, D).
         dropout: acts on the attention weights.
-        backend: None: ``sdpa``, or ``matmul`` where the fused kernel cannot drop weights (CPUs).
+        backend: default: ``sdpa``, or ``matmul`` for dropout on a CPU, which ``sdpa`` cannot do.
 
     Returns:
         dropout(softmax(q kᵀ / √D + mask)) v, shape (B, H, T, D).
@@ -94,7 +94,7 @@ def causal_attention(
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, and which of them a forward pass reads and writes."""
+    """The keys and values of one layer, and what a forward pass reads and writes of them."""
 
     keys: Tensor
     """(slots, H, block_size, D)."""
@@ -105,10 +105,10 @@ class LayerCache(NamedTuple):
     positions: Tensor
     """Positions of the new tokens, (B, T)."""
     length: int
-    """S: positions in the longest sequence, new ones included."""
+    """S, the positions in the longest sequence, including the new ones."""
 
     def attend(self, qkv: Tensor, n_head: int) -> Tensor:
-        """Store new keys and values, and attend from each new token to all up to it.
+        """Store the new keys and values, and attend from each new token to all tokens up to it.
 
         Args:
             qkv: queries, keys and values of the new tokens side by side, (B, T, 3C).
@@ -129,7 +129,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The cache of all layers, as a forward pass takes it."""
+    """The cache of all layers, for one forward pass."""
 
     layers: Sequence[LayerCache]
     positions: Tensor
@@ -140,7 +140,7 @@ class Cache(NamedTuple):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention: H small attentions side by side, projected back to C."""
+    """Multi-head causal self-attention: H attentions side by side, then a projection to C."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class CausalSelfAttention(nn.Module):
         self.projection = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Map (B, T, C) to (B, T, C); with a cache, T new positions also see those before them."""
+        """Map (B, T, C) to (B, T, C); with a cache, the T new positions also see earlier ones."""
         qkv = self.qkv(x)  # (B, T, 3C)
         y = self.attend(qkv) if cache is None else cache.attend(qkv, self.n_head)  # (B, T, C)
         out: Tensor = self.projection(y)  # (B, T, C)
@@ -221,7 +221,7 @@ class Residual(nn.Module):
         self.sum_norm = norm_if(placement == "post")
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """Map (B, T, C) to (B, T, C); the sublayer also gets the context."""
+        """Map (B, T, C) to (B, T, C); the sublayer also receives the context."""
         update = self.sublayer_norm(self.sublayer(self.norm(x), *context))  # (B, T, C)
         out: Tensor = self.sum_norm(self.sum(x, update))  # (B, T, C)
         return out
@@ -248,7 +248,7 @@ class GPT2(nn.Module):
     """A decoder-only transformer over token ids.
 
     Args:
-        config: the shape; its ``vocab_size`` must be known (not 0).
+        config: shape and dropout; ``vocab_size`` must not be 0.
 
     Raises:
         UserError: the vocabulary size is 0.
@@ -267,7 +267,7 @@ class GPT2(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.head.weight = self.token_embedding.weight  # tied: Press & Wolf 2017
         self.apply(_init_weights)
-        # Each block adds to the residual stream twice; its variance must not grow with depth.
+        # Each block adds to the residual stream twice. Its variance must not grow with depth.
         for name, weight in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * config.n_layer))
@@ -277,7 +277,7 @@ class GPT2(nn.Module):
 
         Args:
             ids: token ids, (B, T) with T ≤ block_size.
-            cache: the keys and values of the tokens before these, if any.
+            cache: keys and values of earlier tokens.
 
         Returns:
             Unnormalised log-probabilities, (B, T, V).
@@ -304,7 +304,7 @@ def layer_norm(config: GPT2Config) -> nn.LayerNorm:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, then back in the mode it was in."""
+    """Put a model in evaluation mode inside the context, then restore its mode."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Both backends against an explicit loop, and attention's dropout."""
+"""Both attention backends against an explicit loop, and the dropout of attention weights."""
 
 import math
 
@@ -39,7 +39,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul", None])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_backend_equals_the_loop(length: int, backend: AttentionBackend | None) -> None:
+def test_each_backend_equals_the_loop(length: int, backend: AttentionBackend | None) -> None:
     q, k, v = queries_keys_values(length)
     out = causal_attention(q, k, v, NO_DROPOUT, backend)
     torch.testing.assert_close(out.detach(), by_hand(q, k, v), rtol=1e-12, atol=1e-12)
@@ -81,22 +81,22 @@ def test_weights_of_huge_scores_are_finite() -> None:
         assert causal_attention(q, k, v, NO_DROPOUT, backend).isfinite().all()
 
 
-# --- dropout of weights
+# --- dropout of attention weights
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_single_weights_and_scales_the_rest(
+def test_dropout_drops_weights_independently_and_scales_the_rest(
     p: float, backend: AttentionBackend
 ) -> None:
-    """With the identity as values the output is the weights, after dropout."""
+    """With the identity as values, the output is the weights after dropout."""
     torch.manual_seed(0)
     B, T = 64, 48
     q = torch.zeros(B, 2, T, T)
     v = torch.eye(T).expand(B, 2, T, T)
     out = causal_attention(q, q, v, nn.Dropout(p), backend)
 
-    plain = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]  # equal shares
+    plain = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]  # equal weights
     visible = plain > 0
     kept = out[:, :, visible] != 0  # (B, H, visible)
     assert (out[:, :, ~visible] == 0).all()
@@ -109,7 +109,7 @@ def test_dropout_drops_single_weights_and_scales_the_rest(
     assert abs(rows.mean().item() - 1) < 5 * math.sqrt(p / (1 - p) / (T * rows.numel()))
 
 
-def test_every_head_and_sequence_drops_its_own() -> None:
+def test_heads_and_sequences_drop_different_weights() -> None:
     torch.manual_seed(0)
     q = torch.zeros(2, 2, 16, 16)
     out = causal_attention(q, q, torch.eye(16).expand_as(q), nn.Dropout(0.5))
@@ -118,8 +118,8 @@ def test_every_head_and_sequence_drops_its_own() -> None:
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
-def test_it_is_weights_that_drop_and_not_outputs(backend: AttentionBackend) -> None:
-    """A dropped weight takes the whole of its value with it, so equal columns stay equal."""
+def test_weights_are_dropped_and_not_outputs(backend: AttentionBackend) -> None:
+    """A dropped weight removes a whole value vector, so equal columns stay equal."""
     torch.manual_seed(0)
     q = torch.zeros(2, 2, 32, 4)
     column = torch.randn(2, 2, 32, 1)

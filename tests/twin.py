@@ -1,7 +1,7 @@
-"""Two independent GPT-2s that are given the weights of a `chargpt.GPT2`, to compare with.
+"""Two independent GPT-2s that take the weights of a `chargpt.GPT2`, as references.
 
-`hugging_face` is the field's reference for pre-norm. `reference_logits` is the paper's formulas in
-float64 with loops over sequences and heads: it uses no module of chargpt and none of torch.nn.
+`hugging_face` is the field's reference for pre-norm. `reference_logits` computes the paper's
+formulas with loops over sequences and heads; it uses no module of chargpt or torch.nn.
 """
 
 import math
@@ -20,7 +20,7 @@ HF_ACTIVATIONS = {
     "tanh": "tanh",
 }
 
-# chargpt's name -> Hugging Face's. A linear layer there holds the transpose, (inputs, outputs).
+# chargpt's names and Hugging Face's, whose linear layers hold the transpose, (inputs, outputs).
 OUTER_NAMES = {
     "token_embedding.weight": "transformer.wte.weight",
     "position_embedding.weight": "transformer.wpe.weight",
@@ -48,13 +48,13 @@ def hf_names(n_layer: int, bias: bool) -> dict[str, str]:
 
 
 def as_hf(name: str, value: Tensor) -> Tensor:
-    """Return a weight, or its gradient, in the layout of Hugging Face."""
+    """Return a weight or its gradient in Hugging Face's layout."""
     linear = "sublayer" in name and name.endswith(".weight")
     return value.t() if linear else value
 
 
 def hugging_face(model: GPT2) -> torch.nn.Module:
-    """Return a GPT2LMHeadModel with the weights of `model`, in evaluation mode, no dropout."""
+    """Return a GPT2LMHeadModel with the weights of `model`, in evaluation mode."""
     import transformers
 
     config = model.config
@@ -82,7 +82,7 @@ def hugging_face(model: GPT2) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in theirs.items():
             if name.endswith(".bias"):
-                parameter.zero_()  # where ours has no biases, these stay 0
+                parameter.zero_()  # they stay 0 if `model` has no biases
         for name, parameter in ours.items():
             assert theirs[names[name]].shape == as_hf(name, parameter).shape
             theirs[names[name]].copy_(as_hf(name, parameter))
@@ -90,7 +90,7 @@ def hugging_face(model: GPT2) -> torch.nn.Module:
 
 
 def shake(model: GPT2, seed: int = 0, std: float = 0.3) -> GPT2:
-    """Give every parameter, also biases and gains, large random values, so that each one shows."""
+    """Give every parameter large random values, biases and gains too, so that each one matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -101,7 +101,7 @@ def shake(model: GPT2, seed: int = 0, std: float = 0.3) -> GPT2:
 
 
 def untie(model: GPT2) -> GPT2:
-    """Give a model a head of its own: greedy text of one with tied weights soon repeats itself."""
+    """Separate the head from the embedding: with tied weights, greedy text soon repeats itself."""
     head = model.token_embedding.weight.detach().flip(0).roll(3, 0)
     model.head.weight = torch.nn.Parameter(head.clone())
     return model
@@ -139,8 +139,8 @@ def reference_logits(
 ) -> Tensor:
     """Return logits (B, T, V) in the precision of `weights`.
 
-    `zeroed` names one place of dropout whose values are all taken to be dropped: embeddings,
-    weights (of attention), attention or feed_forward.
+    `zeroed` names one place of dropout that drops all its values: embeddings, weights (those of
+    attention), attention or feed_forward.
     """
     C, D = config.d_model, config.d_model // config.n_head
 

@@ -1,4 +1,4 @@
-"""The kernels compiled for this processor, and as a lesser one would have them."""
+"""The kernels compiled for this processor, for older ones, and with allocations that can fail."""
 
 import functools
 import shutil
@@ -9,39 +9,57 @@ from pathlib import Path
 import pytest
 
 from chargpt.compute import native
+from chargpt.compute.device import cpu_info
 from chargpt.compute.native import Kernels, load_kernels
 
 COMPILERS = [name for name in native.COMPILERS if shutil.which(name)]
-# What no flag names is what the processor family always has: SSE2 or NEON, vectors of four.
-# znver3 is AVX2 with GCC's tuning for AMD's Zen 3, which splits multiply-adds unless told not to.
+# Without -m flags, a compiler uses what its processor family always has (SSE2, NEON: 4 lanes).
+# znver3 is AVX2 with GCC's tuning for AMD's Zen 3, which splits multiply-adds without GCC_FLAGS.
 FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "znver3": ["-mavx2", "-mfma", "-mtune=znver3"],
     "plain": [],
+    "failing": ["-fopenmp", "-Wl,-Bsymbolic"],
 }
-LANES = {"avx2": 8, "znver3": 8, "plain": 4}
+LANES = {"avx2": 8, "znver3": 8, "plain": 4, "failing": 4}
+# Replaces operator new inside the library: allocation number n from now on fails, once.
+FAILING_NEW = """
+#include <atomic>
+#include <cstdlib>
+#include <new>
+static std::atomic<long> left{-1};
+extern "C" __attribute__((visibility("default"))) void fail_allocation(int n) { left = n; }
+void* operator new(std::size_t size) {
+  void* p = left >= 0 && left-- == 0 ? nullptr : std::malloc(size);
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+"""
 
 
 @functools.cache
 def kernels_of(variant: str) -> Kernels:
-    """Return the kernels of ``native``, ``avx2``, ``znver3`` or ``plain``; the latter three without OpenMP.
+    """Return the kernels of ``native`` or a variant of `FLAGS`, compiled once per process.
 
-    They are compiled once a process. The calling test is skipped where they cannot be.
+    Only ``native`` and ``failing`` use OpenMP. Skips the calling test if it cannot run them.
     """
     if not COMPILERS:
         pytest.skip("no C++ compiler here")
     if variant == "native":
         return load_kernels()
-    if "-mavx2" in FLAGS[variant]:
-        cpuinfo = Path("/proc/cpuinfo")
-        if not cpuinfo.exists() or not {"avx2", "fma"} <= set(cpuinfo.read_text().split()):
-            pytest.skip("no AVX2 here")
-    flags = [flag for flag in native.FLAGS if not flag.startswith("-march")] + FLAGS[variant]
+    if "-mavx2" in FLAGS[variant] and not {"avx2", "fma"} <= set(
+        "".join(cpu_info("flags")).split()
+    ):
+        pytest.skip("no AVX2 here")
+    flags = [flag for flag in native.FLAGS if not flag.startswith("-march")]
+    flags += [*FLAGS[variant], *native.gcc_flags(COMPILERS[:1]), "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, f"{variant}.so")
-        sources = map(str, native.SOURCES)
-        flags += native.own_flags(COMPILERS[:1])
-        command = [COMPILERS[0], *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
+        library, failing_new = Path(folder, f"{variant}.so"), Path(folder, "failing_new.cpp")
+        failing_new.write_text(FAILING_NEW)
+        sources = [*native.SOURCES, *([failing_new] if variant == "failing" else [])]
+        command = [COMPILERS[0], *flags, *map(str, sources), "-o", str(library)]
         subprocess.run(command, check=True)
         kernels = Kernels(library)
     assert kernels.lanes == LANES[variant]

@@ -1,4 +1,4 @@
-"""How numbers are made: device and precision, C++ kernels, fast layers, optimizers, several GPUs.
+"""Computation: device and precision, C++ kernels, fast layers, optimizers, several GPUs.
 
 May import: `chargpt.base`, `chargpt.config`, `chargpt.model`, `chargpt.data`.
 """

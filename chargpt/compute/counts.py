@@ -1,4 +1,4 @@
-"""Counting: parameters, and the operations of training."""
+"""Counts of parameters and of floating-point operations in training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def parameters_of(config: GPT2Config) -> int:
-    """Return the number of parameters of a model that need not exist.
+    """Return the number of parameters without building the model.
 
     Args:
-        config: with its vocabulary size.
+        config: its vocabulary size must be known.
     """
     C, F = config.d_model, config.d_ff
     matrices = 4 * C * C + 2 * C * F
@@ -28,13 +28,13 @@ def parameters_of(config: GPT2Config) -> int:
 
 
 def training_flops_per_token(config: GPT2Config) -> int:
-    """Return the floating-point operations of one trained token: matrix products only.
+    """Return the floating-point operations per trained token, of matrix products only.
 
-    A multiply-add is two, the backward pass costs twice the forward pass. Attention counts the
-    whole T × T square (Chowdhery et al. 2022 (PaLM), appendix B).
+    A multiply-add counts as two, and the backward pass costs twice the forward pass. Attention
+    counts the whole T × T square, as in Chowdhery et al. 2022 (PaLM), appendix B.
 
     Args:
-        config: with its vocabulary size.
+        config: its vocabulary size must be known.
     """
     C, T = config.d_model, config.block_size
     matrices = config.n_layer * (4 * C * C + 2 * C * config.d_ff) + C * config.vocab_size

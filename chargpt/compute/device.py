@@ -1,4 +1,4 @@
-"""What this machine offers: each automatic choice is made once, and says why in one line."""
+"""What this machine offers. Each automatic choice is made once and gives its reason in one line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from chargpt.base.errors import UserError
 from chargpt.config import Device, OnOffAuto, Precision
 
-BF16_MIN_GAIN = 1.5  # bf16 rounds more: it must be clearly faster
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_MIN_GAIN = 1.5  # bf16 rounds more, so it must be clearly faster
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DeviceChoice(NamedTuple):
@@ -28,7 +28,7 @@ class DeviceChoice(NamedTuple):
 
 
 class PrecisionChoice(NamedTuple):
-    """What matrix products are computed in; the weights stay fp32."""
+    """The precision of matrix products; the weights stay fp32."""
 
     name: Literal["fp32", "bf16", "fp16"]
     reason: str
@@ -37,7 +37,7 @@ class PrecisionChoice(NamedTuple):
         """Return the context for a forward pass."""
         if self.name == "fp32":
             return nullcontext()
-        return torch.autocast(device.type, dtype=_DTYPES[self.name])
+        return torch.autocast(device.type, dtype=DTYPES[self.name])
 
 
 class CompileChoice(NamedTuple):
@@ -47,97 +47,121 @@ class CompileChoice(NamedTuple):
     reason: str
 
 
-def choose_device(wish: Device) -> DeviceChoice:
+def choose_device(requested: Device) -> DeviceChoice:
     """Return the device to use.
 
     Raises:
-        UserError: the device asked for is not there.
+        UserError: PyTorch does not find the requested device.
     """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if wish == "auto":
-        name = next(name for name, there in available.items() if there)
+    if requested == "auto":
+        name = next(name for name, found in available.items() if found)
         return DeviceChoice(torch.device(name), "the fastest one here")
-    if not available[wish]:
-        there = ", ".join(name for name, there in available.items() if there)
+    if not available[requested]:
+        names = ", ".join(name for name, found in available.items() if found)
         raise UserError(
-            f"device is {wish!r}, which this PyTorch does not find: give --device auto, or one of "
-            f"{there}"
+            f"device is {requested!r}, which PyTorch does not find here: "
+            f"give --device auto, or one of {names}"
         )
-    return DeviceChoice(torch.device(wish), "asked for")
+    return DeviceChoice(torch.device(requested), "asked for")
 
 
-def choose_precision(wish: Precision, device: torch.device) -> PrecisionChoice:
+def choose_precision(requested: Precision, device: torch.device) -> PrecisionChoice:
     """Return the precision to train in.
 
     Raises:
-        UserError: fp16 on a CPU, or a precision that the GPU lacks.
+        UserError: fp16 on a CPU or an Apple GPU, or bf16 on a GPU without it.
     """
-    if wish == "auto":
-        return _AUTO[device.type](device)
-    if wish == "fp16" and device.type == "cpu":
+    if requested == "auto":
+        return _auto_precision(device)
+    if requested == "fp16" and device.type == "cpu":
         raise UserError(
-            "precision is 'fp16', which CPUs multiply many times slower than fp32: "
+            "precision is 'fp16', which is many times slower than fp32 on a CPU: "
             "give --precision auto, fp32 or bf16"
         )
-    if wish == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("precision is 'bf16', which this GPU lacks: give --precision fp16 or fp32")
-    if wish == "fp16" and device.type == "mps":
+    if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(
-            "precision is 'fp16', which needs loss scaling, and that is for CUDA only: "
+            "precision is 'bf16', which this GPU does not support: give --precision fp16 or fp32"
+        )
+    if requested == "fp16" and device.type == "mps":
+        raise UserError(
+            "precision is 'fp16', which needs loss scaling, available on CUDA only: "
             "give --precision fp32"
         )
-    return PrecisionChoice(wish, "asked for")
+    return PrecisionChoice(requested, "asked for")
 
 
-def choose_compile(wish: OnOffAuto, device: torch.device) -> CompileChoice:
-    """Return whether to compile the model; whether it works shows at the first step."""
-    if wish != "auto":
-        return CompileChoice(wish == "on", "asked for")
+def choose_compile(requested: OnOffAuto, device: torch.device) -> CompileChoice:
+    """Return whether to try to compile the model; the first step shows whether it works."""
+    if requested != "auto":
+        return CompileChoice(requested == "on", "asked for")
     if device.type == "cuda":
         if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
             return CompileChoice(True, "the default on a GPU")
-        return CompileChoice(False, "no C compiler here")
+        return CompileChoice(False, "no C compiler found")
     return CompileChoice(False, "takes longer than it saves here; --compile on forces it")
 
 
-def matmul_rate(dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """Measure matrix products of (1024, 512) by (512, 512) on the CPU, in FLOP/s, at best.
+def _auto_precision(device: torch.device) -> PrecisionChoice:
+    if device.type == "mps":
+        return PrecisionChoice("fp32", "the safe choice on Apple GPUs")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return PrecisionChoice("bf16", "this GPU has bf16 tensor cores")
+        return PrecisionChoice("fp16", "this GPU has no fast bf16; the loss is scaled")
+    size, seconds = (1024, 512, 512), 0.1
+    bf16 = matmul_flops(torch.bfloat16, device, size, seconds)
+    gain = bf16 / matmul_flops(torch.float32, device, size, seconds)
+    if gain >= BF16_MIN_GAIN:
+        return PrecisionChoice("bf16", f"bf16 is {gain:.1f} times as fast as fp32 here")
+    if gain >= 1:
+        return PrecisionChoice(
+            "fp32", f"bf16 is only {gain:.1f} times as fast here, and less exact"
+        )
+    share = f"{max(gain, 0.01):.0%}"
+    return PrecisionChoice("fp32", f"fp32 is faster here: bf16 runs at {share} of its speed")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def matmul_flops(
+    dtype: torch.dtype, device: torch.device, size: tuple[int, int, int], seconds: float
+) -> float:
+    """Measure the FLOP/s of a matrix product; torch's default generators stay as they are.
 
     Args:
-        dtype: of both factors.
+        dtype: type of both factors.
+        device: where to multiply.
+        size: (m, k, n) for the product of (m, k) and (k, n).
         seconds: how long to measure; at least three products are timed.
+
+    Returns:
+        The rate of the fastest product.
     """
-    a, b = (torch.ones(n, 512, dtype=dtype) for n in (1024, 512))
+    m, k, n = size
+    # Random factors, because a GPU multiplies constant ones faster.
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(m, k, device=device, generator=generator).to(dtype)
+    b = torch.randn(k, n, device=device, generator=generator).to(dtype)
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
+        synchronize(device)
         start = time.perf_counter()
         _ = a @ b
+        synchronize(device)
         times.append(time.perf_counter() - start)
-    return 2 * 1024 * 512 * 512 / min(times[1:])
-
-
-def _auto_cpu(device: torch.device) -> PrecisionChoice:
-    gain = matmul_rate(torch.bfloat16) / matmul_rate(torch.float32)
-    how = f"this CPU multiplies bf16 {gain:.1f}× as fast as fp32, measured"
-    return PrecisionChoice("bf16" if gain >= BF16_MIN_GAIN else "fp32", how)
-
-
-def _auto_cuda(device: torch.device) -> PrecisionChoice:
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return PrecisionChoice("bf16", "this GPU has bf16 tensor cores")
-    return PrecisionChoice("fp16", "this GPU has no fast bf16; the loss is scaled")
-
-
-def _auto_mps(device: torch.device) -> PrecisionChoice:
-    return PrecisionChoice("fp32", "the safe choice on Apple GPUs")
-
-
-_AUTO = {"cpu": _auto_cpu, "cuda": _auto_cuda, "mps": _auto_mps}
+    return 2 * m * k * n / min(times[1:])
 
 
 def describe_device(device: torch.device) -> str:
@@ -151,38 +175,42 @@ def describe_device(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """Return what the processor calls itself, or else its architecture."""
+    """Return the processor's name, or its architecture if the system does not give a name."""
+    names = cpu_info("model name")
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cpu_info(field: str) -> list[str]:
+    """Return the distinct values of a field of Linux's /proc/cpuinfo; elsewhere an empty list."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), "") or platform.processor() or platform.machine()
-
-
-# --- determinism
+        return []
+    fields = (line.partition(":") for line in lines)
+    values = (value.strip() for name, _, value in fields if name.strip() == field)
+    return [value for value in dict.fromkeys(values) if value]
 
 
 @contextmanager
-def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Let PyTorch use only algorithms that give the same bits every time, for a while.
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Inside the context, let PyTorch use only algorithms whose results are bit-reproducible.
 
     Args:
-        wanted: False does nothing.
+        enabled: False changes nothing.
 
     Raises:
         UserError: an operation has no such algorithm here.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on first use
     before = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # no kernel of ours reads what it has not written
+    memory.fill_uninitialized_memory = False  # our kernels read no uninitialised memory
     torch.backends.cudnn.benchmark = False
     try:
         yield

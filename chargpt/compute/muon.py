@@ -1,10 +1,10 @@
-"""Muon for the hidden matrices, AdamW for everything else, as one optimizer.
+"""One optimizer: Muon for the hidden matrices, AdamW for all other parameters.
 
-Muon replaces the momentum of a matrix by the nearest matrix with singular values of about 1, so
-that a step moves every direction by the same amount: Jordan et al. 2024, "Muon: an optimizer for
-hidden layers in neural networks"; Liu et al. 2025, "Muon is scalable for LLM training". The update
-is that of `torch.optim.Muon`, with a sharper iteration by default; and matrices of one shape are
-orthogonalised together, which for small models is what makes it affordable.
+Muon replaces a matrix's momentum by the nearest matrix with singular values of about 1, so a step
+moves every direction by the same amount: Jordan et al. 2024, "Muon: an optimizer for hidden layers
+in neural networks"; Liu et al. 2025, "Muon is scalable for LLM training". The update is that of
+`torch.optim.Muon`, by default with a sharper iteration. Matrices of one shape are orthogonalised
+together, which makes Muon affordable for small models.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-# Steps of the iteration x -> a x + b x³ + c x⁵ that takes singular values in (0, 1] to about 1.
+# (a, b, c) of each step x -> a x + b x³ + c x⁵, which moves singular values in (0, 1] to about 1.
 Steps = tuple[tuple[float, float, float], ...]
-# One quintic, five times: 0.7 to 1.2, from 0.015 on. What torch.optim.Muon does.
+# Jordan et al. 2024 and torch.optim.Muon: one quintic, 5 times. Values above 0.015 reach 0.7 to 1.2
 JORDAN: Steps = ((3.4445, -4.7750, 2.0315),) * 5
-# The best quintic for what each step is given: 0.88 to 1.13, from 0.004 on (Amsel et al. 2025, "The
-# Polar Express"). The first is for
-# x / 1.02, since rounding may leave a value above 1, where it is steep.
+# Amsel et al. 2025, "The Polar Express": the best quintic for each step's input. Values above 0.004
+# reach 0.88 to 1.13. The first step divides x by 1.02: rounding may leave a value above 1, where
+# the quintic is steep.
 POLAR_EXPRESS: Steps = (
     (8.28721201814563 / 1.02, -23.595886519098837 / 1.02**3, 17.300387312530933 / 1.02**5),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -32,20 +32,21 @@ POLAR_EXPRESS: Steps = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-EPS = 1e-7  # of the norm, against a gradient of zeros
+EPS = 1e-7  # least norm to divide by: a gradient may be 0
 ADAMW_EPS = 1e-8
 
 
 class MuonSettings(NamedTuple):
-    """What an update of matrices depends on besides them."""
+    """What all matrices of an update share."""
 
     momentum: float
+    """Share of the old momentum that is kept."""
     decay: float
-    """Factor of the weights."""
+    """Factor that multiplies the weights before the step."""
     dtype: torch.dtype
-    """Of the orthogonalisation."""
+    """Type that the orthogonalisation computes in."""
     steps: Steps
-    """Of the orthogonalisation."""
+    """Steps of the orthogonalisation."""
 
 
 Tensors = list[Tensor]
@@ -59,18 +60,18 @@ def muon_update(
     lengths: Sequence[float],
     settings: MuonSettings,
 ) -> None:
-    """Make one step of Muon with each matrix, in place.
+    """Update each matrix by one step of Muon, in place.
 
     Args:
-        weights: of two axes each.
-        gradients: used up.
-        momenta: running means of the gradients.
-        lengths: of the step of each, about the singular values of the update.
-        settings: see there.
+        weights: matrices.
+        gradients: they are overwritten.
+        momenta: running means of the gradients, updated in place.
+        lengths: the step length of each matrix, about the singular values of its update.
+        settings: what all matrices share.
     """
     momentum = settings.momentum
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-    torch._foreach_lerp_(gradients, momenta, momentum)  # Nesterov's; in place: memory is slow
+    torch._foreach_lerp_(gradients, momenta, momentum)  # Nesterov; in place saves memory traffic
     updates = orthogonalize(gradients, settings.dtype, settings.steps)
     torch._foreach_mul_(updates, [-length for length in lengths])
     torch._foreach_mul_(weights, settings.decay)
@@ -80,22 +81,22 @@ def muon_update(
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Nesterov momentum, decoupled decay) for matrices, AdamW for the rest.
 
-    ``param_groups[0]`` is Muon's, ``param_groups[1]`` is AdamW's; each has its own ``lr``.
+    ``param_groups[0]`` belongs to Muon and ``param_groups[1]`` to AdamW; each has its own ``lr``.
 
     Args:
-        matrices: parameters of two axes, (outputs, inputs) each.
+        matrices: parameters of shape (outputs, inputs).
         others: all other parameters.
-        matrix_lr: learning rate of `matrices`; an update is a matrix with singular values of about
-            this size, times sqrt(outputs / inputs) where that is above 1.
-        momentum: Muon's memory of the gradient.
-        weight_decay: of `matrices`, as a share of `matrix_lr` a step.
+        matrix_lr: learning rate of `matrices`. The singular values of an update have about this
+            size, times sqrt(outputs / inputs) if that is above 1.
+        momentum: share of Muon's running mean of the gradient that a step keeps.
+        weight_decay: decay of `matrices` per step, as a share of `matrix_lr`.
         lr: learning rate of `others`.
-        embedding_decay: of those of `others` that have two axes, as a share of `lr` a step.
-        betas: AdamW's memory of the gradient and of its square.
-        dtype: of the orthogonalisation; bfloat16 is enough wherever it is fast.
-        fused: run AdamW as one kernel.
-        steps: of the orthogonalisation.
-        parts: how many matrices of equal size a matrix is, one above the other; 1 if not named.
+        embedding_decay: decay per step of two-dimensional `others`, as a share of `lr`.
+        betas: shares of AdamW's running means that a step keeps: gradient, squared gradient.
+        dtype: type that the orthogonalisation computes in; bfloat16 is exact enough.
+        fused: whether to run AdamW as one kernel.
+        steps: steps of the orthogonalisation.
+        parts: number of equal matrices that a parameter stacks along its first axis; default 1.
     """
 
     def __init__(
@@ -125,21 +126,17 @@ class MuonAdamW(torch.optim.Optimizer):
         self.update: MuonUpdate = muon_update
         super().__init__(groups, {"fused": fused})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; the gradients of `matrices` are used up.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update every parameter that has a gradient; the gradients of `matrices` are overwritten.
 
         Args:
-            closure: computes the loss anew, as for any optimizer of PyTorch.
+            closure: computes the loss and its gradients again, as in other PyTorch optimizers.
 
         Returns:
-            What `closure` returned.
+            The loss that `closure` returned, or None without a closure.
         """
         loss = None
         if closure is not None:
@@ -154,9 +151,9 @@ class MuonAdamW(torch.optim.Optimizer):
         params, grads = _with_gradient(group)
         if not params:
             return
-        buffers = [self._momentum_of(p) for p in params]
+        buffers = self._states(params, "momentum_buffer", torch.zeros_like)
         counts = [self.parts.get(p, 1) for p in params]
-        # The factor is the whole matrix's, cut or not.
+        # The whole parameter sets the factor, even if it stacks several matrices.
         lengths = [group["lr"] * math.sqrt(max(1, _ratio(p))) for p in params]
         self.update(
             _cut(params, counts),
@@ -171,13 +168,6 @@ class MuonAdamW(torch.optim.Optimizer):
             ),
         )
 
-    def _momentum_of(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
-
     def _step_others(self, group: dict[str, Any]) -> None:
         params, grads = _with_gradient(group)
         if not params:
@@ -185,15 +175,18 @@ class MuonAdamW(torch.optim.Optimizer):
         tables = [p for p in params if p.dim() == 2]
         if tables:
             torch._foreach_mul_(tables, 1 - group["lr"] * group["weight_decay"])
-        states = [self._moments_of(p, group["fused"]) for p in params]
+        fused = group["fused"]
+        steps = self._states(
+            params, "step", lambda p: torch.zeros((), device=p.device if fused else "cpu")
+        )
         adamw(
             params,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            self._states(params, "exp_avg", torch.zeros_like),
+            self._states(params, "exp_avg_sq", torch.zeros_like),
             [],
-            [state["step"] for state in states],
-            fused=group["fused"] or None,  # None: PyTorch chooses among the others
+            steps,
+            fused=fused or None,  # None: PyTorch chooses another
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -203,17 +196,16 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _moments_of(self, param: Tensor, fused: bool) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), device=param.device if fused else "cpu")
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        return state
+    def _states(self, params: Tensors, name: str, create: Callable[[Tensor], Tensor]) -> Tensors:
+        """Return one state tensor of each parameter, created on first use."""
+        for param in params:
+            if name not in self.state[param]:
+                self.state[param][name] = create(param)
+        return [self.state[param][name] for param in params]
 
 
 def _cut(matrices: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Return views of the parts of each matrix."""
+    """Return views of the equal parts of each matrix."""
     pairs = zip(matrices, counts, strict=True)
     return [part for matrix, count in pairs for part in matrix.chunk(count)]
 
@@ -221,40 +213,42 @@ def _cut(matrices: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
 def orthogonalize(
     matrices: Sequence[Tensor], dtype: torch.dtype, steps: Steps = POLAR_EXPRESS
 ) -> list[Tensor]:
-    """Return U V' for each matrix U S V', with singular values not quite 1: see `Steps`.
+    """Return about U Vᵀ for each matrix U S Vᵀ; its singular values are not exactly 1: see `Steps`.
 
-    Matrices of one shape, or of its transpose, go through the iteration together.
+    Matrices of one shape, or of its transpose, are computed together.
 
     Args:
-        matrices: of two axes each.
-        dtype: to compute in.
-        steps: of the iteration.
+        matrices: matrices of any shapes.
+        dtype: type to compute in.
+        steps: steps of the iteration.
 
     Returns:
-        Matrices of the shapes and dtypes given.
+        Matrices with the shapes and dtypes of `matrices`.
     """
     alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         alike[tuple(sorted(matrix.shape))].append(i)
     result = list(matrices)
     for indices in alike.values():
-        stack = torch.stack([_flip_if_tall(matrices[i]).to(dtype) for i in indices])  # (n, R, C)
-        through_gram = dtype.itemsize >= 4 and stack.size(1) < stack.size(2)
-        iterate = newton_schulz_gram if through_gram else newton_schulz
-        solved = iterate(_normalize(stack), steps)
-        for i, wide in zip(indices, solved, strict=True):
+        wide = [matrices[i].T if _ratio(matrices[i]) > 1 else matrices[i] for i in indices]
+        x = torch.stack([matrix.to(dtype) for matrix in wide])  # (n, R, C)
+        # With a Frobenius norm of 1, no singular value is above 1.
+        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=EPS)
+        use_gram = dtype.itemsize >= 4 and x.size(1) < x.size(2)
+        iterate = newton_schulz_gram if use_gram else newton_schulz
+        for i, solved in zip(indices, iterate(x, steps), strict=True):
             tall = _ratio(matrices[i]) > 1
-            result[i] = (wide.T.contiguous() if tall else wide).to(matrices[i].dtype)
+            result[i] = (solved.T.contiguous() if tall else solved).to(matrices[i].dtype)
     return result
 
 
 def newton_schulz(x: Tensor, steps: Steps) -> Tensor:
-    """Take the singular values of each matrix in a stack to about 1.
+    """Move the singular values of each matrix in a stack to about 1.
 
-    A step maps X to a X + b (X X') X + c (X X')² X, which acts on each singular value alone.
+    A step maps X to a X + b (X Xᵀ) X + c (X Xᵀ)² X, which acts on each singular value separately.
 
     Args:
-        x: (n, R, C), singular values at most 1; best with R ≤ C, which makes products small.
+        x: (n, R, C), singular values at most 1; R ≤ C makes the products small.
         steps: a, b and c of each step.
 
     Returns:
@@ -268,11 +262,11 @@ def newton_schulz(x: Tensor, steps: Steps) -> Tensor:
 
 
 def newton_schulz_gram(x: Tensor, steps: Steps) -> Tensor:
-    """Do what `newton_schulz` does with products of R × R matrices alone, but for two.
+    """Compute `newton_schulz` with products of R × R matrices, except the first and the last.
 
-    Every step multiplies X from the left by a polynomial P of its Gram matrix G = X X', and so
-    makes G into P G P; all these commute. For C = 4 R that is 25 products of R³ in place of 45. It
-    takes fp32: what bf16 leaves of a small eigenvalue may be negative, and grows.
+    A step multiplies X from the left by a polynomial P of its Gram matrix G = X Xᵀ, which turns G
+    into P G P; all of these commute. For C = 4 R this takes 25 products of R³ instead of 45. It
+    needs fp32: bf16 may round a small eigenvalue to a negative one, which then grows.
 
     Args:
         x: (n, R, C), R < C, singular values at most 1.
@@ -292,16 +286,6 @@ def newton_schulz_gram(x: Tensor, steps: Steps) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         product = torch.baddbmm(product, polynomial, product, beta=a)
     return product @ x
-
-
-def _normalize(x: Tensor) -> Tensor:
-    """Return a stack whose matrices have Frobenius norm 1: no singular value is above 1."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (n, 1, 1)
-    return x / norm.clamp(min=EPS)
-
-
-def _flip_if_tall(matrix: Tensor) -> Tensor:
-    return matrix.T if _ratio(matrix) > 1 else matrix
 
 
 def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,9 +1,9 @@
 """The kernels of ``kernels.cpp`` as PyTorch calls, compiled for this processor on first use.
 
-Each function here computes what its PyTorch twin computes, forward and backward, in one pass over
-memory; `suits` says for which tensors. `chargpt.compute.fast_layers` puts them into a model.
+Each function computes what its PyTorch counterpart computes, forward and backward, in one pass over
+memory. `supports` says for which tensors. `chargpt.compute.fast_layers` uses them in a model.
 
-Shapes: B sequences, T time, H heads, D head size, C = H × D.
+Shapes: B batch, T time, H heads, D head size, C = H × D, F = d_ff.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -28,15 +27,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chargpt.compute.device import cpu_info, cpu_name
 from chargpt.compute.muon import MuonSettings
 
-SOURCES = tuple(
-    Path(__file__).parent.joinpath("cpp", name) for name in ("kernels.cpp", "decoder.cpp")
-)
-HEADER = Path(__file__).parent.joinpath("cpp", "kernels.h")
+_FOLDER = Path(__file__).parent / "cpp"
+SOURCES = (_FOLDER / "kernels.cpp", _FOLDER / "decoder.cpp")
+HEADER = _FOLDER / "kernels.h"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
-# GCC's tuning for some AMD processors splits multiply-adds in a part of the code, so that a row's sum
-# would depend on the rows beside it. Clang does not do so, and does not know the parameter.
+# GCC's tuning for some AMD processors splits some of the multiply-adds, so that a row's sum would
+# depend on its neighbours. Clang does not do this and rejects the parameter.
 GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
 COMPILERS = ("c++", "g++", "clang++")
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -59,11 +58,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class KernelsError(Exception):
-    """The kernels cannot be compiled or loaded here; PyTorch's own are to be used."""
+    """The kernels cannot be compiled or loaded here; use PyTorch's own layers."""
 
 
 class Kernels:
-    """The functions of the compiled library; those of ``kernels.cpp`` by name and type of value.
+    """The functions of the compiled library; those of ``kernels.cpp`` by name and value type.
 
     Args:
         path: the shared library.
@@ -72,29 +71,34 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         self.library = library
-        """For the functions of ``decoder.cpp``; see `chargpt.engine.native_decoder`."""
+        """Gives access to ``decoder.cpp``; see `chargpt.engine.native_decoder`."""
         self.lanes: int = library.chargpt_lanes()
-        """Values in a vector: the width that sizes must be multiples of."""
+        """Values per vector: row widths must be multiples of it."""
         self.dtypes: set[torch.dtype] = set()
-        """The types of value that the kernels take."""
+        """The value types that the kernels support on this processor."""
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, signature in _SIGNATURES.items():
             for dtype, suffix in _SUFFIXES.items():
                 function = getattr(library, f"{name}_{suffix}", None)
-                if function is not None:  # bf16 is there only where the processor has it
-                    function.argtypes, function.restype = signature, None
+                if function is not None:  # bf16 exists only where the processor supports it
+                    function.argtypes, function.restype = signature, ctypes.c_int
                     self._functions[name, dtype] = function
                     self.dtypes.add(dtype)
 
     def __call__(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
-        """Call a kernel with tensors as pointers to their (contiguous) values."""
+        """Call a kernel, with a contiguous tensor as the pointer to its values.
+
+        Raises:
+            MemoryError: the kernel cannot allocate its working memory.
+        """
         pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-        self._functions[name, dtype](*pointers)
+        if self._functions[name, dtype](*pointers) != 0:
+            raise MemoryError(f"the kernel {name} ran out of memory")
 
 
 @functools.cache
 def load_kernels() -> Kernels:
-    """Return the kernels, compiled unless they were before.
+    """Return the kernels; compile them first if the cache folder does not have them.
 
     Raises:
         KernelsError: there is no compiler, or it fails.
@@ -102,7 +106,7 @@ def load_kernels() -> Kernels:
     path = library_path()
     try:
         if path.exists():
-            with suppress(OSError):  # of a damaged file, which is then made anew
+            with suppress(OSError):  # a damaged file: compile it again
                 return Kernels(path)
         _compile(path)
         return Kernels(path)
@@ -112,30 +116,29 @@ def load_kernels() -> Kernels:
 
 
 def library_path() -> Path:
-    """Return where the library for these sources and this processor is, or will be."""
+    """Return the library's path, which depends on its sources, its flags and this processor."""
     sources = (file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES))
-    made_of = (*sources, *FLAGS, *GCC_FLAGS, _processor())
-    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    # A home folder may be shared by machines with different processors.
+    parts = (*sources, *FLAGS, *GCC_FLAGS, cpu_name(), *cpu_info("flags"))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return Path(platformdirs.user_cache_dir("chargpt"), "kernels", f"kernels-{key}.so")
 
 
 def _compile(path: Path) -> None:
-    """Compile the library beside its place and move it there: whole, whoever else does the same."""
+    """Compile the library in a temporary folder and move it to `path`: no process sees a part."""
     compiler = find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # OpenMP is the one PyTorch has loaded, so that its threads are ours. Apple's Clang has none.
-    threads = [] if sys.platform == "darwin" else ["-fopenmp"]
+    # The kernels share the OpenMP threads of PyTorch. Apple's Clang has no OpenMP.
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         library = Path(folder, path.name)
-        sources = [str(source) for source in SOURCES]
-        flags = [*FLAGS, *own_flags(compiler), *threads]
-        command = [*compiler, *flags, "-shared", "-fPIC", *sources, "-o", str(library)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        flags = [*FLAGS, *gcc_flags(compiler), *openmp, "-shared", "-fPIC"]
+        _run([*compiler, *flags, *map(str, SOURCES), "-o", str(library)])
         library.replace(path)
 
 
 def find_compiler() -> list[str]:
-    """Return the command of a C++ compiler: ``$CXX``, which may have arguments, or one found here.
+    """Return the C++ compiler's command: ``$CXX``, which may include arguments, or the first found.
 
     Raises:
         KernelsError: there is none.
@@ -143,34 +146,30 @@ def find_compiler() -> list[str]:
     chosen = shlex.split(os.environ.get("CXX", ""))
     found = next(filter(shutil.which, COMPILERS), None)
     if not chosen and found is None:
-        raise KernelsError(f"no C++ compiler here ({', '.join(COMPILERS)})")
+        raise KernelsError(f"no C++ compiler found ({', '.join(COMPILERS)})")
     return chosen or [str(found)]
 
 
-def own_flags(compiler: Sequence[str]) -> tuple[str, ...]:
-    """Return the flags that only some compilers know."""
-    command = [*compiler, "--version"]
-    version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return () if "clang" in version.lower() else GCC_FLAGS
+def gcc_flags(compiler: Sequence[str]) -> tuple[str, ...]:
+    """Return the flags that only GCC accepts, or nothing for another compiler."""
+    return () if "clang" in _run([*compiler, "--version"]).lower() else GCC_FLAGS
 
 
-def _processor() -> str:
-    """Return what tells processors apart, for a home folder that several machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told = {line for line in lines if line.startswith(("model name", "flags"))}
-        return "\n".join(sorted(told))
-    except OSError:
-        return platform.processor()
+def _run(command: Sequence[str]) -> str:
+    """Run a compiler and return what it prints, in any locale."""
+    done = subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", errors="replace"
+    )
+    return done.stdout
 
 
-def suits(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | None] = ()) -> bool:
-    """Return whether the kernels take these tensors.
+def supports(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | None] = ()) -> bool:
+    """Return whether the kernels can compute with these tensors.
 
     Args:
-        values: of a type that the kernels compute in.
-        widths: of their rows; multiples of the kernels' lanes.
-        weights: parameters, which must be float32.
+        values: activations; their types must be among the kernels' value types.
+        widths: row widths; each must be a multiple of the kernels' lanes.
+        weights: parameters; each must be float32.
     """
     if torch.compiler.is_compiling() or any(value.device.type != "cpu" for value in values):
         return False
@@ -187,11 +186,12 @@ def _contiguous(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-# --- attention
+def _empty_like(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else torch.empty_like(weight)
 
 
 def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
-    """Causal self-attention; the twin of `chargpt.model.causal_attention`.
+    """Compute causal self-attention, like `chargpt.model.causal_attention`.
 
     Args:
         qkv: queries, keys and values side by side, (B, T, 3C).
@@ -211,7 +211,7 @@ class _Attention(torch.autograd.Function):
         qkv = qkv.contiguous()
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         out = qkv.new_empty(B, T, C)
-        log_sums = torch.empty(B, n_head, T)  # of the softmax: enough to compute it again
+        log_sums = torch.empty(B, n_head, T)  # the backward pass recomputes the softmax from them
         ctx.rest = (B, T, n_head, C // n_head, dropout_p, _seed(dropout_p))
         load_kernels()("attention_forward", qkv.dtype, qkv, out, log_sums, *ctx.rest)
         ctx.save_for_backward(qkv, out, log_sums)
@@ -232,19 +232,19 @@ def _seed(dropout_p: float) -> int:
     return int(torch.randint(2**62, ())) if dropout_p > 0 else 0
 
 
-# --- LayerNorm
-
-
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last axis, like `torch.nn.functional.layer_norm`.
+    """Normalise the last axis, like `torch.nn.functional.layer_norm`.
 
-    Under autocast it returns the type that the matrix product after it wants: one pass less.
+    Under autocast the result already has the type of the next matrix product, which saves a pass.
 
     Args:
         x: float32, (…, C).
         gain: (C,).
         bias: (C,).
         eps: added to the variance.
+
+    Returns:
+        (…, C).
     """
     gain, bias = gain.contiguous(), _contiguous(bias)
     out: Tensor = _LayerNorm.apply(x, gain, bias, eps)  # type: ignore[no-untyped-call]
@@ -260,29 +260,24 @@ class _LayerNorm(torch.autograd.Function):
         means, inverse_stds = torch.empty(n), torch.empty(n)
         tensors = (x, gain, bias, out, means, inverse_stds)
         load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
-        ctx.save_for_backward(x, gain, means, inverse_stds)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, gain, bias, means, inverse_stds)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, gain, means, inverse_stds = ctx.saved_tensors
-        d_x, d_gain = torch.empty_like(x), torch.empty_like(gain)
-        d_bias = torch.empty_like(gain) if ctx.has_bias else None
+        x, gain, bias, means, inverse_stds = ctx.saved_tensors
+        d_x, d_gain, d_bias = map(_empty_like, (x, gain, bias))
         tensors = (x, gain, means, inverse_stds, d_out.contiguous(), d_x, d_gain, d_bias)
         load_kernels()("layer_norm_backward", d_out.dtype, *tensors, means.numel(), x.size(-1))
         return d_x, d_gain, d_bias, None
 
 
 def product_dtype() -> torch.dtype:
-    """Return what autocast would turn a factor of a matrix product into."""
+    """Return the type of the factors of matrix products, as autocast sets it."""
     if not torch.is_autocast_enabled("cpu"):
         return torch.float32
     return torch.get_autocast_dtype("cpu")
-
-
-# --- linear layers
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -309,22 +304,17 @@ class _Linear(torch.autograd.Function):
         ctx.sizes = (x.numel() // inputs, inputs, outputs)
         out = x.new_empty(*x.shape[:-1], outputs)
         load_kernels()("linear_forward", x.dtype, x, weight, bias, out, *ctx.sizes)
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
-        d_bias = weight.new_empty(weight.size(0)) if ctx.has_bias else None
+        x, weight, bias = ctx.saved_tensors
+        d_x, d_weight, d_bias = map(_empty_like, (x, weight, bias))
         tensors = (x, weight, d_out.contiguous(), d_x, d_weight, d_bias)
         load_kernels()("linear_backward", x.dtype, *tensors, *ctx.sizes)
         return d_x, d_weight, d_bias
-
-
-# --- feed-forward
 
 
 def feed_forward(
@@ -337,7 +327,7 @@ def feed_forward(
         expand: W₁, float32, (F, C).
         expand_bias: b₁, (F,).
         project: W₂, float32, (C, F).
-        bias: b₂, (C,); there if and only if b₁ is.
+        bias: b₂, (C,); None if and only if b₁ is None.
 
     Returns:
         (…, C), in the type of matrix products.
@@ -359,23 +349,18 @@ class _FeedForward(torch.autograd.Function):
         before, out = x.new_empty(*x.shape[:-1], F), torch.empty_like(x)
         tensors = (x, w1, b1, w2, b2, before, out)
         load_kernels()("feed_forward_forward", x.dtype, *tensors, *ctx.sizes)
-        ctx.save_for_backward(x, w1, w2, before)
-        ctx.has_bias = b1 is not None
+        ctx.save_for_backward(x, w1, b1, w2, b2, before)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, w1, w2, before = ctx.saved_tensors
-        d_x, d_w1, d_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
-        d_b1 = w1.new_empty(w1.size(0)) if ctx.has_bias else None
-        d_b2 = w1.new_empty(w2.size(0)) if ctx.has_bias else None
-        tensors = (x, w1, w2, before, d_out.contiguous(), d_x, d_w1, d_b1, d_w2, d_b2)
+        *inputs, before = ctx.saved_tensors
+        x, w1, _, w2, _ = inputs
+        gradients = [_empty_like(tensor) for tensor in inputs]
+        tensors = (x, w1, w2, before, d_out.contiguous(), *gradients)
         load_kernels()("feed_forward_backward", x.dtype, *tensors, *ctx.sizes)
-        return d_x, d_w1, d_b1, d_w2, d_b2
-
-
-# --- residual sum
+        return tuple(gradients)
 
 
 def residual_sum(x: Tensor, update: Tensor, dropout_p: float) -> Tensor:
@@ -408,9 +393,6 @@ class _ResidualSum(torch.autograd.Function):
         return d_out, d_update, None
 
 
-# --- Muon
-
-
 def muon_update(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -418,15 +400,7 @@ def muon_update(
     lengths: Sequence[float],
     settings: MuonSettings,
 ) -> None:
-    """Make one step of Muon with each matrix, in place; the twin of `chargpt.compute.muon.muon_update`.
-
-    Args:
-        weights: float32, of two axes each.
-        gradients: left as they are.
-        momenta: running means of the gradients.
-        lengths: of the step of each.
-        settings: see there.
-    """
+    """Call Muon's kernel, like `chargpt.compute.muon.muon_update`; gradients stay unchanged."""
     n = len(weights)
     addresses = [
         (_Pointer * n)(*(t.data_ptr() for t in ts)) for ts in (weights, gradients, momenta)

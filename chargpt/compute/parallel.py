@@ -1,4 +1,4 @@
-"""Several GPUs behind one small seam: the rest of the package never asks how many there are."""
+"""Several GPUs: the rest of the package does not need to know how many there are."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from chargpt.config import Parallel
 
 
 class ParallelChoice(NamedTuple):
-    """The GPUs that share each batch; none: the model's own device does it all."""
+    """The GPUs that share each batch; an empty list means the model's own device."""
 
     device_ids: list[int]
     reason: str
 
 
-def choose_parallel(wish: Parallel, device: torch.device, batch_size: int) -> ParallelChoice:
+def choose_parallel(requested: Parallel, device: torch.device, batch_size: int) -> ParallelChoice:
     """Return which GPUs to use, in one process.
 
     Args:
-        wish: ``dp`` wants all GPUs; ``auto`` and ``none`` are one device.
+        requested: ``dp`` uses all GPUs; ``auto`` and ``none`` use one device.
         device: the model's device.
-        batch_size: sequences in a batch, at least one a GPU.
+        batch_size: sequences per batch, at least one per GPU.
 
     Raises:
-        UserError: ``dp`` without two GPUs, or a batch smaller than their number.
+        UserError: ``dp`` with fewer than two GPUs, or with more GPUs than sequences.
     """
     n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if wish != "dp":
+    if requested != "dp":
         more = f"; --parallel dp shares each batch among {n_gpus}" if n_gpus > 1 else ""
         return ParallelChoice([], f"one device{more}")
     if n_gpus < 2:
         raise UserError(
-            f"parallel is 'dp', which needs two GPUs or more, and there are {n_gpus} to use: "
+            f"parallel is 'dp', which needs at least two GPUs, but {n_gpus} can be used: "
             "give --parallel auto"
         )
     if batch_size < n_gpus:
         raise UserError(
-            f"batch_size is {batch_size}, fewer than the {n_gpus} GPUs that are to share it: "
+            f"batch_size is {batch_size}, less than the {n_gpus} GPUs that share it: "
             f"give --batch-size {n_gpus} or more, or --parallel none"
         )
     return ParallelChoice(list(range(n_gpus)), f"each batch is shared by {n_gpus} GPUs")
 
 
 class _Replica(nn.Module):
-    """A model that enters autocast by itself: DataParallel's threads do not know its type."""
+    """A model that enters autocast itself, because DataParallel's threads lose autocast's type."""
 
     def __init__(self, model: nn.Module, precision: PrecisionChoice) -> None:
         super().__init__()
@@ -63,14 +63,12 @@ class _Replica(nn.Module):
 
 
 def parallelize(model: nn.Module, choice: ParallelChoice, precision: PrecisionChoice) -> nn.Module:
-    """Return a module that computes what `model` does, on the chosen GPUs.
-
-    The parameters stay those of `model`, which is what is saved and sampled.
+    """Return a module that runs `model` on the chosen GPUs, with the parameters of `model`.
 
     Args:
         model: maps ids (B, T) to logits (B, T, V).
-        choice: the GPUs, each of which gets a share of B.
-        precision: of the matrix products.
+        choice: the GPUs; each gets a share of B.
+        precision: precision of the matrix products.
     """
     if not choice.device_ids:
         return model
@@ -78,7 +76,7 @@ def parallelize(model: nn.Module, choice: ParallelChoice, precision: PrecisionCh
 
 
 def seed_dropout(seed: int, choice: ParallelChoice) -> None:
-    """Seed torch's default generators, each GPU that shares a batch differently."""
+    """Seed torch's default generators; each GPU that shares a batch gets a different seed."""
     torch.manual_seed(seed)
     for number in choice.device_ids[1:]:
         with torch.cuda.device(number):

@@ -25,7 +25,7 @@ from chargpt.base.seeding import own_random_state
 from chargpt.base.units import human_count
 from chargpt.base.version import __version__
 from chargpt.compute.counts import count_parameters, training_flops_per_token
-from chargpt.compute.device import choose_device, cpu_name, describe_device
+from chargpt.compute.device import DTYPES, choose_device, cpu_name, describe_device
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import load_corpus
 from chargpt.data.texts import STANDARD_INPUT
@@ -38,7 +38,6 @@ from chargpt.training.trainer import Trainer
 
 N_CHARACTERS = 200_000
 SYMBOLS = string.ascii_letters + string.digits + ".,\n"  # 65, as many as Shakespeare's
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENDLESS = 1_000_000_000  # a budget in steps that no measurement spends
 
 Tell = Callable[[str], None]

@@ -27,13 +27,12 @@ from chargpt.base.errors import UserError
 from chargpt.base.seeding import own_random_state
 from chargpt.base.units import human_count
 from chargpt.compute.counts import count_parameters
-from chargpt.compute.device import choose_device
+from chargpt.compute.device import choose_device, synchronize
 from chargpt.config import Device, GPT2Config, OnOffAuto, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.generate import complete, make_decoder
 from chargpt.measure.bench import SYMBOLS, BenchConfig, Tell, describe_machine
 from chargpt.measure.peers import copy_clone, hugging_face_model, parse_peers
-from chargpt.measure.timing import synchronize
 from chargpt.model import GPT2
 
 BATCHES = (1, 32)

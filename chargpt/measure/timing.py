@@ -9,20 +9,13 @@ from collections.abc import Callable
 
 import torch
 
+from chargpt.compute.device import matmul_flops, synchronize
 from chargpt.train import PARTS, train_step
 from chargpt.training.trainer import Trainer
 
 WARM_UP_STEPS, MIN_STEPS = 2, 3
 PART_STEPS = 10
 CEILING_SECONDS = 0.3
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def median_seconds(step: Callable[[], object], seconds: float, device: torch.device) -> float:
@@ -54,21 +47,7 @@ def ceiling(dtype: torch.dtype, device: torch.device) -> float:
         device: where; 1024³ on a CPU, 4096³ and 8192³ elsewhere.
     """
     sizes = (1024,) if device.type == "cpu" else (4096, 8192)
-    return max(_product_rate(n, dtype, device) for n in sizes)
-
-
-def _product_rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
-    # Random, since a GPU multiplies ones faster than it multiplies numbers.
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # (n, n)
-    times: list[float] = []
-    end = time.perf_counter() + CEILING_SECONDS
-    while len(times) < 4 or time.perf_counter() < end:
-        synchronize(device)
-        start = time.perf_counter()
-        _ = a @ b
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times[1:])
+    return max(matmul_flops(dtype, device, (n, n, n), CEILING_SECONDS) for n in sizes)
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -94,13 +94,13 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "text.txt", "--steps", "5", "--minutes", "1"], "steps and minutes are budgets that"),
     (
         ["train", "text.txt", "--precision", "fp16"],
-        "precision is 'fp16', which CPUs multiply many",
+        "precision is 'fp16', which is many times slower",
     ),
     (
         ["train", "text.txt", "--device", "cuda"],
-        "device is 'cuda', which this PyTorch does not fin",
+        "device is 'cuda', which PyTorch does not find her",
     ),
-    (["train", "text.txt", "--parallel", "dp"], "parallel is 'dp', which needs two GPUs or more"),
+    (["train", "text.txt", "--parallel", "dp"], "parallel is 'dp', which needs at least two GPUs"),
     (
         ["train", "text.txt", "--vocab-size", "7"],
         "vocab_size is 7, but the text has 22 distinct to",

@@ -1,6 +1,8 @@
-"""Automatic choices and the seam to several GPUs; CUDA is mocked at its boundary only."""
+"""Automatic choices of device and precision, and several GPUs; only the CUDA calls are faked."""
 
+import platform
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +12,21 @@ from torch import nn
 from chargpt.base.errors import UserError
 from chargpt.compute import device as hardware
 from chargpt.compute import parallel as distributed
-from chargpt.compute.device import PrecisionChoice, choose_compile, choose_device, choose_precision
+from chargpt.compute.device import (
+    PrecisionChoice,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    cpu_info,
+    cpu_name,
+    matmul_flops,
+)
 from chargpt.compute.parallel import ParallelChoice, choose_parallel, parallelize, seed_dropout
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False) -> None:
+def fake_devices(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
@@ -25,42 +35,61 @@ def offer(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = Fa
     ("cuda", "mps", "expected"),
     [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
-def test_auto_takes_cuda_then_mps_then_cpu(
+def test_auto_prefers_cuda_then_mps_then_cpu(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str
 ) -> None:
-    offer(monkeypatch, cuda=cuda, mps=mps)
+    fake_devices(monkeypatch, cuda=cuda, mps=mps)
     assert choose_device("auto").device.type == expected
     assert choose_device("cpu").device.type == "cpu"
 
 
-def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch)
-    with pytest.raises(UserError, match="device is 'mps', which this PyTorch does not find: give"):
+def test_a_missing_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_devices(monkeypatch)
+    with pytest.raises(UserError, match="device is 'mps', which PyTorch does not find here: give"):
         choose_device("mps")
 
 
-@pytest.mark.parametrize(("bf16_rate", "expected"), [(3e9, "bf16"), (1.4e9, "fp32"), (1e8, "fp32")])
-def test_a_cpu_takes_bf16_where_it_is_measured_faster(
-    monkeypatch: pytest.MonkeyPatch, bf16_rate: float, expected: str
+@pytest.mark.parametrize(
+    ("bf16_rate", "name", "reason"),
+    [
+        (3e9, "bf16", "bf16 is 3.0 times as fast as fp32 here"),
+        (1.4e9, "fp32", "bf16 is only 1.4 times as fast here, and less exact"),
+        (3e7, "fp32", "fp32 is faster here: bf16 runs at 3% of its speed"),
+        (1e6, "fp32", "fp32 is faster here: bf16 runs at 1% of its speed"),
+    ],
+)
+def test_a_cpu_uses_bf16_if_it_is_much_faster(
+    monkeypatch: pytest.MonkeyPatch, bf16_rate: float, name: str, reason: str
 ) -> None:
     rates = {torch.bfloat16: bf16_rate, torch.float32: 1e9}
-    monkeypatch.setattr(hardware, "matmul_rate", lambda dtype: rates[dtype])
-    choice = choose_precision("auto", CPU)
-    assert choice.name == expected
-    assert (
-        choice.reason
-        == f"this CPU multiplies bf16 {bf16_rate / 1e9:.1f}× as fast as fp32, measured"
-    )
+    monkeypatch.setattr(hardware, "matmul_flops", lambda dtype, *_: rates[dtype])
+    assert choose_precision("auto", CPU) == (name, reason)
 
 
-def test_the_measurement_measures_and_draws_nothing() -> None:
+def test_the_measurement_leaves_the_generator_as_it_is() -> None:
     before = torch.get_rng_state()
-    assert 1e7 < hardware.matmul_rate(torch.float32, seconds=0.01) < 1e14
+    assert 1e7 < matmul_flops(torch.float32, CPU, (64, 64, 64), seconds=0.01) < 1e14
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_cpu_info_lists_distinct_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor : {}\nmodel name : A\ncpu MHz : 2{}\nflags : avx2 fma\n\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text.format(0, 0) + text.format(1, 1))
+    assert cpu_info("model name") == ["A"]
+    assert cpu_info("flags") == ["avx2 fma"]
+    assert cpu_info("processor") == ["0", "1"]
+    assert cpu_name() == "A"
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", fail)  # as on Windows and macOS
+    assert cpu_info("flags") == []
+    assert cpu_name() == (platform.processor() or platform.machine())
+
+
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp16")])
-def test_a_gpu_takes_bf16_or_else_scaled_fp16(
+def test_a_gpu_uses_bf16_if_it_has_it(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: has_bf16)
@@ -69,17 +98,17 @@ def test_a_gpu_takes_bf16_or_else_scaled_fp16(
     assert choose_precision("auto", MPS).name == "fp32"
 
 
-def test_precisions_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_precisions_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: False)
-    with pytest.raises(UserError, match="'fp16', which CPUs multiply many times slower than"):
+    with pytest.raises(UserError, match="'fp16', which is many times slower than fp32 on a"):
         choose_precision("fp16", CPU)
-    with pytest.raises(UserError, match="'bf16', which this GPU lacks: give --precision fp16"):
+    with pytest.raises(UserError, match="'bf16', which this GPU does not support: give --pre"):
         choose_precision("bf16", CUDA)
-    with pytest.raises(UserError, match="'fp16', which needs loss scaling, and that is for CUDA"):
+    with pytest.raises(UserError, match="'fp16', which needs loss scaling, available on CUDA"):
         choose_precision("fp16", MPS)
 
 
-def test_autocast_multiplies_in_the_chosen_type() -> None:
+def test_autocast_multiplies_in_the_chosen_precision() -> None:
     layer, x = nn.Linear(4, 4), torch.ones(2, 4)
     with choose_precision("bf16", CPU).autocast(CPU):
         assert layer(x).dtype == torch.bfloat16
@@ -87,20 +116,22 @@ def test_autocast_multiplies_in_the_chosen_type() -> None:
         assert layer(x).dtype == torch.float32
 
 
-def test_compile_is_for_gpus_with_a_compiler_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_on_a_gpu_with_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.shutil, "which", lambda name: "/bin/cc" if name == "cc" else None)
     assert choose_compile("auto", CUDA).on
     assert not choose_compile("auto", CPU).on
     assert choose_compile("on", CPU).on
     assert not choose_compile("off", CUDA).on
     monkeypatch.setattr(hardware.shutil, "which", lambda _: None)
-    assert choose_compile("auto", CUDA) == (False, "no C compiler here")
+    assert choose_compile("auto", CUDA) == (False, "no C compiler found")
 
 
 # --- several GPUs
 
 
-def test_several_gpus_share_a_batch_if_it_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dp_shares_a_batch_among_gpus_if_it_is_large_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_parallel("auto", CUDA, 32) == (
         [],
@@ -109,17 +140,13 @@ def test_several_gpus_share_a_batch_if_it_is_large_enough(monkeypatch: pytest.Mo
     assert choose_parallel("dp", CUDA, 4).device_ids == [0, 1, 2, 3]
     assert choose_parallel("none", CUDA, 32).device_ids == []
     assert choose_parallel("auto", CPU, 32).device_ids == []
-    with pytest.raises(UserError, match="batch_size is 3, fewer than the 4 GPUs .* --batch-size 4"):
+    with pytest.raises(UserError, match="batch_size is 3, less than the 4 GPUs .* --batch-size 4"):
         choose_parallel("dp", CUDA, 3)
-    with pytest.raises(
-        UserError, match="parallel is 'dp', which needs two GPUs or more, and there"
-    ):
+    with pytest.raises(UserError, match="parallel is 'dp', which needs at least two GPUs, but 0"):
         choose_parallel("dp", CPU, 32)
 
 
-def test_one_device_is_the_model_itself_and_several_wrap_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_several_gpus_wrap_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     wrapped: list[Any] = []
 
     def data_parallel(module: nn.Module, device_ids: list[int]) -> nn.Module:
@@ -133,16 +160,13 @@ def test_one_device_is_the_model_itself_and_several_wrap_it(
     parallelize(model, ParallelChoice([0, 1], ""), bf16)
     replica, device_ids = wrapped[0]
     assert device_ids == [0, 1]
-    assert [p is q for p, q in zip(replica.parameters(), model.parameters(), strict=True)] == [
-        True,
-        True,
-    ]
-    # In a thread of its own, as DataParallel runs it, where autocast's type is back to fp16.
+    assert all(p is q for p, q in zip(replica.parameters(), model.parameters(), strict=True))
+    # DataParallel uses new threads, in which autocast's type is fp16 again.
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(replica, torch.ones(1, 2)).result().dtype == torch.bfloat16
 
 
-def test_each_gpu_drops_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_gets_another_dropout_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: dict[int, int] = {}
     current = [0]
 

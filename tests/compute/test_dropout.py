@@ -1,4 +1,4 @@
-"""Dropout's own random masks: their rate, scale, independence and gradient."""
+"""The masks of dropout: their rate, scale, independence and gradient."""
 
 import math
 
@@ -9,7 +9,7 @@ from chargpt.compute.dropout import _random_words, dropout
 from chargpt.compute.dropout import _table as dropout_table
 from chargpt.compute.fast_layers import use_fast_dropout
 
-LANES = 4  # values decided by one 64-bit draw
+LANES = 4  # values that one 64-bit word decides
 N = 1 << 18
 
 
@@ -20,7 +20,7 @@ def mask(p: float, n: int = N, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9])
 def test_rate_of_each_lane(p: float) -> None:
-    """A draw without its sign bit would leave the highest lane non-negative: never dropped."""
+    """Words without a random sign bit would never drop a value in the highest lane."""
     kept = mask(p).view(-1, LANES).double()
     for rate in kept.mean(dim=0).tolist():
         assert abs(rate - (1 - p)) < 5 * math.sqrt(p * (1 - p) / len(kept))
@@ -40,7 +40,7 @@ def test_scale_keeps_the_mean(p: float) -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_positions_are_independent(p: float) -> None:
-    """Lanes of a draw, neighbours of different draws, and far ones: no correlation at any lag."""
+    """No correlation at any lag: within a word, between neighbouring words, and far apart."""
     kept = mask(p).double()
     centred = (kept - kept.mean()) / kept.std()
     for lag in (*range(1, 17), 64, 256, 4096):
@@ -52,19 +52,18 @@ def test_positions_are_independent(p: float) -> None:
 
 
 def test_positions_are_independent_from_mask_to_mask() -> None:
-    """Masks are maps of one table: were they to begin at one place of it, two positions whose words
-    agree in some bits would always be dropped together, and this would find 1.0."""
+    """All masks come from one table. If they began at the same place in it, positions whose words
+    share some bits would always drop together, with a correlation of 1."""
     torch.manual_seed(0)
     n_masks, n = 400, 4096
     kept = torch.stack([dropout(torch.ones(n), 0.5) for _ in range(n_masks)])
     correlation = torch.corrcoef(kept.t()).fill_diagonal_(0)
-    assert correlation.abs().max() < 7 / math.sqrt(n_masks)  # of 8 million pairs
+    assert correlation.abs().max() < 7 / math.sqrt(n_masks)  # the largest of 8 million pairs
     between_masks = torch.corrcoef(kept).fill_diagonal_(0)
     assert between_masks.abs().max() < 6 / math.sqrt(n)
 
 
-def test_a_long_mask_does_not_repeat() -> None:
-    """More values than one map of the table serves."""
+def test_a_mask_longer_than_the_table_does_not_repeat() -> None:
     served = 1 << 20
     kept = mask(0.5, n=2 * served + 5).double()
     first, second, rest = kept.split(served)
@@ -75,8 +74,7 @@ def test_a_long_mask_does_not_repeat() -> None:
     assert len(rest) == 5
 
 
-def test_the_first_mask_of_a_process_may_be_drawn_anywhere() -> None:
-    """What is made once must not depend on torch's seed, nor on the mode it is made in."""
+def test_the_table_depends_on_neither_seed_nor_inference_mode() -> None:
     expected = mask(0.5, n=999, seed=7)
     dropout_table.cache_clear()
     torch.manual_seed(123)
@@ -89,8 +87,8 @@ def test_the_first_mask_of_a_process_may_be_drawn_anywhere() -> None:
     assert torch.equal(x.grad != 0, expected)
 
 
-def test_even_the_worst_map_keeps_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A multiplier of 0 would make all words one; it is never even."""
+def test_a_drawn_factor_of_zero_keeps_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor of 0 would make all words equal, so the lowest bit is always set."""
     draw = _random_words
 
     def zeros(n: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -101,7 +99,7 @@ def test_even_the_worst_map_keeps_the_rate(monkeypatch: pytest.MonkeyPatch) -> N
     test_positions_are_independent(0.5)
 
 
-def test_masks_follow_torchs_seed() -> None:
+def test_torchs_seed_determines_the_mask() -> None:
     assert torch.equal(mask(0.5, seed=1), mask(0.5, seed=1))
     agreement = (mask(0.5, seed=1) == mask(0.5, seed=2)).double().mean().item()
     assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(N)
@@ -118,8 +116,8 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     assert seen == ({0.0, 2.0} if 0 not in shape else set())
 
 
-def test_a_view_with_strides() -> None:
-    x = torch.arange(1.0, 13.0).view(3, 4).t()  # not contiguous
+def test_a_tensor_that_is_not_contiguous() -> None:
+    x = torch.arange(1.0, 13.0).view(3, 4).t()
     torch.manual_seed(0)
     out = dropout(x, 0.5)
     assert (out != 0).any()
@@ -127,7 +125,7 @@ def test_a_view_with_strides() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_type_is_kept(dtype: torch.dtype) -> None:
+def test_the_type_stays_the_same(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     out = dropout(torch.ones(N, dtype=dtype), 0.25)
     assert out.dtype == dtype
@@ -136,7 +134,7 @@ def test_type_is_kept(dtype: torch.dtype) -> None:
     assert set(out.unique().tolist()) == {0.0, torch.tensor(4 / 3, dtype=dtype).item()}
 
 
-def test_gradient_is_the_scaled_mask() -> None:
+def test_the_gradient_is_the_scaled_mask() -> None:
     torch.manual_seed(0)
     x = torch.randn(999, requires_grad=True)
     out = dropout(x, 0.2)
@@ -148,7 +146,7 @@ def test_gradient_is_the_scaled_mask() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_module_drops_only_while_training(p: float, training: bool) -> None:
+def test_a_module_drops_only_in_training_mode(p: float, training: bool) -> None:
     x = torch.ones(64)
     layer = torch.nn.Sequential(torch.nn.Dropout(p)).train(training)
     use_fast_dropout(layer)
@@ -156,9 +154,8 @@ def test_module_drops_only_while_training(p: float, training: bool) -> None:
     out = layer(x)
     acts = training and p > 0
     assert torch.equal(out, x) != acts
-    assert torch.equal(torch.get_rng_state(), state) != acts  # at rest it draws nothing
+    assert torch.equal(torch.get_rng_state(), state) != acts  # otherwise it draws nothing
 
 
-def test_largest_p() -> None:
-    """A configuration may ask for any p below 1."""
+def test_a_p_near_one_gives_finite_values() -> None:
     assert dropout(torch.ones(64), 1 - 1e-7).isfinite().all()

@@ -1,4 +1,4 @@
-"""AdamW against its formulas, Muon against PyTorch's, their groups, the schedule as a table."""
+"""AdamW against its formulas, Muon against PyTorch's, parameter groups, the schedule as a table."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def gpt2(**changes: Any) -> GPT2:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_groups_decay_matrices_only_and_hold_every_parameter_once(bias: bool) -> None:
+def test_groups_hold_every_parameter_once_and_decay_matrices_only(bias: bool) -> None:
     shape = GPT2Config(vocab_size=5, block_size=4, n_layer=2, n_head=1, d_model=4, bias=bias)
     model = GPT2(shape)
     optimizer = adamw(model, TrainConfig(weight_decay=0.3))
@@ -55,12 +55,16 @@ def test_frozen_parameters_are_left_out() -> None:
     assert [len(group["params"]) for group in groups] == [0, 1]
 
 
-def test_steps_equal_the_formulas() -> None:
-    """Loshchilov & Hutter 2019, algorithm 2, in float64, over steps with different rates."""
+def test_adamw_equals_the_formulas() -> None:
+    """Loshchilov & Hutter 2019, algorithm 2, in float64, with a different rate in each step.
+
+    The fused implementation runs, in double precision as in single.
+    """
     config = TrainConfig(learning_rate=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9)
     torch.manual_seed(0)
     layer = nn.Linear(3, 2).double()
     optimizer = adamw(layer, config)
+    assert optimizer.defaults["fused"]
     expected = {name: p.detach().clone() for name, p in layer.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -82,37 +86,11 @@ def test_steps_equal_the_formulas() -> None:
             torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-12, atol=1e-12)
 
 
-def test_the_peak_is_the_configured_rate() -> None:
-    groups = adamw(nn.Linear(2, 2), TrainConfig(learning_rate=0.123)).param_groups
-    assert {group["lr"] for group in groups} == {0.123}
-
-
-def test_the_fused_kernel_is_in_use_and_rounds_like_the_others() -> None:
-    config = TrainConfig(weight_decay=0.3)
-    model, plain = gpt2(), gpt2()
-    optimizer = adamw(model, config)
-    assert optimizer.defaults["fused"]
-    groups = adamw(plain, config).param_groups
-    unfused = torch.optim.AdamW(
-        [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        foreach=False,
-    )
-    for seed in range(5):
-        give_gradients(model, seed)
-        give_gradients(plain, seed)
-        optimizer.step()
-        unfused.step()
-    # An update is at most the learning rate, 6e-3, of which five steps may lose some 1e-6 each.
-    assert_same_weights(model, plain, atol=1e-7)
-
-
 # --- Muon
 
 
 def give_gradients(model: nn.Module, seed: int) -> None:
-    """Give every parameter random gradients whose scales differ widely, as real ones do."""
+    """Give every parameter a random gradient; scales differ widely, as in real training."""
     generator = torch.Generator().manual_seed(seed)
     for i, parameter in enumerate(model.parameters()):
         gradient = torch.randn(parameter.shape, generator=generator)
@@ -125,21 +103,20 @@ def assert_same_weights(a: nn.Module, b: nn.Module, atol: float) -> None:
 
 
 def hidden_matrices(model: GPT2) -> list[nn.Parameter]:
-    kinds = (nn.Linear,)
-    return [layer.weight for layer in model.blocks.modules() if isinstance(layer, kinds)]
+    return [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
 
 
 @pytest.mark.parametrize(
     ("dtype", "atol"),
     [
-        # The same operations in the same precision: fp32 rounding of weights below 0.2.
+        # The same operations in the same precision: fp32 rounding errors of weights below 0.2.
         (torch.bfloat16, 1e-7),
-        # PyTorch rounds to bf16, 1 part in 256, several times over: 2% of an update, whose largest
-        # entry is about 0.02 at learning rate 0.02, in each of 5 steps.
+        # PyTorch rounds to bf16 (1 part in 256) several times: 2% of an update, whose largest entry
+        # is about 0.02 at learning rate 0.02, in each of 5 steps.
         (torch.float32, 5 * 0.02 * 0.02),
     ],
 )
-def test_muon_makes_the_steps_of_pytorchs_muon_and_adamw(dtype: torch.dtype, atol: float) -> None:
+def test_muon_equals_pytorchs_muon_and_adamw(dtype: torch.dtype, atol: float) -> None:
     model, reference = gpt2(), gpt2()
     optimizer = muon(model, MUON, dtype)
     optimizer.steps, optimizer.parts = JORDAN, {}
@@ -160,10 +137,11 @@ def test_muon_makes_the_steps_of_pytorchs_muon_and_adamw(dtype: torch.dtype, ato
             theirs_.step()
         optimizer.step()
     assert_same_weights(model, reference, atol)
-    assert_nothing_stayed(model)
+    for (name, moved), start in zip(model.named_parameters(), gpt2().parameters(), strict=True):
+        assert not torch.equal(moved, start), name
 
 
-def test_queries_keys_and_values_are_orthogonalized_apart() -> None:
+def test_queries_keys_and_values_are_orthogonalized_separately() -> None:
     model, whole = gpt2(), gpt2()
     optimizer = muon(model, MUON, torch.float32)
     reference = muon(whole, MUON, torch.float32)
@@ -176,35 +154,30 @@ def test_queries_keys_and_values_are_orthogonalized_apart() -> None:
     rate = optimizer.param_groups[0]["lr"]
     moved = (weight - (1 - rate * MUON.weight_decay) * before) / (rate * math.sqrt(3))
     for part in moved.detach().chunk(3):
-        # On its own a random square matrix keeps singular values of nearly 0; most are near 1.
+        # A random square matrix keeps a few singular values near 0; most move to about 1.
         assert 0.85 < torch.linalg.svdvals(part).median() < 1.15
     for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs) == ("qkv.weight" not in name), name
 
 
-def test_embeddings_decay_as_asked() -> None:
-    model, still = gpt2(), gpt2()
+def test_embeddings_decay() -> None:
+    model, plain = gpt2(), gpt2()
     optimizers = [
         muon(m, MUON.replace(embedding_decay=d), torch.float32)
-        for m, d in ((model, 0.5), (still, 0.0))
+        for m, d in ((model, 0.5), (plain, 0.0))
     ]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for optimizer, model_ in zip(optimizers, (model, still), strict=True):
+    for optimizer, model_ in zip(optimizers, (model, plain), strict=True):
         give_gradients(model_, 0)
         optimizer.step()
     rate = optimizers[0].param_groups[1]["lr"]
-    for (name, ours), theirs in zip(model.named_parameters(), still.parameters(), strict=True):
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         decay = rate * 0.5 if "embedding" in name else 0.0
         torch.testing.assert_close(ours, theirs - decay * before[name], rtol=0, atol=1e-7)
 
 
-def assert_nothing_stayed(model: GPT2) -> None:
-    for (name, moved), start in zip(model.named_parameters(), gpt2().parameters(), strict=True):
-        assert not torch.equal(moved, start), name
-
-
 def conditioned(rows: int, columns: int, decades: float) -> Tensor:
-    """Return a matrix whose singular values span so many powers of ten."""
+    """Return a matrix whose singular values span the given number of decades."""
     random = torch.randn(rows, columns, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(random, full_matrices=False)
     matrix: Tensor = (u * torch.logspace(0, -decades, len(s), dtype=torch.float64)) @ vh
@@ -226,13 +199,13 @@ def test_an_update_has_singular_values_of_about_one(
         assert after.dtype == before.dtype
         values = torch.linalg.svdvals(after)
         assert values.min() > low
-        # Rounding in bf16 may leave one value where the sharper polynomials are steep.
+        # Rounding to bf16 may leave a value where the sharper polynomials are steep.
         assert values.max() < (1.4 if dtype == torch.bfloat16 else high)
         u, _, vh = torch.linalg.svd(before, full_matrices=False)
         assert (u * (after @ vh.T)).sum(0).min() > low  # along the same directions
 
 
-def test_matrices_are_orthogonalized_alone_though_together() -> None:
+def test_orthogonalizing_together_equals_orthogonalizing_separately() -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(*shape) for shape in [(8, 24), (24, 8), (8, 8), (8, 24), (8, 8)]]
     for i, together in enumerate(orthogonalize(matrices, torch.float32)):
@@ -242,20 +215,19 @@ def test_matrices_are_orthogonalized_alone_though_together() -> None:
 
 @pytest.mark.parametrize("steps", [JORDAN, POLAR_EXPRESS])
 @pytest.mark.parametrize("decades", [0.0, 2.0, 5.0])
-def test_the_iteration_through_the_gram_matrix_is_the_iteration(
-    decades: float, steps: Steps
-) -> None:
+def test_the_gram_iteration_equals_the_plain_iteration(decades: float, steps: Steps) -> None:
     torch.manual_seed(0)
     x = conditioned(32, 96, decades)[None]
     x /= x.norm()
     exact = newton_schulz(x.double(), steps)
     torch.testing.assert_close(newton_schulz_gram(x.double(), steps), exact, rtol=0, atol=1e-9)
-    # fp32 knows an eigenvalue of the Gram matrix to 1e-7, which each of four steps enlarges by up
-    # to 3.4445²: to 2e-3, of a singular value spread over many entries. bf16 is off by 4e-2.
+    # In fp32 an eigenvalue of the Gram matrix has an error of 1e-7, which each of four steps
+    # enlarges by up to 3.4445²: to 2e-3 of a singular value, spread over many entries. bf16
+    # errs by 4e-2.
     torch.testing.assert_close(newton_schulz_gram(x, steps).double(), exact, rtol=0, atol=1e-3)
 
 
-def test_a_gradient_of_zeros_moves_nothing_but_by_decay() -> None:
+def test_a_gradient_of_zeros_only_decays_the_weights() -> None:
     model = gpt2()
     optimizer = muon(model, MUON, torch.float32)
     matrix = hidden_matrices(model)[0]
@@ -265,7 +237,7 @@ def test_a_gradient_of_zeros_moves_nothing_but_by_decay() -> None:
     torch.testing.assert_close(matrix.detach(), before * (1 - 0.02 * 0.3))
 
 
-def test_muon_holds_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     model = gpt2()
     model.blocks[0].attention.sublayer.qkv.weight.requires_grad_(False)
     optimizer = make_optimizer(model, MUON)
@@ -280,7 +252,7 @@ def test_muon_holds_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert {"token_embedding.weight", "position_embedding.weight"} <= rest
 
 
-def test_parameters_without_a_gradient_stay() -> None:
+def test_parameters_without_a_gradient_do_not_change() -> None:
     for parameters in ("blocks", "final_norm"):
         model, start = gpt2(), gpt2()
         optimizer = make_optimizer(model, MUON, muon_dtype=torch.float32)
@@ -290,7 +262,7 @@ def test_parameters_without_a_gradient_stay() -> None:
             assert torch.equal(moved, before) != name.startswith(parameters), name
 
 
-def test_a_closure_gives_its_loss() -> None:
+def test_step_returns_the_loss_of_its_closure() -> None:
     model = gpt2()
     optimizer = make_optimizer(model, MUON, muon_dtype=torch.float32)
 
@@ -305,7 +277,7 @@ def test_a_closure_gives_its_loss() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_dict_takes_an_optimizer_back(name: Any) -> None:
+def test_state_dict_restores_an_optimizer(name: Any) -> None:
     config = MUON.replace(optimizer=name)
 
     def steps(model: GPT2, optimizer: torch.optim.Optimizer, seeds: range) -> None:
@@ -325,7 +297,7 @@ def test_state_dict_takes_an_optimizer_back(name: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "peaks"), [("adamw", [6e-3, 6e-3]), ("muon", [0.05, 6e-3])])
-def test_every_group_carries_its_peak(name: Any, peaks: list[float]) -> None:
+def test_every_group_has_its_peak(name: Any, peaks: list[float]) -> None:
     config = TrainConfig(optimizer=name, muon_learning_rate=0.05)
     groups = make_optimizer(gpt2(), config).param_groups
     assert [group["peak"] for group in groups] == peaks
@@ -335,62 +307,46 @@ def test_every_group_carries_its_peak(name: Any, peaks: list[float]) -> None:
 # --- the schedule
 
 
-@pytest.mark.parametrize(
-    ("progress", "warmup", "floor", "factor"),
-    [
-        (0.0, 0.2, 0.1, 0.0),
-        (0.05, 0.2, 0.1, 0.25),
-        (0.1, 0.2, 0.1, 0.5),
-        (0.2, 0.2, 0.1, 1.0),  # the peak
-        (0.4, 0.2, 0.1, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),  # a quarter of the way down
-        (0.6, 0.2, 0.1, 0.55),  # the middle
-        (0.8, 0.2, 0.1, 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2),
-        (1.0, 0.2, 0.1, 0.1),
-        (1.5, 0.2, 0.1, 0.1),  # beyond the end
-        (math.inf, 0.2, 0.1, 0.1),
-        (0.0, 0.0, 0.1, 1.0),  # no warm-up
-        (0.5, 0.0, 0.1, 0.55),
-        (0.6, 0.2, 0.0, 0.5),  # down to nothing
-        (1.0, 0.2, 0.0, 0.0),
-        (0.7, 0.2, 1.0, 1.0),  # constant
-        (0.5, 1.0, 0.1, 0.5),  # nothing but warm-up
-    ],
-)
-def test_schedule(progress: float, warmup: float, floor: float, factor: float) -> None:
-    config = TrainConfig(warmup_fraction=warmup, learning_rate_floor=floor)
-    assert schedule(progress, config) == pytest.approx(factor, rel=1e-12, abs=1e-15)
+HIGH, LOW = (1 + math.sqrt(0.5)) / 2, (1 - math.sqrt(0.5)) / 2  # a cosine's quarters
 
 
 @pytest.mark.parametrize(
-    ("progress", "form", "warmup", "fraction", "factor"),
+    ("progress", "form", "warmup", "fraction", "floor", "share"),
     [
-        (0.1, "linear", 0.2, 0.4, 0.5),
-        (0.2, "linear", 0.2, 0.4, 1.0),
-        (0.6, "linear", 0.2, 0.4, 1.0),  # constant until here
-        (0.7, "linear", 0.2, 0.4, 0.1 + 0.9 * 0.75),
-        (0.8, "linear", 0.2, 0.4, 0.55),
-        (1.0, "linear", 0.2, 0.4, 0.1),
-        (2.0, "linear", 0.2, 0.4, 0.1),
-        (0.6, "cosine", 0.2, 0.4, 1.0),
-        (0.7, "cosine", 0.2, 0.4, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),
-        (1.0, "cosine", 0.2, 0.4, 0.1),
-        (0.6, "linear", 0.2, 1.0, 0.55),  # what warm-up leaves
-        (0.6, "linear", 0.2, 0.9, 0.55),
-        (1.0, "linear", 0.2, 0.0, 1.0),  # never
-        (1.0, "cosine", 0.0, 0.0, 1.0),
-        (1.0, "linear", 1.0, 1.0, 1.0),  # warm-up leaves nothing
+        (0.0, "cosine", 0.2, 1.0, 0.1, 0.0),
+        (0.05, "cosine", 0.2, 1.0, 0.1, 0.25),
+        (0.2, "cosine", 0.2, 1.0, 0.1, 1.0),  # the peak
+        (0.4, "cosine", 0.2, 1.0, 0.1, 0.1 + 0.9 * HIGH),
+        (0.6, "cosine", 0.2, 1.0, 0.1, 0.55),
+        (0.8, "cosine", 0.2, 1.0, 0.1, 0.1 + 0.9 * LOW),
+        (1.0, "cosine", 0.2, 1.0, 0.1, 0.1),
+        (math.inf, "cosine", 0.2, 1.0, 0.1, 0.1),  # beyond the end
+        (0.0, "cosine", 0.0, 1.0, 0.1, 1.0),  # no warm-up
+        (0.5, "cosine", 0.0, 1.0, 0.1, 0.55),
+        (1.0, "cosine", 0.2, 1.0, 0.0, 0.0),  # down to zero
+        (0.7, "cosine", 0.2, 1.0, 1.0, 1.0),  # constant
+        (0.5, "cosine", 1.0, 1.0, 0.1, 0.5),  # warm-up only
+        (0.6, "cosine", 0.2, 0.4, 0.1, 1.0),  # constant until now
+        (0.7, "cosine", 0.2, 0.4, 0.1, 0.1 + 0.9 * HIGH),
+        (0.1, "linear", 0.2, 0.4, 0.1, 0.5),
+        (0.6, "linear", 0.2, 0.4, 0.1, 1.0),  # constant until now
+        (0.7, "linear", 0.2, 0.4, 0.1, 0.1 + 0.9 * 0.75),
+        (1.0, "linear", 0.2, 0.4, 0.1, 0.1),
+        (0.6, "linear", 0.2, 0.9, 0.1, 0.55),  # warm-up shortens the cool-down
+        (1.0, "linear", 0.2, 0.0, 0.1, 1.0),  # no cool-down
+        (1.0, "linear", 1.0, 1.0, 0.1, 1.0),  # warm-up leaves no cool-down
     ],
 )
-def test_cooldown(
-    progress: float, form: Any, warmup: float, fraction: float, factor: float
+def test_schedule(
+    progress: float, form: Any, warmup: float, fraction: float, floor: float, share: float
 ) -> None:
     config = TrainConfig(
         cooldown=form,
         warmup_fraction=warmup,
         cooldown_fraction=fraction,
-        learning_rate_floor=0.1,
+        learning_rate_floor=floor,
     )
-    assert schedule(progress, config) == pytest.approx(factor, rel=1e-12)
+    assert schedule(progress, config) == pytest.approx(share, rel=1e-12, abs=1e-15)
 
 
 def test_schedule_has_no_jump() -> None:

@@ -527,7 +527,7 @@ def test_without_a_compiler_the_plain_decoder_serves(
     monkeypatch.setattr(native_decoder, "load_kernels", native.load_kernels.__wrapped__)
     monkeypatch.setattr(sys, "platform", "linux")
     assert kind_of(some_model(), "auto") is PyTorchDecoder
-    with pytest.raises(UserError, match=r"no C\+\+ compiler here .*: give --kernels auto$") as e:
+    with pytest.raises(UserError, match=r"no C\+\+ compiler found .*: give --kernels auto$") as e:
         make_decoder(some_model(), 1, "on")
     assert "\n" not in str(e.value)
 

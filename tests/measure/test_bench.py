@@ -298,7 +298,7 @@ MISTAKES = [
     (["--n-head", "3"], "n_head is 3, which does not divide d_model 128"),
     (["--vocab-size", "7"], "vocab_size is 7, but the text has 65 distinct tokens"),
     (["--round", "1"], "did you mean --rounds?"),
-    (["--device", "cuda"], "device is 'cuda', which this PyTorch does not find"),
+    (["--device", "cuda"], "device is 'cuda', which PyTorch does not find here"),
 ]
 
 

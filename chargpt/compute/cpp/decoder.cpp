@@ -1,26 +1,25 @@
-// A whole GPT-2 in float, a few tokens at a time: each attends to the keys and values that its
-// sequence has left in the cache. What takes a hundred PyTorch calls is one call here.
+// A whole GPT-2 in float that reads a few tokens per call. Each token attends to the keys and values
+// that its sequence has in the cache. One call here replaces about a hundred PyTorch calls.
 //
-// A row is a token with its slot (whose cache) and its position. Rows of one slot come in order, so
-// the same call writes one character of thirty texts or reads a prompt. A row's logits are the same
-// to the bit whatever rows stand beside it and however many threads share the work.
+// A row is a token with its slot (its sequence's place in the cache) and its position. The rows of a
+// slot come in order, so one call can append a character to thirty texts or read a prompt. A row's
+// logits have the same bits for any other rows in the call and any number of threads.
 //
-// Plain C functions called through ctypes; chargpt/native_decoder.py says what each pointer is.
+// Python calls the exported C functions through ctypes: see chargpt/engine/native_decoder.py.
 
 #include "kernels.h"
 
 #include <cstdlib>
-#include <new>
 
 namespace {
 
-constexpr int AT_ONCE = 64;  // rows in hand: a weight is read once for all of them
+constexpr int MAX_ROWS = 64;  // rows per pass over the weights
 
-// Zeros that take no memory until they are written over: most texts end before their cache is full.
-struct Free {
+// Zeros that use no memory until they are overwritten: most texts end before their cache is full.
+struct FreeMemory {
   void operator()(float* p) const { std::free(p); }
 };
-typedef std::unique_ptr<float[], Free> Floats;
+typedef std::unique_ptr<float[], FreeMemory> Floats;
 Floats zeros(long n) {
   float* p = (float*)std::calloc(n, sizeof(float));
   if (!p) throw std::bad_alloc();
@@ -28,10 +27,10 @@ Floats zeros(long n) {
 }
 
 struct Norm {
-  std::vector<float> gain, bias;  // no gain: no norm
+  std::vector<float> gain, bias;  // an empty gain means no norm
 
   bool on() const { return !gain.empty(); }
-  // out = norm(x); the two may be the same.
+  // out = norm(x); out may be x.
   void apply(const float* x, float* out, int c, float eps) const {
     vec total = {}, squares = {};
     for (int j = 0; j < c; j += L) total += load<vec>(x + j);
@@ -54,7 +53,7 @@ struct Linear {
   std::vector<float> bias;
   int inputs, outputs;
 
-  // Call done(row, column, vector) for m rows of x Wᵀ + b; the threads share the columns.
+  // Compute m rows of x Wᵀ + b and call done(row, column, vector). The threads share the columns.
   template <class Done>
   void apply(int m, const float* x, long stride, Done done) const {
 #pragma omp for schedule(static)
@@ -62,7 +61,7 @@ struct Linear {
       const int n = std::min(PANEL, round_up(outputs - first, L));
       multiply<Float>(m, n, inputs, x, stride, 1, weight.data() + first * weight.depth,
                       weight.depth, [&](int i, int j, auto& sums) {
-                        each(i, first + j, sums, [&](int i, int j, vec v) {
+                        for_each(i, first + j, sums, [&](int i, int j, vec v) {
                           if (!bias.empty()) v += load<vec>(&bias[j]);
                           done(i, j, v);
                         });
@@ -71,23 +70,23 @@ struct Linear {
   }
 };
 
-// x + inside(f(before(x))), then after: each norm there or not (chargpt/model.py, Residual).
+// after(x + inside(f(before(x)))), where each norm is optional (see Residual in chargpt/model.py).
 struct Sublayer {
   Norm before, inside, after;
-  Linear first, second;  // queries, keys and values, then projection; or expansion, then projection
+  Linear first, second;  // qkv and projection, or expand and projection
 };
 
 struct Decoder {
   int n_layer, heads, c, f, vocab, block, slots, d, wide;
   float eps;
-  std::vector<float> tokens, places;
+  std::vector<float> token_embeddings, position_embeddings;
   std::vector<Sublayer> sublayers;  // attention, feed-forward, attention, …
   Norm final_norm;
   Linear head;
-  // By layer, slot and head: keys packed for the right side of a product over D, values over time.
+  // By layer, slot and head. Keys are packed as right factors over D, values over time.
   Floats keys, values;
-  std::vector<float> x, inner, update;             // AT_ONCE rows: of C, of C or F, of C
-  std::vector<std::vector<float>> normed, scores;  // each thread's own
+  std::vector<float> x, inner, update;  // MAX_ROWS rows of C, of max(C, F), and of C
+  std::vector<std::vector<float>> normed, scores;  // one per thread
 
   float* keys_of(int layer, int slot, int h) {
     return keys.get() + (((long)layer * slots + slot) * heads + h) * d * wide;
@@ -98,23 +97,23 @@ struct Decoder {
 
   const float* norm_rows(const Norm& norm, int m) {
     if (!norm.on()) return x.data();
-    float* out = normed[thread()].data();  // by every thread for itself: cheaper than to wait
+    float* out = normed[thread()].data();  // each thread norms all rows: cheaper than waiting
     for (int i = 0; i < m; i++) norm.apply(&x[(long)i * c], out + (long)i * c, c, eps);
     return out;
   }
 
-  // Let the second layer's output, m rows, join the residual stream.
+  // Add m rows of the second layer's output to the residual stream.
   void add(const Sublayer& sublayer, int m, const float* input, long stride) {
-    const bool later = sublayer.inside.on();
+    const bool has_inside = sublayer.inside.on();
     sublayer.second.apply(m, input, stride, [&](int i, int j, vec v) {
-      float* at = &(later ? update : x)[(long)i * c + j];
-      store(at, later ? v : load<vec>(at) + v);
+      float* at = &(has_inside ? update : x)[(long)i * c + j];
+      store(at, has_inside ? v : load<vec>(at) + v);
     });
-    if (!later && !sublayer.after.on()) return;
+    if (!has_inside && !sublayer.after.on()) return;
 #pragma omp for schedule(static)
     for (int i = 0; i < m; i++) {
       float *row = &x[(long)i * c], *u = &update[(long)i * c];
-      if (later) {
+      if (has_inside) {
         sublayer.inside.apply(u, u, c, eps);
         for (int j = 0; j < c; j += L) store(row + j, load<vec>(row + j) + load<vec>(u + j));
       }
@@ -145,13 +144,13 @@ struct Decoder {
         float *query = q + (long)i * c + h * d, *row = scores[thread()].data();
         multiply<Float>(1, round_up(seen, L), d, query, d, 1,
                         (const uint32_t*)keys_of(layer, slot, h), d, [&](int, int j, auto& sums) {
-                          each(0, j, sums, [&](int, int j, vec s) { store(row + j, s * scale); });
+                          for_each(0, j, sums, [&](int, int j, vec s) { store(row + j, s * scale); });
                         });
         const float norm = 1.f / exponentials(row, seen - 1, round_up(seen, L)).total;
-        // The query is not needed any more: its place takes the output.
+        // The output overwrites the query, which is no longer needed.
         multiply<Float>(1, d, seen, row, wide, 1, (const uint32_t*)values_of(layer, slot, h), block,
                         [&](int, int j, auto& sums) {
-                          each(0, j, sums, [&](int, int j, vec y) { store(query + j, y * norm); });
+                          for_each(0, j, sums, [&](int, int j, vec y) { store(query + j, y * norm); });
                         });
       }
     add(sublayer, m, q, c);
@@ -165,7 +164,8 @@ struct Decoder {
     add(sublayer, m, inner.data(), f);
   }
 
-  // At most AT_ONCE rows; logits (n_wanted × vocab) of the rows `wanted`.
+  // Read m ≤ MAX_ROWS rows and write the logits (n_wanted × vocab) of the rows `wanted`. It allocates
+  // nothing, so nothing can throw.
   void rows(int m, const int* ids, const int* row_slots, const int* positions, int n_wanted,
             const int* wanted, float* logits, int n_threads) {
 #pragma omp parallel num_threads(n_threads)
@@ -173,8 +173,8 @@ struct Decoder {
 #pragma omp for schedule(static)
       for (int i = 0; i < m; i++)
         for (int j = 0; j < c; j += L)
-          store(&x[(long)i * c + j], load<vec>(&tokens[(long)ids[i] * c + j]) +
-                                         load<vec>(&places[(long)positions[i] * c + j]));
+          store(&x[(long)i * c + j], load<vec>(&token_embeddings[(long)ids[i] * c + j]) +
+                                         load<vec>(&position_embeddings[(long)positions[i] * c + j]));
       for (int layer = 0; layer < n_layer; layer++) {
         attend(layer, m, row_slots, positions);
         feed_forward(layer, m);
@@ -191,7 +191,7 @@ struct Decoder {
   }
 };
 
-// Takes the next of the tensors that Python gives, in order.
+// Reads the tensors that Python passes, in order.
 struct Tensors {
   const float* const* next;
 
@@ -222,8 +222,8 @@ Decoder* make(const int* sizes, float eps, const float* const* tensors) {
   it.d = it.c / it.heads;
   it.wide = round_up(it.block, PANEL);
   Tensors take{tensors};
-  it.tokens = take.vector((long)it.vocab * it.c);
-  it.places = take.vector((long)it.block * it.c);
+  it.token_embeddings = take.vector((long)it.vocab * it.c);
+  it.position_embeddings = take.vector((long)it.block * it.c);
   for (int i = 0; i < 2 * it.n_layer; i++) {
     const int hidden = i % 2 ? it.f : it.c;
     Sublayer sublayer;
@@ -239,35 +239,33 @@ Decoder* make(const int* sizes, float eps, const float* const* tensors) {
   const long caches = (long)it.n_layer * it.slots * it.heads;
   it.keys = zeros(caches * it.d * it.wide);
   it.values = zeros(caches * round_up(it.d, PANEL) * it.block);
-  it.x.resize((long)AT_ONCE * it.c);
+  it.x.resize((long)MAX_ROWS * it.c);
   it.update.resize(it.x.size());
-  it.inner.resize((long)AT_ONCE * std::max(it.c, it.f));
-  it.normed.assign(threads(), std::vector<float>((long)AT_ONCE * it.c));
+  it.inner.resize((long)MAX_ROWS * std::max(it.c, it.f));
+  it.normed.assign(threads(), std::vector<float>((long)MAX_ROWS * it.c));
   it.scores.assign(threads(), std::vector<float>(it.wide));
   return decoder.release();
 }
 
 }  // namespace
 
-// None: there is not enough memory.
+// Return null if memory runs out.
 EXPORT void* decoder_new(const int* sizes, float eps, const float* const* tensors) {
-  try {
-    return make(sizes, eps, tensors);
-  } catch (const std::bad_alloc&) {
-    return nullptr;
-  }
+  Decoder* decoder = nullptr;
+  out_of_memory([&] { decoder = make(sizes, eps, tensors); });
+  return decoder;
 }
 
 EXPORT void decoder_free(void* decoder) { delete (Decoder*)decoder; }
 
-// Read n rows; `wanted` are the ascending numbers of those whose logits are asked for.
+// Read n rows. `wanted` holds the ascending indices of the rows whose logits to return.
 EXPORT void decoder_forward(void* decoder, int n, const int* ids, const int* slots,
                             const int* positions, int n_wanted, const int* wanted, float* logits,
                             int n_threads) {
   Decoder& it = *(Decoder*)decoder;
-  for (int first = 0; first < n; first += AT_ONCE) {
-    const int m = std::min(AT_ONCE, n - first);
-    int here[AT_ONCE], n_here = 0;
+  for (int first = 0; first < n; first += MAX_ROWS) {
+    const int m = std::min(MAX_ROWS, n - first);
+    int here[MAX_ROWS], n_here = 0;
     while (n_wanted && *wanted < first + m) here[n_here++] = *wanted++ - first, n_wanted--;
     it.rows(m, ids + first, slots + first, positions + first, n_here, here, logits,
             std::min(n_threads, (int)it.normed.size()));
@@ -275,7 +273,7 @@ EXPORT void decoder_forward(void* decoder, int n, const int* ids, const int* slo
   }
 }
 
-// Let one sequence go on from the first positions of another.
+// Copy the first `length` positions of slot `from` to slot `to`.
 EXPORT void decoder_copy(void* decoder, int from, int to, int length) {
   Decoder& it = *(Decoder*)decoder;
   for (int layer = 0; layer < it.n_layer; layer++)

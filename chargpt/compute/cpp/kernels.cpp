@@ -1,21 +1,23 @@
-// The layers of a GPT-2, forward and backward, each in one pass that stays in the cache: causal
-// attention, linear, feed-forward, LayerNorm, dropout with the residual sum; and Muon's update.
+// The layers of GPT-2, forward and backward: causal attention, linear, feed-forward, LayerNorm,
+// dropout with residual sum; and Muon's update. Each makes one pass over blocks that fit the cache.
 //
-// Plain C functions called through ctypes; chargpt/native.py says what each pointer is.
-// Shapes: B sequences, T time, H heads, D head size, C = H × D; n rows.
+// Python calls the exported C functions through ctypes; chargpt/compute/native.py names each pointer.
+// They return 0, or 1 if memory ran out. Shapes: B batch, T time, H heads, D head size, C = H × D;
+// n rows.
 
 #include "kernels.h"
 
 namespace {
 
-constexpr int LINE = 64;     // bytes in a line of the cache
-constexpr int TOKENS = 128;  // rows of a linear layer in hand
-constexpr int QUERIES = 32;  // rows of the attention matrix in hand: its slice stays in cache
+constexpr int CACHE_LINE = 64;   // bytes
+constexpr int TOKENS = 128;      // rows of a linear layer per block
+constexpr int QUERIES = 32;      // rows of the attention matrix per block, which fits the cache
 
-// --- random numbers: a hash of (key, index), so that forward and backward agree on what fell out
+// --- dropout: a hash of (key, index) decides, so forward and backward drop the same values
 
 struct Dropout {
-  uint32_t key, dropped;  // out of 2^31
+  uint32_t key;
+  uint32_t dropped;  // how many of 2^31 hashes drop a value
   float scale;
   bool on() const { return dropped > 0; }
 
@@ -24,7 +26,7 @@ struct Dropout {
         dropped((uint32_t)std::min(std::round(p * 2147483648.0), 2147483647.0)),
         scale(1.f / (1.f - (float)p)) {}
 
-  // Scale, or 0, for each of L indices from the first on.
+  // Return scale or 0 for each of L indices, starting with `first`.
   vec mask(uint32_t first) const {
     words x = (words)lanes() + first;  // lowbias32 (Wellons 2018)
     x = x * 0x9E3779B9u + key;
@@ -32,18 +34,18 @@ struct Dropout {
     x = (x ^ (x >> 15)) * 0x846CA68Bu;
     x = x ^ (x >> 16);
     const ints keep = (ints)(x >> 1) >= (int32_t)dropped;
-    return (vec)((ints)spread(scale) & keep);
+    return (vec)((ints)broadcast(scale) & keep);
   }
 };
 
 // --- attention
 
-// The place of one head of one sequence in (B, T, 3, H, D).
+// One head of one sequence in (B, T, 3, H, D).
 template <class T>
 struct Head {
   typedef typename T::Value Value;
   int t, d, wide;  // wide: t rounded up to whole panels
-  long row;        // values from a position to the next, in q, k and v
+  long row;        // distance between two positions, in values
   const Value *q, *k, *v;
 
   Head(const Value* qkv, long index, int t, int heads, int d)
@@ -53,27 +55,26 @@ struct Head {
     v = k + heads * d;
   }
 
-  // Fetch the next head's rows, if it is of this sequence: they are too far apart for the processor
-  // to foresee.
+  // Prefetch the next head of this sequence: the processor does not predict strides this large.
   void prefetch_next(long index, int heads) const {
     if (index % heads + 1 == heads) return;
     for (const Value* first : {q, k, v}) prefetch(first + d, row);
   }
   void prefetch(const Value* first, long stride) const {
     for (int i = 0; i < t; i++)
-      for (int j = 0; j < d; j += LINE / (int)sizeof(Value))
+      for (int j = 0; j < d; j += CACHE_LINE / (int)sizeof(Value))
         __builtin_prefetch(first + i * stride + j);
   }
 
-  // Keys that the positions before `last` see, in whole panels, and in words.
+  // Keys that the positions before `last` see, rounded up to whole panels; the same in words.
   int seen(int last) const { return std::min(wide, round_up(last, PANEL)); }
   int seen_words(int last) const { return std::min(seen(last), round_up(t, T::G)) / T::G; }
 
-  // out[i][j] = scale × q_i · k_j, i from `first`, for the keys that the last of m rows sees.
+  // out[i][j] = scale × q_(first + i) · k_j for m rows and every key that the last row sees.
   void scores(int first, int m, const Packed& keys, float scale, float* out) const {
     multiply<T>(m, seen(first + m), d / T::G, q + first * row, row / T::G, 1, keys.data(),
                 keys.depth, [&](int i, int j, auto& sums) {
-                  each(i, j, sums, [&](int i, int j, vec x) { store(out + i * wide + j, x * scale); });
+                  for_each(i, j, sums, [&](int i, int j, vec x) { store(out + i * wide + j, x * scale); });
                 });
   }
 };
@@ -83,12 +84,19 @@ void attention_forward(const typename T::Value* qkv, typename T::Value* out, flo
                        int t, int heads, int d, double p, uint64_t seed) {
   typedef typename T::Value Value;
   const float scale = 1.f / std::sqrt((float)d);
+  Allocations allocations;
 #pragma omp parallel
   {
     const int wide = round_up(t, PANEL);
-    Packed keys = Packed::of(T(), d, wide), values = Packed::of(T(), t, d);
-    std::vector<float> scores((long)QUERIES * wide);
-    std::vector<Value> weights((long)QUERIES * wide);
+    Packed keys, values;
+    std::vector<float> scores;
+    std::vector<Value> weights;
+    const bool ready = allocations.succeed([&] {
+      keys = Packed::of(T(), d, wide), values = Packed::of(T(), t, d);
+      scores.resize((long)QUERIES * wide);
+      weights.resize((long)QUERIES * wide);
+    });
+    if (ready)
 #pragma omp for schedule(dynamic, heads)
     for (long index = 0; index < (long)B * heads; index++) {
       const Head<T> head(qkv, index, t, heads, d);
@@ -114,16 +122,17 @@ void attention_forward(const typename T::Value* qkv, typename T::Value* out, flo
         }
         multiply<T>(m, d, head.seen_words(first + m), weights.data(), wide / T::G, 1, values.data(),
                     values.depth, [&](int i, int j, auto& sums) {
-                      each(i, j, sums, [&](int i, int j, vec x) {
+                      for_each(i, j, sums, [&](int i, int j, vec x) {
                         T::write(y + (long)(first + i) * heads * d + j, x * norms[i]);
                       });
                     });
       }
     }
   }
+  allocations.check();
 }
 
-// With P the weights, M the dropout mask, O = (P M) V and upstream dO:
+// With weights P, dropout mask M, output O = (P M) V and upstream gradient dO:
 //   dV = (P M)ᵀ dO,  dP = (dO Vᵀ) M,  dS = P (dP - rowsum(dO O)) scale,  dQ = dS K,  dK = dSᵀ Q
 template <class T>
 void attention_backward(const typename T::Value* qkv, const typename T::Value* out,
@@ -133,17 +142,24 @@ void attention_backward(const typename T::Value* qkv, const typename T::Value* o
   typedef typename T::Value Value;
   const float scale = 1.f / std::sqrt((float)d);
   const long c = (long)heads * d;
+  Allocations allocations;
 #pragma omp parallel
   {
     const int wide = round_up(t, PANEL);
-    Packed keys_t = Packed::of(T(), d, wide), values_t = Packed::of(T(), d, wide);
-    Packed keys = Packed::of(T(), t, d), queries = Packed::of(T(), t, d);
-    Packed d_outs = Packed::of(T(), t, d);
-    std::vector<float> scores((long)QUERIES * wide), d_weights(scores.size());
-    std::vector<Value> d_scores(scores.size());
-    // By key, for the left side of a product over queries: word (i / G, j).
-    std::vector<uint32_t> weights_by_key(scores.size() / T::G), d_scores_by_key(scores.size() / T::G);
-    std::vector<float> d_k((long)wide * d), d_v((long)wide * d);
+    Packed keys_t, values_t, keys, queries, d_outs;
+    std::vector<float> scores, d_weights, d_k, d_v;
+    std::vector<Value> d_scores;
+    // The left factors of products over queries: word (i / G, j) for key j.
+    std::vector<uint32_t> weights_by_key, d_scores_by_key;
+    const bool ready = allocations.succeed([&] {
+      keys_t = Packed::of(T(), d, wide), values_t = Packed::of(T(), d, wide);
+      keys = Packed::of(T(), t, d), queries = Packed::of(T(), t, d), d_outs = Packed::of(T(), t, d);
+      const long size = (long)QUERIES * wide;
+      scores.resize(size), d_weights.resize(size), d_scores.resize(size);
+      weights_by_key.resize(size / T::G), d_scores_by_key.resize(size / T::G);
+      d_k.resize((long)wide * d), d_v.resize((long)wide * d);
+    });
+    if (ready)
 #pragma omp for schedule(dynamic, heads)
     for (long index = 0; index < (long)B * heads; index++) {
       const Head<T> head(qkv, index, t, heads, d);
@@ -165,7 +181,7 @@ void attention_backward(const typename T::Value* qkv, const typename T::Value* o
         head.scores(first, m, keys_t, scale, scores.data());
         multiply<T>(m, seen, d / T::G, dy + first * c, c / T::G, 1, values_t.data(), values_t.depth,
                     [&](int i, int j, auto& sums) {
-                      each(i, j, sums, [&](int i, int j, vec x) {
+                      for_each(i, j, sums, [&](int i, int j, vec x) {
                         store(d_weights.data() + i * wide + j, x);
                       });
                     });
@@ -202,14 +218,14 @@ void attention_backward(const typename T::Value* qkv, const typename T::Value* o
         }
         multiply<T>(m, d, head.seen_words(first + m), d_scores.data(), wide / T::G, 1, keys.data(),
                     keys.depth, [&](int i, int j, auto& sums) {
-                      each(i, j, sums, [&](int i, int j, vec x) {
+                      for_each(i, j, sums, [&](int i, int j, vec x) {
                         T::write(d_q + (first + i) * head.row + j, x);
                       });
                     });
         auto add_by_key = [&](const std::vector<uint32_t>& left, Packed& right, float* out) {
           multiply<T>(std::min(seen, t), d, (m + T::G - 1) / T::G, left.data(), 1, wide,
                       right.at(first / T::G, 0), right.depth, [&](int i, int j, auto& sums) {
-                        each(i, j, sums, [&](int i, int j, vec x) {
+                        for_each(i, j, sums, [&](int i, int j, vec x) {
                           float* at = out + (long)i * d + j;
                           store(at, load<vec>(at) + x);
                         });
@@ -225,11 +241,12 @@ void attention_backward(const typename T::Value* qkv, const typename T::Value* o
         }
     }
   }
+  allocations.check();
 }
 
 // --- linear layers: out = x Wᵀ + b, with W (outputs × inputs) and b float
 
-// The gradients of a weight and a bias, summed by one thread over the tokens it has in hand.
+// The gradients of a weight and a bias, summed by one thread over its tokens.
 struct Gradient {
   int outputs, inputs;
   std::vector<float> weight, bias;
@@ -237,14 +254,14 @@ struct Gradient {
   Gradient(int outputs, int inputs)
       : outputs(outputs), inputs(inputs), weight((long)outputs * inputs), bias(outputs) {}
 
-  // weight += upᵀ x, both packed over the same m tokens.
+  // weight += upᵀ x; both are packed over the same m tokens.
   template <class T>
   void add(int m, const Packed& up, const Packed& x) {
     const int k = (m + T::G - 1) / T::G;
     for (int o = 0; o < outputs; o += PANEL)
       multiply<T>(std::min(PANEL, outputs - o), inputs, k, up.data() + o * up.depth, 1, PANEL,
                   x.data(), x.depth, [&](int i, int j, auto& sums) {
-                    each(i, j, sums, [&](int i, int j, vec v) {
+                    for_each(i, j, sums, [&](int i, int j, vec v) {
                       float* at = weight.data() + (long)(o + i) * inputs + j;
                       store(at, load<vec>(at) + v);
                     });
@@ -261,7 +278,7 @@ struct Gradient {
   }
 };
 
-// The gradients of all threads, added up in the threads' order: the same sums every time.
+// The gradients of all threads, summed in the order of the threads, so the sums are reproducible.
 struct Gradients {
   std::vector<std::unique_ptr<Gradient>> parts;
 
@@ -295,7 +312,7 @@ void linear_forward(const typename T::Value* x, const float* w, const float* b,
     const int m = (int)std::min((long)TOKENS, n - first);
     multiply<T>(m, outputs, inputs / T::G, x + first * inputs, inputs / T::G, 1, weight.data(),
                 weight.depth, [&](int i, int j, auto& sums) {
-                  each(i, j, sums, [&](int i, int j, vec v) {
+                  for_each(i, j, sums, [&](int i, int j, vec v) {
                     if (b) v += load<vec>(b + j);
                     T::write(out + (first + i) * outputs + j, v);
                   });
@@ -309,46 +326,56 @@ void linear_backward(const typename T::Value* x, const float* w, const typename 
                      int outputs) {
   const Packed weight = pack_weight<T>(w, outputs, inputs, false);
   Gradients gradients;
+  Allocations allocations;
 #pragma omp parallel
   {
-    Gradient& gradient = gradients.mine(outputs, inputs);
-    Packed xs = Packed::of(T(), TOKENS, inputs), ups = Packed::of(T(), TOKENS, outputs);
+    Gradient* gradient = nullptr;
+    Packed xs, ups;
+    const bool ready = allocations.succeed([&] {
+      gradient = &gradients.mine(outputs, inputs);
+      xs = Packed::of(T(), TOKENS, inputs), ups = Packed::of(T(), TOKENS, outputs);
+    });
+    if (ready)
 #pragma omp for
     for (long first = 0; first < n; first += TOKENS) {
       const int m = (int)std::min((long)TOKENS, n - first);
       const typename T::Value *here = x + first * inputs, *up = d_out + first * outputs;
       pack<T>(here, inputs, m, inputs, xs);
       pack<T>(up, outputs, m, outputs, ups);
-      gradient.add<T>(m, ups, xs);
-      if (d_b) gradient.add_bias<T>(m, up);
+      gradient->add<T>(m, ups, xs);
+      if (d_b) gradient->add_bias<T>(m, up);
       multiply<T>(m, inputs, outputs / T::G, up, outputs / T::G, 1, weight.data(), weight.depth,
                   [&](int i, int j, auto& sums) {
-                    each(i, j, sums, [&](int i, int j, vec v) {
+                    for_each(i, j, sums, [&](int i, int j, vec v) {
                       T::write(d_x + (first + i) * inputs + j, v);
                     });
                   });
     }
   }
+  allocations.check();
   gradients.add_up(d_w, d_b, outputs, inputs);
 }
 
 // --- feed-forward: out = GELU(x W1ᵀ + b1) W2ᵀ + b2, hidden size f
 
-// `before` (n × f) keeps what GELU is taken of, for the backward pass.
+// `before` (n × f) keeps the input of GELU for the backward pass.
 template <class T>
 void feed_forward_forward(const typename T::Value* x, const float* w1, const float* b1,
                           const float* w2, const float* b2, typename T::Value* before,
                           typename T::Value* out, long n, int c, int f) {
   const Packed expand = pack_weight<T>(w1, f, c, true), project = pack_weight<T>(w2, c, f, true);
+  Allocations allocations;
 #pragma omp parallel
   {
-    std::vector<typename T::Value> hidden((long)TOKENS * f);
+    std::vector<typename T::Value> hidden;
+    const bool ready = allocations.succeed([&] { hidden.resize((long)TOKENS * f); });
+    if (ready)
 #pragma omp for
     for (long first = 0; first < n; first += TOKENS) {
       const int m = (int)std::min((long)TOKENS, n - first);
       multiply<T>(m, f, c / T::G, x + first * c, c / T::G, 1, expand.data(), expand.depth,
                   [&](int i, int j, auto& sums) {
-                    each(i, j, sums, [&](int i, int j, vec v) {
+                    for_each(i, j, sums, [&](int i, int j, vec v) {
                       if (b1) v += load<vec>(b1 + j);
                       T::write(before + (first + i) * f + j, v);
                       T::write(hidden.data() + (long)i * f + j, v * sigmoid_2u<T>(v));
@@ -356,13 +383,14 @@ void feed_forward_forward(const typename T::Value* x, const float* w1, const flo
                   });
       multiply<T>(m, c, f / T::G, hidden.data(), f / T::G, 1, project.data(), project.depth,
                   [&](int i, int j, auto& sums) {
-                    each(i, j, sums, [&](int i, int j, vec v) {
+                    for_each(i, j, sums, [&](int i, int j, vec v) {
                       if (b2) v += load<vec>(b2 + j);
                       T::write(out + (first + i) * c + j, v);
                     });
                   });
     }
   }
+  allocations.check();
 }
 
 template <class T>
@@ -372,12 +400,19 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
                            float* d_b2, long n, int c, int f) {
   const Packed expand = pack_weight<T>(w1, f, c, false), project = pack_weight<T>(w2, c, f, false);
   Gradients firsts, seconds;
+  Allocations allocations;
 #pragma omp parallel
   {
-    Gradient &first_layer = firsts.mine(f, c), &second_layer = seconds.mine(c, f);
-    Packed xs = Packed::of(T(), TOKENS, c), ups = Packed::of(T(), TOKENS, c);
-    Packed hiddens = Packed::of(T(), TOKENS, f), d_hiddens = Packed::of(T(), TOKENS, f);
-    std::vector<typename T::Value> d_hidden((long)TOKENS * f);
+    Gradient *first_layer = nullptr, *second_layer = nullptr;
+    Packed xs, ups, hiddens, d_hiddens;
+    std::vector<typename T::Value> d_hidden;
+    const bool ready = allocations.succeed([&] {
+      first_layer = &firsts.mine(f, c), second_layer = &seconds.mine(c, f);
+      xs = Packed::of(T(), TOKENS, c), ups = Packed::of(T(), TOKENS, c);
+      hiddens = Packed::of(T(), TOKENS, f), d_hiddens = Packed::of(T(), TOKENS, f);
+      d_hidden.resize((long)TOKENS * f);
+    });
+    if (ready)
 #pragma omp for
     for (long first = 0; first < n; first += TOKENS) {
       const int m = (int)std::min((long)TOKENS, n - first);
@@ -386,7 +421,7 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
       pack<T>(up, c, m, c, ups);
       multiply<T>(m, f, c / T::G, up, c / T::G, 1, project.data(), project.depth,
                   [&](int i, int j, auto& sums) {
-                    each_group<T>(i, j, sums, [&](int i, int j, vec* group, int count) {
+                    for_each_group<T>(i, j, sums, [&](int i, int j, vec* group, int count) {
                       vec hidden[2] = {};
                       for (int r = 0; r < count; r++) {
                         const vec v = T::read(before + (first + i + r) * f + j), s = sigmoid_2u<T>(v);
@@ -398,24 +433,25 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
                       store(d_hiddens.at(i / T::G, j), T::pack(group));
                     });
                   });
-      second_layer.add<T>(m, ups, hiddens);
-      first_layer.add<T>(m, d_hiddens, xs);
-      if (d_b1) first_layer.add_bias<T>(m, d_hidden.data());
-      if (d_b2) second_layer.add_bias<T>(m, up);
+      second_layer->add<T>(m, ups, hiddens);
+      first_layer->add<T>(m, d_hiddens, xs);
+      if (d_b1) first_layer->add_bias<T>(m, d_hidden.data());
+      if (d_b2) second_layer->add_bias<T>(m, up);
       multiply<T>(m, c, f / T::G, d_hidden.data(), f / T::G, 1, expand.data(), expand.depth,
                   [&](int i, int j, auto& sums) {
-                    each(i, j, sums,
+                    for_each(i, j, sums,
                          [&](int i, int j, vec v) { T::write(d_x + (first + i) * c + j, v); });
                   });
     }
   }
+  allocations.check();
   firsts.add_up(d_w1, d_b1, f, c);
   seconds.add_up(d_w2, d_b2, c, f);
 }
 
 // --- Muon
 
-// The iteration x -> a x + b (x xᵀ) x + c (x xᵀ)² x, in place.
+// Replaces x by a x + b (x xᵀ) x + c (x xᵀ)² x.
 template <class T>
 struct Orthogonalizer {
   typedef typename T::Value Value;
@@ -436,14 +472,14 @@ struct Orthogonalizer {
     pack_transposed<T>(x, columns, columns, rows, transposed);
     multiply<T>(rows, rows, columns / T::G, x, columns / T::G, 1, transposed.data(),
                 transposed.depth, [&](int i, int j, auto& sums) {
-                  each(i, j, sums, [&](int i, int j, vec v) {
+                  for_each(i, j, sums, [&](int i, int j, vec v) {
                     T::write(products.data() + (long)i * rows + j, v);
                   });
                 });
     pack<T>(products.data(), rows, rows, rows, gram);
     multiply<T>(rows, rows, rows / T::G, products.data(), rows / T::G, 1, gram.data(), gram.depth,
                 [&](int i, int j, auto& sums) {
-                  each(i, j, sums, [&](int i, int j, vec v) {
+                  for_each(i, j, sums, [&](int i, int j, vec v) {
                     const long at = (long)i * rows + j;
                     T::write(polynomial.data() + at, T::read(products.data() + at) * b + v * c);
                   });
@@ -451,7 +487,7 @@ struct Orthogonalizer {
     pack<T>(x, columns, rows, columns, right);
     multiply<T>(rows, columns, rows / T::G, polynomial.data(), rows / T::G, 1, right.data(),
                 right.depth, [&](int i, int j, auto& sums) {
-                  each(i, j, sums, [&](int i, int j, vec v) {
+                  for_each(i, j, sums, [&](int i, int j, vec v) {
                     Value* at = x + (long)i * columns + j;
                     T::write(at, T::read(at) * a + v);
                   });
@@ -465,45 +501,55 @@ void transpose(const float* x, int rows, int columns, float* out) {
       for (int r = i; r < i + L; r++) out[(long)j * rows + r] = x[(long)r * columns + j];
 }
 
-// One update of n matrices, each a momentum, an orthogonalisation of its sum with the gradient, a
-// decay and a step. `shapes` holds rows and columns of each, `scales` the length of each step.
+// Update one matrix: momentum, orthogonalisation, decay and step, in place. All memory is allocated
+// before the first change.
+template <class T>
+void muon_matrix(float* weights, const float* gradient, float* momenta, int rows, int columns,
+                 float scale, float momentum, float decay, const float* steps, int n_steps) {
+  const int low = std::min(rows, columns), high = std::max(rows, columns);
+  const bool tall = rows > columns;
+  const long size = (long)rows * columns;
+  std::vector<float> update(size), turned(tall ? size : 0);
+  std::vector<typename T::Value> x(size);
+  Orthogonalizer<T> orthogonalizer(low, high);
+  vec squares = {};
+  for (long i = 0; i < size; i += L) {
+    float* memory = momenta + i;
+    const vec g = load<vec>(gradient + i), old = load<vec>(memory);
+    const vec now = old + (g - old) * (1 - momentum), ahead = g + (now - g) * momentum;
+    store(memory, now);
+    store(&update[i], ahead);
+    squares += ahead * ahead;
+  }
+  const float inverse_norm = 1.f / std::max(std::sqrt(sum(squares)), 1e-7f);
+  if (tall) transpose(update.data(), rows, columns, turned.data());
+  const float* wide = tall ? turned.data() : update.data();
+  for (long i = 0; i < size; i += L) T::write(&x[i], load<vec>(wide + i) * inverse_norm);
+  for (const float* step = steps; step < steps + 3 * n_steps; step += 3)
+    orthogonalizer.step(x.data(), step[0], step[1], step[2]);
+  for (long i = 0; i < size; i += L) store(&update[i], T::read(&x[i]));
+  if (tall) transpose(update.data(), columns, rows, turned.data());
+  const float* direction = tall ? turned.data() : update.data();
+  for (long i = 0; i < size; i += L) {
+    float* at = weights + i;
+    store(at, load<vec>(at) * decay - load<vec>(direction + i) * scale);
+  }
+}
+
+// Update n matrices. `shapes` holds the rows and columns of each, `scales` the length of each step.
 template <class T>
 void muon(float* const* weights, const float* const* gradients, float* const* momenta,
           const int* shapes, const float* scales, int n, float momentum, float decay,
           const float* steps, int n_steps) {
+  Allocations allocations;
 #pragma omp parallel for schedule(dynamic)
-  for (int index = 0; index < n; index++) {
-    const int rows = shapes[2 * index], columns = shapes[2 * index + 1];
-    const int low = std::min(rows, columns), high = std::max(rows, columns);
-    const bool tall = rows > columns;
-    const long size = (long)rows * columns;
-    const float* gradient = gradients[index];
-    std::vector<float> update(size), turned(tall ? size : 0);
-    std::vector<typename T::Value> x(size);
-    vec squares = {};
-    for (long i = 0; i < size; i += L) {
-      float* memory = momenta[index] + i;
-      const vec g = load<vec>(gradient + i), old = load<vec>(memory);
-      const vec now = old + (g - old) * (1 - momentum), ahead = g + (now - g) * momentum;
-      store(memory, now);
-      store(&update[i], ahead);
-      squares += ahead * ahead;
-    }
-    const float inverse_norm = 1.f / std::max(std::sqrt(sum(squares)), 1e-7f);
-    if (tall) transpose(update.data(), rows, columns, turned.data());
-    const float* wide = tall ? turned.data() : update.data();
-    for (long i = 0; i < size; i += L) T::write(&x[i], load<vec>(wide + i) * inverse_norm);
-    Orthogonalizer<T> orthogonalizer(low, high);
-    for (const float* step = steps; step < steps + 3 * n_steps; step += 3)
-      orthogonalizer.step(x.data(), step[0], step[1], step[2]);
-    for (long i = 0; i < size; i += L) store(&update[i], T::read(&x[i]));
-    if (tall) transpose(update.data(), columns, rows, turned.data());
-    const float* direction = tall ? turned.data() : update.data();
-    for (long i = 0; i < size; i += L) {
-      float* at = weights[index] + i;
-      store(at, load<vec>(at) * decay - load<vec>(direction + i) * scales[index]);
-    }
-  }
+  for (int i = 0; i < n; i++)
+    if (out_of_memory([&] {
+          muon_matrix<T>(weights[i], gradients[i], momenta[i], shapes[2 * i], shapes[2 * i + 1],
+                         scales[i], momentum, decay, steps, n_steps);
+        }))
+      allocations.failed = true;
+  allocations.check();
 }
 
 // --- LayerNorm: float in, T out
@@ -539,10 +585,15 @@ void layer_norm_backward(const float* x, const float* gain, const float* means,
                          const float* inverse_stds, const typename T::Value* d_out, float* d_x,
                          float* d_gain, float* d_bias, long n, int c) {
   Gradients gradients;
+  Allocations allocations;
 #pragma omp parallel
   {
-    Gradient& gradient = gradients.mine(c, 1);  // a gain is a weight of one input
-    std::vector<float>&gains = gradient.weight, &biases = gradient.bias;
+    float *gains = nullptr, *biases = nullptr;
+    const bool ready = allocations.succeed([&] {
+      Gradient& gradient = gradients.mine(c, 1);  // a gain is a weight with one input
+      gains = gradient.weight.data(), biases = gradient.bias.data();
+    });
+    if (ready)
 #pragma omp for
     for (long i = 0; i < n; i++) {
       const float *row = x + i * c, mean = means[i], inverse_std = inverse_stds[i];
@@ -564,6 +615,7 @@ void layer_norm_backward(const float* x, const float* gain, const float* means,
       }
     }
   }
+  allocations.check();
   gradients.add_up(d_gain, d_bias, c, 1);
 }
 
@@ -595,64 +647,62 @@ void residual_backward(const float* d_out, typename T::Value* d_update, long n, 
 
 }  // namespace
 
-// --- what ctypes sees: every function twice, `_bf16` only where the processor has it
+// --- the exported functions, once per value type; `_bf16` only where the processor supports it
 
 EXPORT int chargpt_lanes() { return L; }
 
+#define CHECKED(...) return out_of_memory([&] { __VA_ARGS__; });
 #define FUNCTIONS(T, suffix)                                                                       \
-  EXPORT void attention_forward_##suffix(const T::Value* qkv, T::Value* out, float* log_sums,     \
-                                         int B, int t, int heads, int d, double p,                \
-                                         uint64_t seed) {                                         \
-    attention_forward<T>(qkv, out, log_sums, B, t, heads, d, p, seed);                             \
+  EXPORT int attention_forward_##suffix(const T::Value* qkv, T::Value* out, float* log_sums,       \
+      int B, int t, int heads, int d, double p, uint64_t seed) {                                   \
+    CHECKED(attention_forward<T>(qkv, out, log_sums, B, t, heads, d, p, seed))                     \
   }                                                                                                \
-  EXPORT void attention_backward_##suffix(                                                         \
-      const T::Value* qkv, const T::Value* out, const float* log_sums, const T::Value* d_out,      \
-      T::Value* d_qkv, int B, int t, int heads, int d, double p, uint64_t seed) {                  \
-    attention_backward<T>(qkv, out, log_sums, d_out, d_qkv, B, t, heads, d, p, seed);              \
+  EXPORT int attention_backward_##suffix(const T::Value* qkv, const T::Value* out,                 \
+      const float* log_sums, const T::Value* d_out, T::Value* d_qkv, int B, int t, int heads,      \
+      int d, double p, uint64_t seed) {                                                            \
+    CHECKED(attention_backward<T>(qkv, out, log_sums, d_out, d_qkv, B, t, heads, d, p, seed))      \
   }                                                                                                \
-  EXPORT void layer_norm_forward_##suffix(const float* x, const float* gain, const float* bias,   \
-                                          T::Value* out, float* means, float* inverse_stds,        \
-                                          long n, int c, float eps) {                              \
-    layer_norm_forward<T>(x, gain, bias, out, means, inverse_stds, n, c, eps);                     \
+  EXPORT int layer_norm_forward_##suffix(const float* x, const float* gain, const float* bias,     \
+      T::Value* out, float* means, float* inverse_stds, long n, int c, float eps) {                \
+    CHECKED(layer_norm_forward<T>(x, gain, bias, out, means, inverse_stds, n, c, eps))             \
   }                                                                                                \
-  EXPORT void layer_norm_backward_##suffix(const float* x, const float* gain, const float* means, \
-                                           const float* inverse_stds, const T::Value* d_out,       \
-                                           float* d_x, float* d_gain, float* d_bias, long n,       \
-                                           int c) {                                                \
-    layer_norm_backward<T>(x, gain, means, inverse_stds, d_out, d_x, d_gain, d_bias, n, c);        \
+  EXPORT int layer_norm_backward_##suffix(const float* x, const float* gain, const float* means,   \
+      const float* inverse_stds, const T::Value* d_out, float* d_x, float* d_gain, float* d_bias,  \
+      long n, int c) {                                                                             \
+    CHECKED(layer_norm_backward<T>(x, gain, means, inverse_stds, d_out, d_x, d_gain, d_bias, n,    \
+      c))                                                                                          \
   }                                                                                                \
-  EXPORT void linear_forward_##suffix(const T::Value* x, const float* w, const float* b,          \
-                                      T::Value* out, long n, int inputs, int outputs) {            \
-    linear_forward<T>(x, w, b, out, n, inputs, outputs);                                           \
+  EXPORT int linear_forward_##suffix(const T::Value* x, const float* w, const float* b,            \
+      T::Value* out, long n, int inputs, int outputs) {                                            \
+    CHECKED(linear_forward<T>(x, w, b, out, n, inputs, outputs))                                   \
   }                                                                                                \
-  EXPORT void linear_backward_##suffix(const T::Value* x, const float* w, const T::Value* d_out,  \
-                                       T::Value* d_x, float* d_w, float* d_b, long n, int inputs,  \
-                                       int outputs) {                                              \
-    linear_backward<T>(x, w, d_out, d_x, d_w, d_b, n, inputs, outputs);                            \
+  EXPORT int linear_backward_##suffix(const T::Value* x, const float* w, const T::Value* d_out,    \
+      T::Value* d_x, float* d_w, float* d_b, long n, int inputs, int outputs) {                    \
+    CHECKED(linear_backward<T>(x, w, d_out, d_x, d_w, d_b, n, inputs, outputs))                    \
   }                                                                                                \
-  EXPORT void feed_forward_forward_##suffix(const T::Value* x, const float* w1, const float* b1,  \
-                                            const float* w2, const float* b2, T::Value* before,    \
-                                            T::Value* out, long n, int c, int f) {                 \
-    feed_forward_forward<T>(x, w1, b1, w2, b2, before, out, n, c, f);                              \
+  EXPORT int feed_forward_forward_##suffix(const T::Value* x, const float* w1, const float* b1,    \
+      const float* w2, const float* b2, T::Value* before, T::Value* out, long n, int c, int f) {   \
+    CHECKED(feed_forward_forward<T>(x, w1, b1, w2, b2, before, out, n, c, f))                      \
   }                                                                                                \
-  EXPORT void feed_forward_backward_##suffix(                                                      \
-      const T::Value* x, const float* w1, const float* w2, const T::Value* before,                 \
-      const T::Value* d_out, T::Value* d_x, float* d_w1, float* d_b1, float* d_w2, float* d_b2,    \
-      long n, int c, int f) {                                                                      \
-    feed_forward_backward<T>(x, w1, w2, before, d_out, d_x, d_w1, d_b1, d_w2, d_b2, n, c, f);      \
+  EXPORT int feed_forward_backward_##suffix(const T::Value* x, const float* w1, const float* w2,   \
+      const T::Value* before, const T::Value* d_out, T::Value* d_x, float* d_w1, float* d_b1,      \
+      float* d_w2, float* d_b2, long n, int c, int f) {                                            \
+    CHECKED(feed_forward_backward<T>(x, w1, w2, before, d_out, d_x, d_w1, d_b1, d_w2, d_b2, n, c,  \
+      f))                                                                                          \
   }                                                                                                \
-  EXPORT void muon_##suffix(float* const* weights, const float* const* gradients,                 \
-                            float* const* momenta, const int* shapes, const float* scales, int n,  \
-                            float momentum, float decay, const float* steps, int n_steps) {        \
-    muon<T>(weights, gradients, momenta, shapes, scales, n, momentum, decay, steps, n_steps);      \
+  EXPORT int muon_##suffix(float* const* weights, const float* const* gradients,                   \
+      float* const* momenta, const int* shapes, const float* scales, int n, float momentum,        \
+      float decay, const float* steps, int n_steps) {                                              \
+    CHECKED(muon<T>(weights, gradients, momenta, shapes, scales, n, momentum, decay, steps,        \
+      n_steps))                                                                                    \
   }                                                                                                \
-  EXPORT void residual_forward_##suffix(const float* x, const T::Value* update, float* out,       \
-                                        long n, double p, uint64_t seed) {                         \
-    residual_forward<T>(x, update, out, n, p, seed);                                               \
+  EXPORT int residual_forward_##suffix(const float* x, const T::Value* update, float* out,         \
+      long n, double p, uint64_t seed) {                                                           \
+    CHECKED(residual_forward<T>(x, update, out, n, p, seed))                                       \
   }                                                                                                \
-  EXPORT void residual_backward_##suffix(const float* d_out, T::Value* d_update, long n, double p, \
-                                         uint64_t seed) {                                          \
-    residual_backward<T>(d_out, d_update, n, p, seed);                                             \
+  EXPORT int residual_backward_##suffix(const float* d_out, T::Value* d_update, long n, double p,  \
+      uint64_t seed) {                                                                             \
+    CHECKED(residual_backward<T>(d_out, d_update, n, p, seed))                                     \
   }
 
 FUNCTIONS(Float, fp32)

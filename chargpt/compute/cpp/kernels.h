@@ -1,26 +1,27 @@
-// What the kernels are made of: vectors, the two types of value, products of matrices.
+// Building blocks of the kernels: vectors, the two value types, matrix products.
 //
-// Values are float, or bfloat16 where the processor multiplies pairs of it (AVX512-BF16). Sums,
-// softmax, statistics and weights are float always. Everything is written once, over two types:
+// Values are float, or bfloat16 where the processor multiplies pairs of bfloat16 (AVX512-BF16).
+// Sums, softmax, statistics and weights are always float. The code is written once, over two types:
 //
-//   vector   L floats, the width of a register. GCC's and Clang's vector extension, so the same
-//            text serves AVX-512, AVX2 and NEON.
-//   word     the 32 bits that a multiply-add takes from each operand: one float, or a pair of
-//            bfloat16 that are neighbours along the axis summed over. G values are a word.
+//   vector   L floats, one register. It uses the vector extension of GCC and Clang, so the same
+//            source serves AVX-512, AVX2 and NEON.
+//   word     the 32 bits that a multiply-add takes from each operand: one float, or two bfloat16
+//            that are neighbours along the summed axis. A word holds G values.
 //
-// A matrix product C[i, j] = sum over k of A[i, k] B[k, j] takes single words of A, at any two
-// strides, and vectors of words of B, which is packed: word (k, j) holds the G values
-// B[kG, j] … B[kG + G - 1, j], and PANEL columns lie together, so that a tile reads one stretch.
-// An element's sum goes through k in order, whatever stands beside it: a row's result is the same
-// to the bit alone and among others.
+// A matrix product C[i, j] = sum over k of A[i, k] B[k, j] reads single words of A, with any two
+// strides, and vectors of words of B. B is packed: word (k, j) holds the G values
+// B[kG, j] … B[kG + G - 1, j], and PANEL columns are stored together, so a tile reads contiguous
+// memory. Each sum runs through k in order, so a row's result has the same bits alone and in a batch.
 
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -42,9 +43,9 @@ constexpr int L = 8, ROWS = 4;  // 16 registers: fewer accumulators
 #else
 constexpr int L = 4, ROWS = 8;
 #endif
-constexpr int COLUMNS = 2;       // vectors in a tile's row
+constexpr int COLUMNS = 2;  // vectors in a row of a tile
 constexpr int PANEL = COLUMNS * L;
-constexpr float NOTHING = -1e30f;  // a masked score; finite, so that no arithmetic makes a NaN of it
+constexpr float MASKED = -1e30f;  // a masked score; finite, so that arithmetic cannot make it NaN
 
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ints __attribute__((vector_size(4 * L)));
@@ -61,9 +62,9 @@ template <class V>
 void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
-vec spread(float x) { return vec{} + x; }
-vec larger(vec a, vec b) { return a > b ? a : b; }
-vec smaller(vec a, vec b) { return a < b ? a : b; }
+vec broadcast(float x) { return vec{} + x; }
+vec max_of(vec a, vec b) { return a > b ? a : b; }
+vec min_of(vec a, vec b) { return a < b ? a : b; }
 ints lanes() {
   ints v;
   for (int i = 0; i < L; i++) v[i] = i;
@@ -88,13 +89,44 @@ int threads() { return 1; }
 #endif
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// 2^(x log2 e): the whole part goes into the exponent, a minimax polynomial takes the rest. Relative
-// error 1.6e-7, and what rounding x log2 e makes of it; it saturates beyond |x| = 87.
+// --- out of memory
+
+// Run `work` and return 0, or 1 if memory ran out: no exception may reach Python or leave a parallel
+// region. Nothing but an allocation throws.
+template <class Work>
+int out_of_memory(Work work) {
+  try {
+    work();
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+// The allocations that the threads of a parallel region make for themselves.
+struct Allocations {
+  std::atomic<bool> failed{false};
+
+  // Allocate, wait for the other threads, and return whether all threads succeeded.
+  template <class Work>
+  bool succeed(Work allocate) {
+    if (out_of_memory(allocate)) failed = true;
+#pragma omp barrier
+    return !failed;
+  }
+  // Throw after the region if an allocation failed in it.
+  void check() const {
+    if (failed) throw std::bad_alloc();
+  }
+};
+
+// e^x as 2^(x log2 e): the integer part becomes the exponent, a minimax polynomial computes the rest.
+// The relative error is 1.6e-7 plus the rounding of x log2 e. The result saturates beyond |x| = 87.
 vec exponential(vec x) {
-  x = larger(spread(-87.f), smaller(spread(87.f), x)) * 1.44269504f;  // in this order NaN stays
-  const vec magic = spread(12582912.f);  // 1.5 × 2^23: adding it rounds to a whole number
+  x = max_of(broadcast(-87.f), min_of(broadcast(87.f), x)) * 1.44269504f;  // this order keeps NaN
+  const vec magic = broadcast(12582912.f);  // 1.5 × 2^23: adding it rounds to an integer
   const vec shifted = x + magic, whole = shifted - magic, rest = x - whole;
-  vec y = spread(1.32647285e-3f);
+  vec y = broadcast(1.32647285e-3f);
   y = y * rest + 9.67151299e-3f;
   y = y * rest + 5.55073358e-2f;
   y = y * rest + 2.40222424e-1f;
@@ -116,13 +148,13 @@ struct Float {
     std::memcpy(&x, &a, 4);
     return sums + x * (vec)b;
   }
-  // The word of G neighbouring floats.
+  // Return the word of G neighbouring floats.
   static uint32_t word(const float* p) {
     uint32_t bits;
     std::memcpy(&bits, p, 4);
     return bits;
   }
-  // The words of G rows: as vectors, or `stride` apart in memory.
+  // Return the words of G rows, given as vectors or as rows `stride` apart in memory.
   static words pack(const vec* rows) { return (words)rows[0]; }
   static words pack(const float* p, int) { return load<words>(p); }
 };
@@ -138,7 +170,7 @@ struct Bfloat16 {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
     std::memcpy(p, &rounded, sizeof rounded);
   }
-  // To 14 bits, twice what bfloat16 keeps; a division takes as long as the rest of GELU.
+  // Exact to 14 bits (bfloat16 has 8); a division would take as long as the rest of GELU.
   static vec inverse(vec x) { return (vec)_mm512_rcp14_ps((__m512)x); }
   static vec dot(vec sums, uint32_t a, words b) {
     return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
@@ -169,7 +201,7 @@ struct Bfloat16 {
 
 // --- matrix products
 
-// The sums of one tile, R rows by V vectors, go to `done(sums)`.
+// Compute one tile, R rows by V vectors, and pass its sums to `done(sums)`.
 template <class T, int R, int V, class Done>
 inline __attribute__((always_inline)) void tile(int k, const uint32_t* a, long a_row, long a_k,
                                                 const uint32_t* b, Done done) {
@@ -185,8 +217,8 @@ inline __attribute__((always_inline)) void tile(int k, const uint32_t* a, long a
   done(sums);
 }
 
-// Rows [0, m) by columns [0, n) of a product over k words, n a multiple of L. B has `depth` ≥ k
-// words a column. `done(i, j, sums)` takes the sums of a tile whose corner is (i, j).
+// Compute rows [0, m) and columns [0, n) of a product over k words; n is a multiple of L. B has
+// `depth` ≥ k words per column. `done(i, j, sums)` receives the sums of the tile that starts at (i, j).
 template <class T, class Done>
 void multiply(int m, int n, int k, const void* a, long a_row, long a_k, const uint32_t* b,
               long depth, Done done) {
@@ -205,21 +237,21 @@ void multiply(int m, int n, int k, const void* a, long a_row, long a_k, const ui
       }
     };
     rows(std::integral_constant<int, ROWS>());
-    rows(std::integral_constant<int, 2>());  // pairs of rows stay together
+    rows(std::integral_constant<int, 2>());  // rows stay in pairs
     rows(std::integral_constant<int, 1>());
   }
 }
 
 // Call f(row, column, vector) for each vector of a tile's sums.
 template <int R, int V, class F>
-inline __attribute__((always_inline)) void each(int i, int j, vec (&sums)[R][V], F f) {
+inline __attribute__((always_inline)) void for_each(int i, int j, vec (&sums)[R][V], F f) {
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) f(i + r, j + v * L, sums[r][v]);
 }
 
-// Call f(row, column, vectors, count) for each group of G rows; a lone last row leaves a zero one.
+// Call f(row, column, vectors, count) for each group of G rows; zeros complete an odd last group.
 template <class T, int R, int V, class F>
-inline __attribute__((always_inline)) void each_group(int i, int j, vec (&sums)[R][V], F f) {
+inline __attribute__((always_inline)) void for_each_group(int i, int j, vec (&sums)[R][V], F f) {
   for (int r = 0; r < R; r += T::G)
     for (int v = 0; v < V; v++) {
       vec group[2] = {sums[r][v], vec{}};
@@ -228,10 +260,10 @@ inline __attribute__((always_inline)) void each_group(int i, int j, vec (&sums)[
     }
 }
 
-// The words of a matrix of `rows` by `columns`, packed for the right side of a product.
+// A matrix of `rows` by `columns`, packed as the right factor of a product.
 struct Packed {
-  long depth;
-  std::vector<uint32_t> words_;
+  long depth = 0;
+  std::vector<uint32_t> data_;
 
   template <class T>
   static Packed of(T, int rows, int columns) {
@@ -239,12 +271,12 @@ struct Packed {
     return {depth, std::vector<uint32_t>(depth * round_up(columns, PANEL))};
   }
   uint32_t* at(int group, int column) {
-    return words_.data() + column / PANEL * PANEL * depth + group * PANEL + column % PANEL;
+    return data_.data() + column / PANEL * PANEL * depth + group * PANEL + column % PANEL;
   }
-  const uint32_t* data() const { return words_.data(); }
+  const uint32_t* data() const { return data_.data(); }
 };
 
-// Pack x (rows × columns, rows `stride` apart).
+// Pack x (rows × columns, its rows `stride` apart).
 template <class T>
 void pack(const typename T::Value* x, long stride, int rows, int columns, Packed& out) {
   for (int j = 0; j < columns; j += L)
@@ -260,7 +292,7 @@ void pack(const typename T::Value* x, long stride, int rows, int columns, Packed
     }
 }
 
-// Pack the transpose of x (columns × rows, rows of x `stride` apart).
+// Pack the transpose of x (columns × rows, its rows `stride` apart).
 template <class T>
 void pack_transposed(const typename T::Value* x, long stride, int rows, int columns, Packed& out) {
   for (int first = 0; first < columns; first += L) {
@@ -274,22 +306,22 @@ void pack_transposed(const typename T::Value* x, long stride, int rows, int colu
   }
 }
 
-// --- what layers share
+// --- shared by several layers
 
 vec visible(vec x, int query, int first_key, float other) {
-  return lanes() + first_key > query ? spread(other) : x;
+  return lanes() + first_key > query ? broadcast(other) : x;
 }
 
-// Unnormalised softmax of a row of scores, in place; returns (largest, sum).
+// Replace a row of scores by its unnormalised softmax; return the largest score and the sum.
 struct RowSum {
   float top, total;
 };
 RowSum exponentials(float* scores, int query, int seen) {
-  vec most = spread(NOTHING), total = {};
+  vec most = broadcast(MASKED), total = {};
   for (int j = 0; j < seen; j += L) {
-    const vec x = visible(load<vec>(scores + j), query, j, NOTHING);
+    const vec x = visible(load<vec>(scores + j), query, j, MASKED);
     store(scores + j, x);
-    most = larger(most, x);
+    most = max_of(most, x);
   }
   const float top = maximum(most);
   for (int j = 0; j < seen; j += L) {
@@ -300,7 +332,7 @@ RowSum exponentials(float* scores, int query, int seen) {
   return {top, sum(total)};
 }
 
-// W packed for products over inputs (forward) or over outputs (backward).
+// Pack W for products over inputs (forward pass) or over outputs (backward pass).
 template <class T>
 Packed pack_weight(const float* w, int outputs, int inputs, bool over_inputs) {
   Packed out = over_inputs ? Packed::of(T(), inputs, outputs) : Packed::of(T(), outputs, inputs);
@@ -320,7 +352,7 @@ Packed pack_weight(const float* w, int outputs, int inputs, bool over_inputs) {
   return out;
 }
 
-// GELU in the tanh form: x sigmoid(2u) with u = sqrt(2 / π) (x + 0.044715 x³).
+// GELU in its tanh form is x sigmoid(2u) with u = sqrt(2 / π) (x + 0.044715 x³).
 constexpr float TWICE_ROOT = 1.5957691216f, CUBIC = 0.044715f;
 
 template <class T>
