@@ -123,13 +123,13 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["sample"], "Missing from chargpt sample: RUN"),
     (
         ["sample", "nowhere"],
-        "nowhere does not exist, so it is no run: give the folder that `chargp",
+        "nowhere does not exist, so it is not a run: give the folder that `chargp",
     ),
-    (["sample", "full"], "full holds no config.json, so it is no run"),
+    (["sample", "full"], "full has no config.json, so it is not a run"),
     (["sample", "full", "--temperature", "-1"], "temperature is -1.0: give 0 .greedy. or more"),
     (["sample", "full", "--top-p", "0"], "top_p is 0.0: give a share above 0 and up to 1"),
     (["sample", "full", "--top-k", "-1"], "top_k is -1: give a whole number of at least 0"),
-    (["eval", "nowhere"], "nowhere does not exist, so it is no run"),
+    (["eval", "nowhere"], "nowhere does not exist, so it is not a run"),
 ]
 
 
@@ -244,7 +244,7 @@ def test_a_named_folder_is_never_overwritten(chargpt: Any) -> None:
     assert chargpt("train", "text.txt", "--out", "mine", *SHORT).code == 0
     again = chargpt("train", "text.txt", "--out", "mine", *SHORT)
     assert again.code == 2
-    assert "mine already holds a run: give another --out, or --resume" in again.err
+    assert "mine already has a run: give another --out, or --resume" in again.err
 
 
 def test_preset_then_file_then_flags(chargpt: Any) -> None:
@@ -336,7 +336,7 @@ def test_resume_without_a_run_is_a_mistake(chargpt: Any) -> None:
     for texts in ([], ["text.txt"]):
         outcome = chargpt("train", *texts, "--out", "typo", "--resume", *SHORT)
         assert outcome.code == 2
-        assert "typo holds no run to go on with: check --out, or give --resume auto" in outcome.err
+        assert "typo has no run to resume: check --out, or give --resume auto" in outcome.err
         assert not Path("typo").exists()
 
 
@@ -362,7 +362,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(chargpt: Any) -> 
         shutil.rmtree(folder)
     refused = chargpt("train", "--out", "run", "--resume")
     assert refused.code == 2
-    assert "run has no checkpoint to go on from: give --resume auto to begin anew" in refused.err
+    assert "run has no checkpoint to resume from: give --resume auto to start" in refused.err
     again = chargpt("train", "--out", "run", "--resume", "auto")
     assert again.code == 0
     assert "nothing yet in run: starting from step 0" in again.err
