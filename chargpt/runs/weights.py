@@ -171,7 +171,7 @@ def check_model_file(path: Path, config: GPT2Config) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Refuse what is not a safetensors file; memory that runs out is not the file's fault."""
+    """Report a damaged file as UserError, and missing memory as MemoryError."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a plain file")
@@ -179,7 +179,7 @@ def _reading(path: Path) -> Iterator[None]:
             if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
         yield
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         no_memory = getattr(error, "errno", None) == errno.ENOMEM
         if no_memory or is_out_of_memory(error) or "annot allocate memory" in str(error):
             raise MemoryError(f"{path} does not fit into memory") from error

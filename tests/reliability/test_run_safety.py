@@ -1,4 +1,4 @@
-"""What keeps a run: the lock, saves that fail, numbers that are none, files that are checked."""
+"""What protects a run: the lock, failed saves, NaN and infinity, checks of its files."""
 
 import shutil
 import subprocess
@@ -16,7 +16,6 @@ import chargpt.train
 import chargpt.train as training
 from chargpt.base.errors import RunWarning, TrainingError, UserError
 from chargpt.cli import main as cli
-from chargpt.compute.counts import parameters_of
 from chargpt.compute.device import deterministic_algorithms
 from chargpt.config import DataConfig
 from chargpt.measure.inspect import inspect_run
@@ -56,7 +55,7 @@ def trainer_for(text_file: Path, out: Path, **changes: Any) -> Trainer:
     return plan.trainer
 
 
-# --- one trainer a folder
+# --- one process per folder
 
 
 def test_a_second_trainer_is_refused_and_nothing_changes(text_file: Path, run: Path) -> None:
@@ -91,7 +90,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_the_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -105,8 +104,8 @@ def test_the_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_a_run_that_lost_its_last_state_does_not_begin_anew(text_file: Path, run: Path) -> None:
-    """It would write over the best one."""
+def test_a_run_that_lost_its_last_state_is_not_started_again(text_file: Path, run: Path) -> None:
+    """It would overwrite the best one."""
     for name in ("last", "last.previous"):
         shutil.rmtree(run / name)
     before = (run / "best" / "model.safetensors").read_bytes()
@@ -118,7 +117,7 @@ def test_a_run_that_lost_its_last_state_does_not_begin_anew(text_file: Path, run
     assert load(run)
 
 
-def test_a_mistake_leaves_no_folder_behind(text_file: Path, tmp_path: Path) -> None:
+def test_a_user_error_leaves_no_folder(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder" / "run"
     with pytest.raises(UserError):
         train("no such text", out=out, quiet=True)
@@ -154,10 +153,10 @@ def test_a_save_that_fails_ends_the_run_with_the_reason(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_run_folder_that_vanishes_ends_the_run(
+def test_a_vanished_run_folder_ends_the_run(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not made anew: a checkpoint without config.json would be no run."""
+    """It is not made again: a checkpoint without config.json is not a run."""
     run = tmp_path / "run"
     step = training.train_step
 
@@ -172,7 +171,7 @@ def test_a_run_folder_that_vanishes_ends_the_run(
     assert not run.exists()
 
 
-def test_other_files_that_cannot_be_written_end_it_too(
+def test_another_file_that_cannot_be_written_ends_the_run(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def fail(*_: Any) -> None:
@@ -192,11 +191,11 @@ def test_the_last_state_is_saved_at_its_interval(text_file: Path, tmp_path: Path
     with pytest.MonkeyPatch.context() as patch:
         write = saving.save_checkpoint
 
-        def note(run: Path, which: Any, parts: Any, state: Any) -> None:
+        def count(run: Path, which: Any, parts: Any, state: Any) -> None:
             saved.extend([state["step"]] if which == "last" else [])
             write(run, which, parts, state)
 
-        patch.setattr(saving, "save_checkpoint", note)
+        patch.setattr(saving, "save_checkpoint", count)
         config = QUICK.replace(save_interval=4, eval_interval=6)
         train(
             str(text_file),
@@ -208,7 +207,7 @@ def test_the_last_state_is_saved_at_its_interval(text_file: Path, tmp_path: Path
     assert saved == [4, 6, 8, 12, 12]
 
 
-def test_what_was_written_down_of_lost_steps_is_forgotten(text_file: Path, run: Path) -> None:
+def test_log_lines_of_lost_steps_are_removed(text_file: Path, run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "step": 13, "loss": 9}\n{"split": "tr')
     with (run / "samples.txt").open("a") as file:
@@ -219,10 +218,10 @@ def test_what_was_written_down_of_lost_steps_is_forgotten(text_file: Path, run: 
     assert (run / "samples.txt").read_text() == kept
 
 
-def test_an_evaluation_is_written_down_before_it_is_saved(
+def test_an_evaluation_is_logged_before_it_is_saved(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a run that ends between the two has it once, whichever way it goes on."""
+    """A run that ends between the two then has one line for it after it resumes."""
 
     def losses(run: Path) -> list[Any]:
         return [(row["step"], row.get("val_loss")) for row in read_metrics(run)]
@@ -241,7 +240,7 @@ def test_an_evaluation_is_written_down_before_it_is_saved(
 
     whole = run_in("whole")
     save = saving.save_checkpoint
-    for n in range(1, 6):  # ends before the n-th save: best, last, best, last, …
+    for n in range(1, 6):  # end before the n-th save: best, last, best, last, …
         calls = 0
 
         def end(*arguments: Any) -> None:
@@ -259,7 +258,7 @@ def test_an_evaluation_is_written_down_before_it_is_saved(
         assert losses(run_in(f"run-{n}", resume="auto")) == losses(whole)
 
 
-def test_patience_that_was_over_is_over_when_the_run_is_started_again(
+def test_a_run_that_ended_by_patience_does_not_continue(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worse = iter([1.0, 2.0, 3.0])
@@ -267,14 +266,14 @@ def test_patience_that_was_over_is_over_when_the_run_is_started_again(
     config = QUICK.replace(steps=100, patience=2)
     for resume in (False, True, "auto"):
         summary = train(
-            str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "run", resume=resume,
-            quiet=True,
+            str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "run",
+            resume=resume, quiet=True,
         ).summary  # fmt: skip
         assert (summary.steps, summary.stop_reason) == (15, "patience")
 
 
 def test_a_better_best_checkpoint_is_never_replaced(text_file: Path, run: Path) -> None:
-    """One of a future that was cut off, in which evaluations came at other steps."""
+    """It may come from steps that were lost, with evaluations at other steps."""
     weights = {"model.safetensors": load_file(run / "best" / "model.safetensors")}
     save_checkpoint(run, "best", weights, {"step": 14, "val_loss": 0.25})
     longer = QUICK.replace(steps=20)
@@ -295,7 +294,7 @@ def test_a_damaged_checkpoint_does_not_outlive_the_whole_one_before(run: Path) -
     assert not (run / "last.previous").exists()
 
 
-def test_links_that_a_tracker_keeps_are_its_own(text_file: Path, run: Path) -> None:
+def test_links_are_allowed_only_in_a_trackers_folder(text_file: Path, run: Path) -> None:
     (run / "wandb").mkdir()
     (run / "wandb" / "latest-run").symlink_to(run)
     assert train(
@@ -309,7 +308,7 @@ def test_links_that_a_tracker_keeps_are_its_own(text_file: Path, run: Path) -> N
         )
 
 
-def test_a_tracker_that_fails_stops_no_run(
+def test_a_failing_tracker_does_not_end_the_run(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     class Failing:
@@ -319,7 +318,7 @@ def test_a_tracker_that_fails_stops_no_run(
     monkeypatch.setattr(reporting, "make_tracker", lambda *_: Failing())
     result = train(str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "run")
     assert result.summary.steps == 12
-    assert capsys.readouterr().err.count("failed, going on without it") == 1
+    assert capsys.readouterr().err.count("failed, continuing without it") == 1
 
     def refuse(_: Path) -> None:
         raise RuntimeError("no account")
@@ -330,7 +329,7 @@ def test_a_tracker_that_fails_stops_no_run(
         reporting.make_tracker("wandb", tmp_path)
 
 
-def test_a_model_too_large_for_memory_is_a_mistake(
+def test_a_model_too_large_for_memory_is_a_user_error(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -344,10 +343,10 @@ def test_a_model_too_large_for_memory_is_a_mistake(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- numbers
+# --- NaN and infinity
 
 
-def test_weights_that_are_no_numbers_are_not_saved(
+def test_infinite_weights_are_not_saved(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, step = tmp_path / "run", training.train_step
@@ -359,7 +358,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
         return step(trainer)
 
     monkeypatch.setattr(training, "train_step", spoil)
-    for resume in (False, True, True):  # however often it is tried
+    for resume in (False, True, True):
         with pytest.raises(TrainingError, match=r"final_norm.weight is not finite after step 7"):
             train(
                 str(text_file),
@@ -377,7 +376,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert again.summary.steps == 12
 
 
-def test_a_step_that_fails_again_and_again_keeps_what_was_before_it(
+def test_a_step_that_fails_repeatedly_keeps_the_checkpoints_before_it(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, loss = tmp_path / "run", Trainer.loss
@@ -400,7 +399,7 @@ def test_a_step_that_fails_again_and_again_keeps_what_was_before_it(
     assert read_state(run / "last.previous")["step"] == 5
 
 
-def test_the_first_tensor_that_is_no_number_is_named(text_file: Path, tmp_path: Path) -> None:
+def test_the_first_gradient_that_is_not_finite_is_named(text_file: Path, tmp_path: Path) -> None:
     trainer = trainer_for(text_file, tmp_path / "run")
     name, parameter = list(trainer.model.named_parameters())[5]
     parameter.register_hook(lambda gradient: gradient * torch.nan)
@@ -409,26 +408,26 @@ def test_the_first_tensor_that_is_no_number_is_named(text_file: Path, tmp_path: 
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
-def test_a_gradient_much_longer_than_usual_is_told(
+def test_an_unusually_large_gradient_is_reported(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_for(text_file, tmp_path / "run", grad_clip=0.0)
     monkeypatch.setattr(training, "SPIKE_SETTLING", 5)
-    told: list[str] = []
+    lines: list[str] = []
     reporter = Reporter(trainer.out, quiet=True)
-    monkeypatch.setattr(reporter, "note", told.append)
+    monkeypatch.setattr(reporter, "note", lines.append)
     with reporter:
         for step in range(12):
             scale = 50.0 if step in (2, 8) else 1.0
             hook = trainer.model.final_norm.weight.register_hook(lambda g, s=scale: g * s * s)
             training._step(trainer, reporter)
             hook.remove()
-    assert len(told) == 1  # what is usual was not known at step 3
-    assert told[0].startswith("step 9: the gradient's norm is ")
+    assert len(lines) == 1  # step 3 comes before the usual norm is known
+    assert lines[0].startswith("step 9: the gradient's norm is ")
     assert trainer.state.usual_grad_norm is not None
 
 
-def test_determinism_is_for_a_while_and_says_where_it_ends() -> None:
+def test_determinism_is_temporary_and_its_errors_are_user_errors() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic_algorithms(False):
         assert not torch.are_deterministic_algorithms_enabled()
@@ -443,8 +442,8 @@ def test_determinism_is_for_a_while_and_says_where_it_ends() -> None:
 
 
 def test_a_deterministic_run_is_the_same_run(text_file: Path, tmp_path: Path) -> None:
-    for name, wish in (("a", True), ("b", False)):
-        config = QUICK.replace(deterministic=wish)
+    for name, deterministic in (("a", True), ("b", False)):
+        config = QUICK.replace(deterministic=deterministic)
         train(
             str(text_file), model_config=SMALL, train_config=config, out=tmp_path / name, quiet=True
         )
@@ -452,18 +451,10 @@ def test_a_deterministic_run_is_the_same_run(text_file: Path, tmp_path: Path) ->
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-# --- what is looked at
+# --- checks
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_parameters_can_be_counted_without_a_model(placement: Any, bias: bool) -> None:
-    config = SMALL.replace(vocab_size=11, norm_placement=placement, bias=bias, d_ff=24, n_layer=3)
-    model = chargpt.GPT2(config)
-    assert parameters_of(config) == sum(p.numel() for p in model.parameters())
-
-
-def test_check_tells_what_is_whole_and_what_is_not(run: Path, capsys: Any) -> None:
+def test_check_names_every_damaged_file(run: Path, capsys: Any) -> None:
     def check() -> tuple[int, list[str]]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -486,27 +477,8 @@ def test_check_tells_what_is_whole_and_what_is_not(run: Path, capsys: Any) -> No
     assert "line 1 is not JSON" in bad[2]
 
 
-def test_a_checkpoint_in_the_making_is_no_damage(run: Path) -> None:
+def test_an_unfinished_checkpoint_is_not_damage(run: Path) -> None:
     shutil.copytree(run / "last", run / ".last.new")
     (run / ".last.new" / "manifest.json").unlink()
     assert all(finding.good for finding in inspect_run(run))
     load(run, which="last")  # without a warning
-
-
-def test_weights_of_another_model_are_refused_before_one_is_made(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("chargpt.runs.folder.check_model_file", _refuse)
-    monkeypatch.setattr("chargpt.runs.folder.GPT2", lambda _: pytest.fail("made"))
-    with pytest.raises(UserError, match="refused"):
-        load(run)
-
-
-def _refuse(*_: Any) -> None:
-    raise UserError("refused")
-
-
-def test_warnings_of_the_library_are_warnings(run: Path) -> None:
-    (run / "best" / "state.json").unlink()
-    with pytest.warns(RunWarning, match="best is damaged .state.json cannot be read"):
-        load(run)
