@@ -251,7 +251,7 @@ def make_tracker(track: Tracker, out: Path) -> TrackerClient | None:
         ) from error
     except Exception as error:  # no account, no network: each package has its own errors
         raise UserError(
-            f"track is {track!r}, which does not start ({error!r:.200}): fix that, or give no --track"
+            f"track is {track!r}, which does not start ({error!r:.200}): fix it, or omit --track"
         ) from error
 
 

@@ -17,7 +17,7 @@ import chargpt.train as training
 from chargpt.base.errors import RunWarning, TrainingError, UserError
 from chargpt.cli import main as cli
 from chargpt.compute.device import deterministic_algorithms
-from chargpt.config import DataConfig
+from chargpt.config import DataConfig, TrainConfig
 from chargpt.measure.inspect import inspect_run
 from chargpt.runs import report as reporting
 from chargpt.runs.checkpoint import read_state, recover, save_checkpoint
@@ -40,6 +40,14 @@ def no_pictures() -> Iterator[None]:
 def run(tmp_path: Path, result: TrainResult) -> Path:
     """A copy of a finished run, to damage."""
     return Path(shutil.copytree(result.run, tmp_path / "run"))
+
+
+def train_into(
+    out: Path, text_file: Path, config: TrainConfig = QUICK, *, resume: Any = False
+) -> TrainResult:
+    return train(
+        str(text_file), model_config=SMALL, train_config=config, out=out, resume=resume, quiet=True
+    )
 
 
 def trainer_for(text_file: Path, out: Path, **changes: Any) -> Trainer:
@@ -65,18 +73,9 @@ def test_a_second_trainer_is_refused_and_nothing_changes(text_file: Path, run: P
         locked(run),
         pytest.raises(UserError, match="another process is training into .*run: wait"),
     ):
-        train(
-            str(text_file),
-            model_config=SMALL,
-            train_config=longer,
-            out=run,
-            resume=True,
-            quiet=True,
-        )
+        train_into(run, text_file, longer, resume=True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    result = train(
-        str(text_file), model_config=SMALL, train_config=longer, out=run, resume=True, quiet=True
-    )
+    result = train_into(run, text_file, longer, resume=True)
     assert result.summary.steps == 20
 
 
@@ -110,9 +109,7 @@ def test_a_run_that_lost_its_last_state_is_not_started_again(text_file: Path, ru
         shutil.rmtree(run / name)
     before = (run / "best" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="has a best checkpoint but no last one"):
-        train(
-            str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
-        )
+        train_into(run, text_file, resume=True)
     assert (run / "best" / "model.safetensors").read_bytes() == before
     assert load(run)
 
@@ -146,9 +143,7 @@ def test_a_save_that_fails_ends_the_run_with_the_reason(
     with pytest.raises(
         TrainingError, match=r"could not be saved after step 10 \(No space .* needs .*B\).*--resume"
     ):
-        train(
-            str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "run", quiet=True
-        )
+        train_into(tmp_path / "run", text_file)
     assert read_state(tmp_path / "run" / "last")["step"] == 5
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -167,7 +162,7 @@ def test_a_vanished_run_folder_ends_the_run(
 
     monkeypatch.setattr(training, "train_step", vanish)
     with pytest.raises(TrainingError, match=r"run has vanished, with all that was saved"):
-        train(str(text_file), model_config=SMALL, train_config=QUICK, out=run, quiet=True)
+        train_into(run, text_file)
     assert not run.exists()
 
 
@@ -197,13 +192,7 @@ def test_the_last_state_is_saved_at_its_interval(text_file: Path, tmp_path: Path
 
         patch.setattr(saving, "save_checkpoint", count)
         config = QUICK.replace(save_interval=4, eval_interval=6)
-        train(
-            str(text_file),
-            model_config=SMALL,
-            train_config=config,
-            out=tmp_path / "run",
-            quiet=True,
-        )
+        train_into(tmp_path / "run", text_file, config)
     assert saved == [4, 6, 8, 12, 12]
 
 
@@ -213,7 +202,7 @@ def test_log_lines_of_lost_steps_are_removed(text_file: Path, run: Path) -> None
     with (run / "samples.txt").open("a") as file:
         file.write("--- step 13, validation loss 9.0000\nlost\n--- not a header\n")
     kept = (run / "samples.txt").read_text().partition("--- step 13")[0]
-    train(str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True)
+    train_into(run, text_file, resume=True)
     assert max(row["step"] for row in read_metrics(run)) == 12
     assert (run / "samples.txt").read_text() == kept
 
@@ -228,14 +217,7 @@ def test_an_evaluation_is_logged_before_it_is_saved(
 
     def run_in(name: str, resume: Any = False) -> Path:
         out = tmp_path / name
-        train(
-            str(text_file),
-            model_config=SMALL,
-            train_config=QUICK,
-            out=out,
-            resume=resume,
-            quiet=True,
-        )
+        train_into(out, text_file, resume=resume)
         return out
 
     whole = run_in("whole")
@@ -265,10 +247,7 @@ def test_a_run_that_ended_by_patience_does_not_continue(
     monkeypatch.setattr(training, "evaluate", lambda *_, **__: next(worse))
     config = QUICK.replace(steps=100, patience=2)
     for resume in (False, True, "auto"):
-        summary = train(
-            str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "run",
-            resume=resume, quiet=True,
-        ).summary  # fmt: skip
+        summary = train_into(tmp_path / "run", text_file, config, resume=resume).summary  # fmt: skip
         assert (summary.steps, summary.stop_reason) == (15, "patience")
 
 
@@ -277,9 +256,7 @@ def test_a_better_best_checkpoint_is_never_replaced(text_file: Path, run: Path) 
     weights = {"model.safetensors": load_file(run / "best" / "model.safetensors")}
     save_checkpoint(run, "best", weights, {"step": 14, "val_loss": 0.25})
     longer = QUICK.replace(steps=20)
-    result = train(
-        str(text_file), model_config=SMALL, train_config=longer, out=run, resume=True, quiet=True
-    )
+    result = train_into(run, text_file, longer, resume=True)
     assert (result.summary.best_step, result.summary.val_loss) == (14, 0.25)
     assert read_state(run / "best") == {"step": 14, "val_loss": 0.25}
 
@@ -297,15 +274,11 @@ def test_a_damaged_checkpoint_does_not_outlive_the_whole_one_before(run: Path) -
 def test_links_are_allowed_only_in_a_trackers_folder(text_file: Path, run: Path) -> None:
     (run / "wandb").mkdir()
     (run / "wandb" / "latest-run").symlink_to(run)
-    assert train(
-        str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
-    )
+    assert train_into(run, text_file, resume=True)
     (run / "samples.txt").unlink()
     (run / "samples.txt").symlink_to(text_file)
     with pytest.raises(UserError, match=r"samples.txt is a link"):
-        train(
-            str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
-        )
+        train_into(run, text_file, resume=True)
 
 
 def test_a_failing_tracker_does_not_end_the_run(
@@ -337,9 +310,7 @@ def test_a_model_too_large_for_memory_is_a_user_error(
 
     monkeypatch.setattr(chargpt.train, "make_plan", fail)
     with pytest.raises(UserError, match="does not fit into memory: give a lower --d-model .16."):
-        train(
-            str(text_file), model_config=SMALL, train_config=QUICK, out=tmp_path / "run", quiet=True
-        )
+        train_into(tmp_path / "run", text_file)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -360,19 +331,10 @@ def test_infinite_weights_are_not_saved(
     monkeypatch.setattr(training, "train_step", spoil)
     for resume in (False, True, True):
         with pytest.raises(TrainingError, match=r"final_norm.weight is not finite after step 7"):
-            train(
-                str(text_file),
-                model_config=SMALL,
-                train_config=QUICK,
-                out=run,
-                resume=resume,
-                quiet=True,
-            )
+            train_into(run, text_file, resume=resume)
         assert read_state(run / "last")["step"] == 5
     monkeypatch.setattr(training, "train_step", step)
-    again = train(
-        str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
-    )
+    again = train_into(run, text_file, resume=True)
     assert again.summary.steps == 12
 
 
@@ -387,14 +349,7 @@ def test_a_step_that_fails_repeatedly_keeps_the_checkpoints_before_it(
     monkeypatch.setattr(Trainer, "loss", poison)
     for resume in (False, True, True):
         with pytest.raises(TrainingError, match=r"step 8 stopped before its update"):
-            train(
-                str(text_file),
-                model_config=SMALL,
-                train_config=QUICK,
-                out=run,
-                resume=resume,
-                quiet=True,
-            )
+            train_into(run, text_file, resume=resume)
     assert read_state(run / "last")["step"] == 7
     assert read_state(run / "last.previous")["step"] == 5
 
@@ -444,9 +399,7 @@ def test_determinism_is_temporary_and_its_errors_are_user_errors() -> None:
 def test_a_deterministic_run_is_the_same_run(text_file: Path, tmp_path: Path) -> None:
     for name, deterministic in (("a", True), ("b", False)):
         config = QUICK.replace(deterministic=deterministic)
-        train(
-            str(text_file), model_config=SMALL, train_config=config, out=tmp_path / name, quiet=True
-        )
+        train_into(tmp_path / name, text_file, config)
     a, b = (load(tmp_path / name, which="last").model for name in ("a", "b"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 

@@ -269,28 +269,26 @@ def test_the_order_of_system_calls_of_a_save(text: Path, tmp_path: Path) -> None
     )
     log = tmp_path / "calls"
     calls = "trace=fsync,rename,renameat,renameat2,openat,unlink,unlinkat,rmdir"
-    done = subprocess.run(
+    traced = subprocess.run(
         [strace, "-f", "-y", "-o", str(log), "-e", calls, sys.executable, "-c", script],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        pytest.skip(f"strace does not work here: {done.stderr[-200:]}")
+    if traced.returncode:
+        pytest.skip(f"strace does not work here: {traced.stderr[-200:]}")
     lines = [line for line in log.read_text().splitlines() if "run" in line]
     last = max(
         i for i, line in enumerate(lines) if "model.safetensors" in line and "O_CREAT" in line
     )
-    calls_made = []
+    done = []
     for line in lines[last:]:
         if "fsync(" in line:
-            calls_made.append("fsync " + line.split("<")[1].split(">")[0].rpartition("/")[2])
+            done.append("fsync " + line.split("<")[1].split(">")[0].rpartition("/")[2])
         elif "rename" in line and "ENOENT" not in line:
-            calls_made.append(
-                "rename " + " ".join(p.rpartition("/")[2] for p in line.split('"')[1::2])
-            )
-    assert calls_made == [
+            done.append("rename " + " ".join(p.rpartition("/")[2] for p in line.split('"')[1::2]))
+    assert done == [
         *("fsync model.safetensors", "fsync state.json", "fsync manifest.json", "fsync .last.new"),
         *("rename last last.previous", "rename .last.new last", "fsync run"),
     ]

@@ -93,11 +93,11 @@ def test_a_signal_saves_and_ends(tmp_path: Path, sent: int, stage: str) -> None:
         wait_until((run / ".last.new").exists, child)
     before = time.perf_counter()
     child.send_signal(sent)
-    _, stderr = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=60)
     seconds = time.perf_counter() - before
     assert child.returncode == CODES[signal.Signals(sent)]
-    assert "go on with --out run --resume" in stderr
-    assert "Traceback" not in stderr
+    assert "go on with --out run --resume" in said
+    assert "Traceback" not in said
     assert find_problem(run / "last") is None
     state = json.loads((run / "last" / "state.json").read_text())
     assert state["step"] == steps(run)  # no step is lost
@@ -123,11 +123,11 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, sent: int) -> None:
     wait_for("first signal", child)
     child.send_signal(sent)
     before = time.perf_counter()
-    _, stderr = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=60)
     seconds = time.perf_counter() - before
     # SIGTERM ends it directly; Ctrl-C ends it through Python, with an exit code.
     assert child.returncode == (-signal.SIGTERM if sent == signal.SIGTERM else 130)
-    assert "Traceback" not in stderr
+    assert "Traceback" not in said
     assert find_problem(run / "last") is None
     assert (run / "last" / "state.json").read_bytes() == saved
     print(f"a second {signal.Signals(sent).name}: ended after {seconds:.1f} s")
