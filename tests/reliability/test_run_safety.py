@@ -247,7 +247,7 @@ def test_a_run_that_ended_by_patience_does_not_continue(
     monkeypatch.setattr(training, "evaluate", lambda *_, **__: next(worse))
     config = QUICK.replace(steps=100, patience=2)
     for resume in (False, True, "auto"):
-        summary = train_into(tmp_path / "run", text_file, config, resume=resume).summary  # fmt: skip
+        summary = train_into(tmp_path / "run", text_file, config, resume=resume).summary
         assert (summary.steps, summary.stop_reason) == (15, "patience")
 
 
