@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
+from chargpt.base.terminal import visible
 from chargpt.cli.shared import RunFolder, Texts, arg
 from chargpt.config import CheckpointName, Device, Unknown
 
@@ -57,7 +58,7 @@ def run(command: Eval) -> int:
         rows = {row.name: row.bits_per_char for row in card.baselines}
         print(json.dumps({**asdict(card), "baselines": rows}))
         return 0
-    print(f"{card.text}: {card.n_tokens:,} tokens")
+    print(f"{visible(card.text)}: {card.n_tokens:,} tokens")
     model_row = (f"{command.run} ({command.which})", card.bits_per_char)
     rows_of_table = (model_row, *card.baselines)
     width = max(len(name) for name, _ in rows_of_table)

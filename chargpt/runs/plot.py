@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""The loss curve of a run as a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plot_loss(run: Path) -> Path:
     train = _series(rows, "train", "loss")
     validation = _series(rows, "validation", "val_loss")
     figure = Figure(figsize=(7, 4), dpi=120)
-    figure.set_layout_engine("none")  # whatever the user's matplotlib settings say
+    figure.set_layout_engine("none")  # independent of the user's matplotlib settings
     axes = figure.add_axes((0.1, 0.13, 0.87, 0.79))
     axes.plot(*train, color="0.75", linewidth=1, label="training (with dropout)")
     axes.plot(*validation, color="C0", marker="o", markersize=4, label="validation")

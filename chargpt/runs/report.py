@@ -1,6 +1,6 @@
-"""What a run tells: a progress line on stderr, metrics.jsonl, samples.txt, perhaps a tracker.
+"""Reports of a run: a progress line on stderr, metrics.jsonl, samples.txt, perhaps a tracker.
 
-On a terminal the line moves; elsewhere plain lines are printed, one every ten seconds or so.
+A terminal gets a moving line. Elsewhere a plain line is printed about every ten seconds.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from chargpt.config import Tracker
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 PLAIN_INTERVAL_SECONDS = 10.0
-RATE_MEMORY = 20  # steps over which the speed shown is averaged
+RATE_STEPS = 20  # the speed is the mean over the last ones
 
 
 class TrackerClient(Protocol):
-    """Where metrics go besides the metrics file."""
+    """A service that also receives the metrics."""
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Send named values of a step."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the rest."""
 
 
 class _Terminal(Console):
-    """The console of stderr; where nobody reads on, a run goes on in silence."""
+    """The console of stderr; when its reader is gone, the run continues silently."""
 
     def on_broken_pipe(self) -> None:
-        """Say no more; rich would end the program."""
+        """Print nothing more; rich would end the program."""
         self.quiet = True
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, if there is a terminal yet."""
+        """Print, while the terminal exists."""
         try:
             super().print(*objects, **options)
         except OSError:
@@ -52,15 +52,15 @@ class _Terminal(Console):
 
 
 class Reporter:
-    """Tells the user and, within ``with``, the run folder how training goes.
+    """Prints the progress of training and, within ``with``, writes it to the run folder.
 
     Args:
         out: the run folder, which exists.
-        quiet: tell only the run folder.
-        track: a further place for the metrics.
-        write_sample: writes a sample with the model as it is now; None: no samples.
-        resumed_step: forget what metrics.jsonl and samples.txt say of later steps.
-        evaluated_step: of the last evaluation that the run knows; forget later ones.
+        quiet: write only to the run folder.
+        track: a service that also receives the metrics.
+        write_sample: returns a sample of the current model; None: no samples.
+        resumed_step: later steps are removed from metrics.jsonl and samples.txt.
+        evaluated_step: the last evaluation in the checkpoint; later ones are removed.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Reporter:
             UserError: the tracker is not installed.
         """
         self._tracker = make_tracker(self._track, self.out)
-        _forget_after(self.out, *self._known)
+        _remove_after(self.out, *self._known)
         self._metrics = (self.out / METRICS).open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the progress line away and close the files."""
+        """Remove the progress line and close the files."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -113,16 +113,16 @@ class Reporter:
         console.print(visible(text), markup=False, emoji=False)
 
     def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
-        """Show a step; with `log`, also write it down.
+        """Print a step; with `log`, also write it to metrics.jsonl.
 
         Args:
             values: step, loss, tokens, train_seconds and more, by name.
-            progress: share of the budget spent.
+            progress: share of the budget spent, 0 to 1.
             log: add a line to metrics.jsonl.
         """
         self._marks.append((values["train_seconds"], values["tokens"], progress))
-        del self._marks[:-RATE_MEMORY]
-        line, rate = self._line(values, progress)
+        del self._marks[:-RATE_STEPS]
+        line, rate = self._progress_line(values, progress)
         if log:
             self._record(values | {"tokens_per_second": rate and round(rate)}, "train")
         if self.console.is_terminal and not self.console.quiet:
@@ -132,7 +132,7 @@ class Reporter:
             self.console.print(f"{progress:4.0%}  {line}", markup=False, emoji=False)
 
     def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
-        """Show and write down a loss over the whole validation part."""
+        """Print and write a loss over the whole validation part."""
         self._val_loss = val_loss
         self._record({"step": step, "val_loss": val_loss}, "validation")
         best = "  (best so far)" if is_best else ""
@@ -142,14 +142,14 @@ class Reporter:
         )
 
     def sample(self, *, step: int, val_loss: float) -> None:
-        """Show and write down a sample, where samples are wanted."""
+        """Print and write a sample, unless samples are off."""
         if self._write_sample is not None:
             sample = self._write_sample()
             with (self.out / SAMPLES).open("a", encoding="utf-8", errors="replace") as file:
                 file.write(f"--- step {step}, validation loss {val_loss:.4f}\n{sample}\n")
             self.note("    " + visible(sample).strip().replace("\n", "\n    "))
 
-    def _line(self, values: dict[str, Any], progress: float) -> tuple[str, float | None]:
+    def _progress_line(self, values: dict[str, Any], progress: float) -> tuple[str, float | None]:
         seconds, tokens, before = self._marks[0]
         passed = values["train_seconds"] - seconds
         rate = (values["tokens"] - tokens) / passed if passed > 0 else None
@@ -183,18 +183,17 @@ class Reporter:
         self._metrics.write(json.dumps({"split": split} | values) + "\n")
         self._metrics.flush()
         if self._tracker is not None:
-            numbers = {
-                f"{split}/{k}": v for k, v in values.items() if k != "step" and v is not None
-            }
+            named = {f"{split}/{name}": value for name, value in values.items() if name != "step"}
+            numbers = {name: value for name, value in named.items() if value is not None}
             try:
                 self._tracker.log(numbers, values["step"])
-            except Exception as error:  # a service that fails is no reason to stop learning
-                self.note(f"track      {self._track} failed, going on without it: {error!r:.200}")
+            except Exception as error:  # a failing service must not end the run
+                self.note(f"track      {self._track} failed, continuing without it: {error!r:.200}")
                 self._tracker = None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, up to the first that is none of ours.
+    """Return the lines of a run's metrics.jsonl, up to the first that is damaged.
 
     A crash may have cut the last one short.
     """
@@ -214,15 +213,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a line of metrics.jsonl is one of ours."""
+    """Return whether a line of metrics.jsonl is complete."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
     kind = {"train": "loss", "validation": "val_loss"}.get(str(row.get("split")), "")
     return kind in row and (row[kind] is None or isinstance(row[kind], int | float))
 
 
-def _forget_after(out: Path, step: int, evaluated_step: int) -> None:
-    """Cut what a run wrote down of later steps and evaluations than those it goes on from."""
+def _remove_after(out: Path, step: int, evaluated_step: int) -> None:
+    """Remove later steps and evaluations than those that the run resumes from."""
     known = {"train": step, "validation": evaluated_step}
     rows = [row for row in read_metrics(out) if row["step"] <= known[row["split"]]]
     write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
@@ -250,9 +249,9 @@ def make_tracker(track: Tracker, out: Path) -> TrackerClient | None:
         raise UserError(
             f"track is {track!r}, which is not installed: pip install 'chargpt[{track}]'"
         ) from error
-    except Exception as error:  # no account, no network, whatever its makers thought of
+    except Exception as error:  # no account, no network: each package has its own errors
         raise UserError(
-            f"track is {track!r}, which does not start ({error!r:.200}): mend that, or leave it out"
+            f"track is {track!r}, which does not start ({error!r:.200}): fix it, or omit --track"
         ) from error
 
 
@@ -273,7 +272,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A Weights & Biases run named as the run folder."""
+    """A Weights & Biases run with the name of the run folder."""
 
     def __init__(self, out: Path) -> None:
         import wandb

@@ -1,8 +1,8 @@
-"""A run cut after any step and gone on with is the run that was never cut: not nearly, the same.
+"""A run that is cut after any step and resumed is bit-equal to the run that was never cut.
 
-For each cut the trainer is given other weights, other moments and another state on purpose, then
-the checkpoint of that step, and must end where the uninterrupted run ended: every logged loss, all
-weights and moments, the state, and the best checkpoint, to the bit.
+For each cut the trainer gets wrong weights, moments and state, then restores the checkpoint of that
+step. It must end like the uninterrupted run: every logged loss, all weights and moments, the state,
+and the best checkpoint, to the bit.
 """
 
 import shutil
@@ -78,7 +78,7 @@ def scale_and_overflow(trainer: Trainer) -> None:
 
 
 def outcome(trainer: Trainer) -> dict[str, Any]:
-    """Return everything that a run leaves but its clocks."""
+    """Return everything that a run leaves, except times."""
     rows = [
         {k: v for k, v in row.items() if k not in ("tokens_per_second", *CLOCKS)}
         for row in read_metrics(trainer.out)
@@ -96,7 +96,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
 
 
 def spoil(trainer: Trainer) -> None:
-    """Change everything that a checkpoint has to bring back."""
+    """Change everything that a checkpoint must restore."""
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(1.0)

@@ -1,4 +1,4 @@
-"""A run killed again and again, at random and inside saves, is the run that was left in peace."""
+"""A run that is killed repeatedly, at random and inside saves, equals one that was never killed."""
 
 import json
 import os
@@ -29,10 +29,10 @@ COMMAND = [
 
 
 def last_step(run: Path) -> int:
-    """Return the step of the newest checkpoint, by a reading of its own."""
+    """Return the step of the newest checkpoint, read without the package."""
     steps = [0]
     for manifest in run.glob("*last*/manifest.json"):  # the last file that a save writes
-        with suppress(FileNotFoundError, ValueError):  # just now moved away, or half written
+        with suppress(FileNotFoundError, ValueError):  # just moved, or half written
             json.loads(manifest.read_text())
             steps.append(json.loads((manifest.parent / "state.json").read_text())["step"])
     return max(steps)
@@ -50,7 +50,7 @@ def start(folder: Path, run: str) -> subprocess.Popen[str]:
 
 
 def wait_until(condition: Callable[[], bool], child: subprocess.Popen[str]) -> bool:
-    """Wait for a condition, as long as the child lives."""
+    """Wait for a condition; return False if the child ends first."""
     while child.poll() is None:
         if condition():
             return True
@@ -60,7 +60,7 @@ def wait_until(condition: Callable[[], bool], child: subprocess.Popen[str]) -> b
 def kill_through(run: Path, kills: int, rng: random.Random) -> tuple[int, int]:
     """Start a run until it ends, killing it at most `kills` times.
 
-    Returns how often it was, and how often a checkpoint was being written then.
+    Returns the number of kills, and how many of them came inside a save.
     """
     n_inside = 0
     for killed in range(kills + 1):
@@ -70,7 +70,7 @@ def kill_through(run: Path, kills: int, rng: random.Random) -> tuple[int, int]:
             _, said = child.communicate()
             assert child.returncode == 0, said
             return killed, n_inside
-        # It has gone on and saved. Every other time it is killed inside the next save.
+        # It has resumed and saved. Every other kill comes inside the next save.
         inside = wait_until((run / ".last.new").exists, child) if killed % 2 else False
         for _ in range(0 if inside else rng.randrange(20_000)):
             child.poll()
@@ -84,8 +84,8 @@ def kill_through(run: Path, kills: int, rng: random.Random) -> tuple[int, int]:
 
 def test_killed_at_random_and_inside_saves(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(words(3000))
-    peaceful = tmp_path / "peaceful"
-    assert kill_through(peaceful, 0, random.Random()) == (0, 0)
+    undisturbed = tmp_path / "undisturbed"
+    assert kill_through(undisturbed, 0, random.Random()) == (0, 0)
     rng = random.Random(0)
     kills = runs = inside = 0
     while kills < KILLS:
@@ -95,14 +95,14 @@ def test_killed_at_random_and_inside_saves(tmp_path: Path) -> None:
         runs += 1
         assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
         for part in ("best", "last"):
-            ours, theirs = (load_file(r / part / "model.safetensors") for r in (run, peaceful))
+            ours, theirs = (load_file(r / part / "model.safetensors") for r in (run, undisturbed))
             assert all((ours[name] == theirs[name]).all() for name in theirs)
-        assert losses(run) == losses(peaceful)
+        assert losses(run) == losses(undisturbed)
     print(f"{kills} kills, {inside} of them inside a save, in {runs} runs, all bit-equal")
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    """Return what the metrics file says, but for a last line cut short."""
+    """Return step and loss of each line of the metrics file, up to a line cut short."""
     rows = []
     if (run / "metrics.jsonl").exists():
         for line in (run / "metrics.jsonl").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""A run gone on with at another number of threads: nearly the same, and the difference is named."""
+"""A run resumed with another number of threads is nearly the same, and the change is reported."""
 
 import json
 import os

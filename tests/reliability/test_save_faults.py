@@ -1,7 +1,7 @@
-"""Every file operation of a run fails once, in turn: with an error, or with the end of the process.
+"""Every file operation of a run fails once, with an error or with the end of the process.
 
-Afterwards the run folder must hold a whole checkpoint (or none at all, if the first save had not
-been made), the run must have said that it failed, and the same command must go on with it.
+Afterwards the run folder must hold a whole checkpoint (or none, before the first save), the run
+must have reported the failure, and the same command must resume it.
 """
 
 import builtins
@@ -56,7 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Faults:
-    """Counts operations on files below a folder, and lets the n-th one fail."""
+    """Counts the file operations below a folder; the n-th one fails."""
 
     def __init__(self, folder: Path, n: int, fail: Callable[[], None]) -> None:
         self.folder, self.n, self.fail = str(folder), n, fail
@@ -85,7 +85,7 @@ class Faults:
 
 
 class WatchedFile:
-    """A file whose writes are counted; one that fails has written half."""
+    """A file whose writes are counted; a failing one writes half of its data."""
 
     def __init__(self, file: Any, faults: Faults) -> None:
         self.file, self.faults = file, faults
@@ -108,7 +108,7 @@ class WatchedFile:
 
 
 def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> bool:
-    """Train, the n-th file operation failing; return whether it was reached."""
+    """Train with a failing n-th file operation; return whether it was reached."""
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(out, n, fail)
         for module, name in WATCHED:
@@ -128,8 +128,8 @@ def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> 
     return reached
 
 
-def goes_on(text: Path, out: Path) -> bool:
-    """Whether the run can be gone on with, to its end."""
+def resumes(text: Path, out: Path) -> bool:
+    """Return whether the same command resumes the run and completes it."""
     result = train(
         str(text), model_config=MODEL, train_config=TRAINING, out=out, resume="auto", quiet=True
     )
@@ -158,12 +158,12 @@ def test_an_error_in_every_file_operation(text: Path, tmp_path: Path, number: in
         except (TrainingError, UserError) as error:
             reported += 1
             assert "\n" not in str(error)
-        else:  # it may have been in cleaning up; then all is as it should be
+        else:  # an operation of the clean-up, which may fail
             assert find_problem(out / "last") is None
             assert load(out)
         if has_checkpoint(out, "last"):
             assert find_problem(find_checkpoint(out, "last")) is None
-        assert goes_on(text, out), n
+        assert resumes(text, out), n
     assert n > 50, "the faults were not reached"
     assert reported > n / 2
     print(f"{os.strerror(number)}: {n - 1} operations failed in turn, {reported} ended the run")
@@ -173,7 +173,7 @@ def test_the_end_of_the_process_in_every_file_operation(text: Path, tmp_path: Pa
     for n in range(1, 1000):
         out = tmp_path / f"run-{n}"
         child = os.fork()
-        if child == 0:  # ends without cleaning up, as a kill or a power cut does
+        if child == 0:  # ends without clean-up, like a kill or a power cut
             try:
                 run_with_faults(text, out, n, lambda: os._exit(DIED))
                 os._exit(0)
@@ -184,14 +184,14 @@ def test_the_end_of_the_process_in_every_file_operation(text: Path, tmp_path: Pa
         assert code in (0, DIED), (n, code)
         if has_checkpoint(out, "last"):
             assert find_problem(find_checkpoint(out, "last")) is None
-        assert goes_on(text, out), n
+        assert resumes(text, out), n
         if code == 0:
             break
     assert n > 50, "the faults were not reached"
     print(f"the process ended in each of {n - 1} operations")
 
 
-def test_two_whole_checkpoints_stand_at_every_file_operation(text: Path, tmp_path: Path) -> None:
+def test_two_whole_checkpoints_exist_at_every_file_operation(text: Path, tmp_path: Path) -> None:
     """From the third save on, counted before each operation."""
     out = tmp_path / "run"
     saves = 0
@@ -228,7 +228,7 @@ cli.main(sys.argv[2:])
 """
 
 
-def test_a_full_disk_is_told_at_once_and_costs_nothing(text: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(text: Path, tmp_path: Path) -> None:
     arguments = [
         *("train", str(text), "--out", "run", "--resume", "auto", "--n-layer", "1"),
         *("--n-head", "1"),
@@ -251,43 +251,44 @@ def test_a_full_disk_is_told_at_once_and_costs_nothing(text: Path, tmp_path: Pat
     assert "--resume" in last_line
     assert "Traceback" not in crowded.stderr
     assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "run" / ".last.new").exists()  # the room it took is given back
+    assert not (tmp_path / "run" / ".last.new").exists()  # its space is free again
     assert chargpt_with(infinity, 12).returncode == 0
 
 
 def test_the_order_of_system_calls_of_a_save(text: Path, tmp_path: Path) -> None:
-    """Files are flushed before their folder's name moves, and then the names are."""
+    """Files are flushed before their folder is renamed; then the folder of the names is flushed."""
     strace = shutil.which("strace")
     if strace is None:
         pytest.skip("no strace here")
     script = (
-        "import torch; from pathlib import Path; from chargpt.runs.checkpoint import save_checkpoint\n"
+        "import torch; from pathlib import Path\n"
+        "from chargpt.runs.checkpoint import save_checkpoint\n"
         "Path('run').mkdir()\n"
         "for i in range(3): save_checkpoint(Path('run'), 'last', "
         "{'model.safetensors': {'x': torch.zeros(3)}}, {'step': i})"
     )
     log = tmp_path / "calls"
     calls = "trace=fsync,rename,renameat,renameat2,openat,unlink,unlinkat,rmdir"
-    done = subprocess.run(
+    traced = subprocess.run(
         [strace, "-f", "-y", "-o", str(log), "-e", calls, sys.executable, "-c", script],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        pytest.skip(f"strace does not work here: {done.stderr[-200:]}")
+    if traced.returncode:
+        pytest.skip(f"strace does not work here: {traced.stderr[-200:]}")
     lines = [line for line in log.read_text().splitlines() if "run" in line]
     last = max(
         i for i, line in enumerate(lines) if "model.safetensors" in line and "O_CREAT" in line
     )
-    told = []
+    done = []
     for line in lines[last:]:
         if "fsync(" in line:
-            told.append("fsync " + line.split("<")[1].split(">")[0].rpartition("/")[2])
+            done.append("fsync " + line.split("<")[1].split(">")[0].rpartition("/")[2])
         elif "rename" in line and "ENOENT" not in line:
-            told.append("rename " + " ".join(p.rpartition("/")[2] for p in line.split('"')[1::2]))
-    assert told == [
+            done.append("rename " + " ".join(p.rpartition("/")[2] for p in line.split('"')[1::2]))
+    assert done == [
         *("fsync model.safetensors", "fsync state.json", "fsync manifest.json", "fsync .last.new"),
         *("rename last last.previous", "rename .last.new last", "fsync run"),
     ]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM to a run of the preset `tiny`, at every stage of it; then a second one."""
+"""SIGINT and SIGTERM to a run of the preset `tiny`, at every stage; then a second signal."""
 
 import json
 import os
@@ -26,24 +26,26 @@ ARGUMENTS = [
     *("--device", "cpu", "--eval-interval", "20", "--save-interval", "1", "--log-interval", "1"),
 ]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-# Tells when it evaluates, and never ends a save once told to.
-TALKATIVE = """
+# Prints when it evaluates; with "forever", a save never ends after the first signal.
+CHILD = """
 import signal, sys, threading, time
-from chargpt.runs import checkpoint; from chargpt.cli import main as cli; import chargpt.train as training
+import chargpt.train as training
+from chargpt.runs import checkpoint
+from chargpt.cli import main as cli
 
-def tell_first(module, name, text):
+def print_first(module, name, text):
     plain = getattr(module, name)
-    def telling(*args, **kwargs):
+    def printing(*args, **kwargs):
         print(text, flush=True)
         return plain(*args, **kwargs)
-    setattr(module, name, telling)
+    setattr(module, name, printing)
 
-tell_first(training, "evaluate", "evaluating")
+print_first(training, "evaluate", "evaluating")
 def save_forever(*_):
     print("saving", flush=True)
     while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         time.sleep(0.01)
-    print("told once", flush=True)
+    print("first signal", flush=True)
     threading.Event().wait()
 
 if sys.argv[1] == "forever":
@@ -54,7 +56,7 @@ sys.exit(cli.main(sys.argv[2:]))
 
 def start(folder: Path, saves: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", TALKATIVE, saves, *ARGUMENTS],
+        [sys.executable, "-c", CHILD, saves, *ARGUMENTS],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -98,7 +100,7 @@ def test_a_signal_saves_and_ends(tmp_path: Path, sent: int, stage: str) -> None:
     assert "Traceback" not in said
     assert find_problem(run / "last") is None
     state = json.loads((run / "last" / "state.json").read_text())
-    assert state["step"] == steps(run)  # not a step is lost
+    assert state["step"] == steps(run)  # no step is lost
     if stage == "an evaluation":
         assert (state["step"], state["evaluated_step"]) == (20, None)
     print(f"{signal.Signals(sent).name} in {stage}: ended after {seconds:.1f} s")
@@ -106,7 +108,7 @@ def test_a_signal_saves_and_ends(tmp_path: Path, sent: int, stage: str) -> None:
 
 @pytest.mark.parametrize("sent", CODES)
 def test_a_second_signal_ends_at_once(tmp_path: Path, sent: int) -> None:
-    """Amid a save that would take forever; what was saved before stands."""
+    """Inside a save that never ends; the checkpoint before stays."""
     (tmp_path / "text.txt").write_text(words(300_000))
     run = tmp_path / "run"
     child = start(tmp_path)
@@ -118,12 +120,12 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, sent: int) -> None:
     child = start(tmp_path, "forever")
     wait_for("saving", child)
     child.send_signal(sent)
-    wait_for("told once", child)
+    wait_for("first signal", child)
     child.send_signal(sent)
     before = time.perf_counter()
     _, said = child.communicate(timeout=60)
     seconds = time.perf_counter() - before
-    # SIGTERM ends it without a word; Ctrl-C by way of Python, which can say one.
+    # SIGTERM ends it directly; Ctrl-C ends it through Python, with an exit code.
     assert child.returncode == (-signal.SIGTERM if sent == signal.SIGTERM else 130)
     assert "Traceback" not in said
     assert find_problem(run / "last") is None
