@@ -15,7 +15,7 @@ from torch import Tensor
 from chargpt.base.callable_module import make_callable
 from chargpt.base.errors import TrainingError, UserError, is_out_of_memory
 from chargpt.base.files import write_json
-from chargpt.base.interrupts import Interrupted, Interrupts
+from chargpt.base.interrupts import StopRequested, StopSignals
 from chargpt.base.seeding import own_random_state
 from chargpt.base.units import bits_per_char
 from chargpt.compute.counts import count_parameters
@@ -162,22 +162,22 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     """
     state, config = trainer.state, trainer.train_config
     trainer.model.train()
-    with Interrupts() as interrupts:
+    with StopSignals() as signals:
         try:
             while trainer.progress < 1:
                 if _evaluation_is_due(trainer):
-                    _evaluate_and_save(trainer, reporter, interrupts)
+                    _evaluate_and_save(trainer, reporter, signals)
                 if _patience_is_over(trainer):  # perhaps before this process began
                     return "patience"
                 _timed_step(trainer, reporter)
-                interrupts.grant()
+                signals.check()
                 if config.save_interval and state.step % config.save_interval == 0:
                     save_last(trainer)
             if state.evaluated_step != state.step:
-                _evaluate_and_save(trainer, reporter, interrupts)
-        except Interrupted as interruption:
+                _evaluate_and_save(trainer, reporter, signals)
+        except StopRequested as stop:
             save_last(trainer)
-            return interruption.reason
+            return stop.reason
     return "budget"
 
 
@@ -251,12 +251,12 @@ def _count_skipped(trainer: Trainer, result: StepResult) -> None:
         )
 
 
-def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interrupts) -> None:
+def _evaluate_and_save(trainer: Trainer, reporter: Reporter, signals: StopSignals) -> None:
     state = trainer.state
     if not has_checkpoint(trainer.out, "last"):
         save_last(trainer)  # so that a best one without it has lost it
     start = time.perf_counter()
-    with interrupts.amid():
+    with signals.interruptible():
         val_loss = evaluate(
             trainer.model,
             trainer.validation,
@@ -281,7 +281,7 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interru
     if is_best:
         save_best(trainer)
     save_last(trainer)
-    with interrupts.amid():
+    with signals.interruptible():
         reporter.sample(step=state.step, val_loss=state.val_loss)
 
 

@@ -48,12 +48,15 @@ class CharTokenizer:
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, end_of_text: bool = False) -> Self:
-        """Take the vocabulary from `texts`.
+        """Return a tokenizer for the characters of `texts`.
 
         Raises:
-            UserError: the texts hold no character.
+            UserError: the texts are empty.
         """
-        return cls(set().union(*map(set, texts)), end_of_text=end_of_text)
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return cls(characters, end_of_text=end_of_text)
 
     @property
     def vocab_size(self) -> int:

@@ -14,7 +14,6 @@ from chargpt.config import CheckpointName, Tracker
 from chargpt.runs.checkpoint import has_checkpoint
 from chargpt.runs.folder import (
     CONFIG,
-    CONFIG_PART,
     LOCK,
     locked,
     read_config,
@@ -57,7 +56,9 @@ def _is_free(folder: Path) -> bool:
     """Whether a folder holds nothing, or only what a run leaves that was killed as it began."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(path.name in (LOCK, CONFIG_PART) for path in folder.iterdir())
+    return folder.is_dir() and all(
+        path.name == LOCK or path.name.startswith(f".{CONFIG}.") for path in folder.iterdir()
+    )
 
 
 # --- the run itself

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import chargpt.train
 import chargpt.train as training
-from chargpt.base.errors import RunWarning, TrainingError, UserError
+from chargpt.base.errors import ChargptWarning, TrainingError, UserError
 from chargpt.cli import main as cli
 from chargpt.compute.counts import parameters_of
 from chargpt.compute.device import deterministic_algorithms
@@ -507,5 +507,5 @@ def _refuse(*_: Any) -> None:
 
 def test_warnings_of_the_library_are_warnings(run: Path) -> None:
     (run / "best" / "state.json").unlink()
-    with pytest.warns(RunWarning, match="best is damaged .state.json cannot be read"):
+    with pytest.warns(ChargptWarning, match="best is damaged .state.json cannot be read"):
         load(run)

@@ -27,7 +27,7 @@ from conftest import words
 from safetensors.torch import load_file, save_file
 
 import chargpt
-from chargpt.base.errors import RunWarning, UserError
+from chargpt.base.errors import ChargptWarning, UserError
 from chargpt.base.files import SEAL, seal
 from chargpt.cli import flags
 from chargpt.cli import main as cli
@@ -762,7 +762,7 @@ def do(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
         if verb in COMMANDS:
             return by_command(*COMMANDS[verb], **options)
         with warnings.catch_warnings(), no_longer_than(SECONDS):
-            warnings.simplefilter("ignore", RunWarning)
+            warnings.simplefilter("ignore", ChargptWarning)
             try:
                 chargpt.load("run")
             except UserError as error:
