@@ -1,8 +1,8 @@
 """Modules that can be called like the function of the same name.
 
-``chargpt.train`` is both a function and a module: Python stores a module in its package under its
-own name when it is first imported. Making the module callable lets ``chargpt.train("my.txt")`` and
-``from chargpt.train import fit`` work in either order.
+``chargpt.train`` names a function, but also a module, which Python stores in the package when it is
+first imported. With a callable module, ``chargpt.train("my.txt")`` and ``from chargpt.train import
+fit`` work in any order.
 """
 
 from __future__ import annotations
