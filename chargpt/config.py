@@ -101,24 +101,20 @@ class GPT2Config:
         return dataclasses.replace(self, **changes)
 
 
-Encoding = Annotated[
-    str, Rule(lambda name: name and name.isprintable(), "give a name such as utf-8 or latin-1")
-]
-InnerShare = Annotated[
-    float, Rule(lambda x: 0 < x < 1, "give a share between 0 and 1, such as 0.1")
-]
+NAME = Rule(lambda name: name and name.isprintable(), "give a name such as utf-8 or latin-1")
+BETWEEN = Rule(lambda x: 0 < x < 1, "give a share between 0 and 1, such as 0.1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """How texts are read and split."""
 
-    encoding: Encoding = "utf-8"
+    encoding: Annotated[str, NAME] = "utf-8"
     """Encoding of the text files. A byte-order mark in a file takes precedence."""
     document_separator: str = ""
     """Text between documents in a file, e.g. '\\n' for one document per line (with \\n or \\r\\n
     line ends). Empty: a file is one document."""
-    validation_fraction: InnerShare = 0.1
+    validation_fraction: Annotated[float, BETWEEN] = 0.1
     """Share held out for validation: the last characters, or the last documents."""
 
     def __post_init__(self) -> None:
@@ -166,11 +162,9 @@ class TrainConfig:
     cooldown: Cooldown = "cosine"
     """Shape of the cool-down: half a cosine, or a straight line."""
     cooldown_fraction: Share = 1.0
-    """Share of the budget, at its end, spent cooling down; at most what warm-up leaves. 0: the
-    learning rate stays at its peak."""
+    """Share of the budget, at its end, for the cool-down; at most what warm-up leaves. 0: none."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of the matrices and embeddings under adamw, of the blocks' matrices
-    under muon."""
+    """Decoupled weight decay of matrices and embeddings (adamw) or the blocks' matrices (muon)."""
     embedding_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of the embeddings under muon; no effect under adamw."""
     muon_momentum: ShareBelow1 = 0.95
@@ -185,8 +179,7 @@ class TrainConfig:
     """Steps between evaluations over the whole validation part. 0: once per epoch, but at least 25
     steps apart and more where evaluation is slow, and at most 250 where it is fast."""
     save_interval: NonNegativeInt = 0
-    """Steps between saves of the last state, besides those at evaluations: the most that a crash
-    can lose. 0: at evaluations only."""
+    """Steps between saves besides those at evaluations: the most a crash can lose. 0: no others."""
     patience: NonNegativeInt = 5
     """Stop after this many evaluations in a row without improvement; 0: never."""
     log_interval: PositiveInt = 10
@@ -198,18 +191,15 @@ class TrainConfig:
     device: Device = "auto"
     """Where to train: auto takes cuda, then mps, then cpu."""
     precision: Precision = "auto"
-    """Number format: auto takes bf16 where the hardware is fast at it, then fp16 on CUDA, then
-    fp32."""
+    """auto takes bf16 where the hardware multiplies it fast, then fp16 on CUDA, then fp32."""
     kernels: OnOffAuto = "auto"
     """C++ kernels for a CPU, compiled on first use. auto: on where they work (Linux)."""
     attention: Attention = "auto"
-    """How attention is computed: native (the kernels), matmul (the textbook), sdpa (PyTorch's
-    fused kernel); auto takes the fastest."""
+    """Attention by native (the kernels), matmul or sdpa (PyTorch's fused kernel); auto: fastest."""
     compile: OnOffAuto = "auto"
     """torch.compile; auto: on for CUDA, off elsewhere. Falls back to eager mode."""
     parallel: Parallel = "auto"
-    """dp splits each batch over all GPUs (torch.nn.DataParallel, in this process); auto uses one
-    GPU."""
+    """dp splits each batch over all GPUs (torch.nn.DataParallel, one process); auto: one GPU."""
     deterministic: bool = False
     """Use only algorithms that give the same bits every time, and fail where one is missing. A CPU
     always does so; a GPU becomes slower."""
@@ -231,18 +221,13 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
 
-Temperature = Annotated[float, Rule(lambda x: x >= 0, "give 0 (greedy) or more, e.g. 0.8")]
-Penalty = Annotated[
-    float, Rule(lambda x: 0.01 <= x <= 100, "give a number from 0.01 to 100, e.g. 1.1")
-]
-LogitBias = Annotated[
-    Mapping[str, float],
-    Rule(
-        lambda bias: all(len(c) == 1 and abs(x) <= 10_000 for c, x in bias.items()),
-        "give single characters with numbers up to 10,000, such as e=-2",
-    ),
-]
-Stop = Annotated[tuple[str, ...], Rule(all, "give strings that are not empty")]
+TEMPERATURE = Rule(lambda x: x >= 0, "give 0 (greedy) or more, e.g. 0.8")
+PENALTY = Rule(lambda x: 0.01 <= x <= 100, "give a number from 0.01 to 100, e.g. 1.1")
+NOT_EMPTY = Rule(all, "give strings that are not empty")
+BIAS = Rule(
+    lambda bias: all(len(c) == 1 and abs(x) <= 10_000 for c, x in bias.items()),
+    "give single characters with numbers up to 10,000, such as e=-2",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +240,7 @@ class SampleConfig:
     """Most characters to write."""
     echo: bool = True
     """Print the prompt before the new text; --no-echo leaves it out."""
-    temperature: Temperature = 0.8
+    temperature: Annotated[float, TEMPERATURE] = 0.8
     """Below 1: more predictable; above 1: more random; 0: always the likeliest character."""
     top_k: NonNegativeInt = 0
     """Sample only from the k likeliest characters; 0: from all."""
@@ -263,9 +248,9 @@ class SampleConfig:
     """Sample only from the likeliest characters that together have this probability."""
     min_p: Share = 0.0
     """Sample only from characters with at least this share of the likeliest one's probability."""
-    repetition_penalty: Penalty = 1.0
+    repetition_penalty: Annotated[float, PENALTY] = 1.0
     """Above 1, characters that already occur in the text become less likely; 1: no effect."""
-    logit_bias: LogitBias = field(default_factory=dict, hash=False)
+    logit_bias: Annotated[Mapping[str, float], BIAS] = field(default_factory=dict, hash=False)
     """Make a character likelier (above 0) or less likely (below 0). May be given several times."""
     forbidden: str = ""
     """Characters never to write."""
@@ -273,7 +258,7 @@ class SampleConfig:
     """Number of texts, each with its own random numbers."""
     seed: Seed = 1337
     """The same seed writes the same text."""
-    stop: Stop = ()
+    stop: Annotated[tuple[str, ...], NOT_EMPTY] = ()
     """End the text before any of these strings. May be given several times."""
     unknown: Unknown = "error"
     """What to do with prompt characters that the model has never seen."""

@@ -15,6 +15,10 @@ from typing import Any
 
 
 def make_callable(module: str, function: Callable[..., Any]) -> None:
-    """Make a call of the imported `module` (its full name) a call of `function`."""
-    members = {"__call__": staticmethod(function), "__signature__": inspect.signature(function)}
-    sys.modules[module].__class__ = type("CallableModule", (ModuleType,), members)
+    """Make a call of the imported `module` (its full name) a call of `function`; help shows it."""
+    signature = inspect.signature(function)
+    members = {"__call__": staticmethod(function), "__signature__": signature}
+    callable_module = sys.modules[module]
+    callable_module.__class__ = type("CallableModule", (ModuleType,), members)
+    usage = f"{function.__name__}{signature}\n\n{inspect.getdoc(function)}"
+    callable_module.__doc__ = f"{callable_module.__doc__}\n\n{usage}"

