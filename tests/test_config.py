@@ -24,64 +24,52 @@ from chargpt.config import (
 )
 
 CLASSES: tuple[type[Any], ...] = (GPT2Config, DataConfig, TrainConfig, SampleConfig)
-AT_LEAST_1 = "give a whole number of at least 1"
 SEED = "give a whole number from 0 to 2^63 - 1"
-AT_LEAST_0 = "give a whole number of at least 0"
-DERIVE = "give a positive number, or 0 to derive it"
 BELOW_1 = "give a number from 0 to below 1"
 BIAS = "give single characters with numbers up to 10,000, such as e=-2"
 SHARE = "give a share from 0 to 1"
+ABOVE_0 = "give a share above 0 and up to 1"
+BUDGET = "give a positive number of at most 10^12"
+DATA_SHARE = "give a share between 0 and 1, such as 0.1"
 
 OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
-    (GPT2Config, "block_size", 0, AT_LEAST_1),
-    (GPT2Config, "n_layer", 0, AT_LEAST_1),
-    (GPT2Config, "n_head", 0, AT_LEAST_1),
-    (GPT2Config, "d_model", -4, AT_LEAST_1),
-    (GPT2Config, "vocab_size", -1, DERIVE),
-    (GPT2Config, "d_ff", -1, DERIVE),
-    (GPT2Config, "dropout", 1.0, BELOW_1),
-    (GPT2Config, "embedding_dropout", 1.0, BELOW_1),
-    (GPT2Config, "attention_dropout", 1.0, BELOW_1),
-    (GPT2Config, "dropout", -0.1, BELOW_1),
-    (DataConfig, "encoding", "", "give a name such as utf-8 or latin-1"),
-    (DataConfig, "validation_fraction", 0.0, "give a share between 0 and 1, such as 0.1"),
-    (DataConfig, "validation_fraction", 1.0, "give a share between 0 and 1, such as 0.1"),
-    (TrainConfig, "batch_size", 0, AT_LEAST_1),
-    (TrainConfig, "gradient_accumulation_steps", 0, AT_LEAST_1),
-    (TrainConfig, "log_interval", 0, AT_LEAST_1),
-    (TrainConfig, "steps", 0, "give a positive number of at most 10^12"),
-    (TrainConfig, "epochs", 0.0, "give a positive number of at most 10^12"),
-    (TrainConfig, "minutes", -1.0, "give a positive number of at most 10^12"),
-    (TrainConfig, "eval_interval", -1, AT_LEAST_0),
-    (TrainConfig, "patience", -1, AT_LEAST_0),
-    (TrainConfig, "sample_length", -1, AT_LEAST_0),
-    (TrainConfig, "seed", -1, SEED),
-    (TrainConfig, "weight_decay", -0.1, "give a number of at least 0"),
-    (TrainConfig, "embedding_decay", -0.1, "give a number of at least 0"),
-    (TrainConfig, "grad_clip", -1.0, "give a number of at least 0"),
-    (TrainConfig, "learning_rate", 0.0, "give a positive number"),
-    (TrainConfig, "muon_learning_rate", 0.0, "give a positive number"),
-    (TrainConfig, "learning_rate_floor", 1.1, SHARE),
-    (TrainConfig, "warmup_fraction", -0.1, SHARE),
-    (TrainConfig, "cooldown_fraction", 1.1, SHARE),
-    (TrainConfig, "muon_momentum", 1.0, BELOW_1),
-    (TrainConfig, "beta1", 1.0, BELOW_1),
-    (TrainConfig, "beta2", -0.1, BELOW_1),
-    (SampleConfig, "max_new_tokens", 0, AT_LEAST_1),
-    (SampleConfig, "num_samples", 0, AT_LEAST_1),
-    (SampleConfig, "top_k", -1, AT_LEAST_0),
-    (SampleConfig, "seed", 2**63, SEED),
-    (SampleConfig, "temperature", -0.1, "give 0 (greedy) or more, e.g. 0.8"),
-    (SampleConfig, "temperature", math.inf, "give a number"),
-    (SampleConfig, "top_p", 0.0, "give a share above 0 and up to 1"),
-    (SampleConfig, "min_p", -0.1, "give a share from 0 to 1"),
-    (SampleConfig, "repetition_penalty", 0.0, "give a number from 0.01 to 100, e.g. 1.1"),
-    (SampleConfig, "context_kept", 0.0, "give a share above 0 and up to 1"),
-    (SampleConfig, "logit_bias", {"ee": 1.0}, BIAS),
-    (SampleConfig, "logit_bias", {"e": 1e300}, BIAS),
-    (TrainConfig, "save_interval", -1, AT_LEAST_0),
-    (SampleConfig, "top_p", 1.1, "give a share above 0 and up to 1"),
-    (SampleConfig, "stop", ("a", ""), "give strings that are not empty"),
+    (cls, name, value, remedy)
+    for cls, names, value, remedy in [
+        (GPT2Config, "block_size n_layer n_head d_model", 0, "give a whole number of at least 1"),
+        (GPT2Config, "vocab_size d_ff", -1, "give a positive number, or 0 to derive it"),
+        (GPT2Config, "dropout embedding_dropout attention_dropout", 1.0, BELOW_1),
+        (GPT2Config, "dropout embedding_dropout attention_dropout", -0.1, BELOW_1),
+        (DataConfig, "encoding", "", "give a name such as utf-8 or latin-1"),
+        (DataConfig, "validation_fraction", 0.0, DATA_SHARE),
+        (DataConfig, "validation_fraction", 1.0, DATA_SHARE),
+        (TrainConfig, "batch_size log_interval", 0, "give a whole number of at least 1"),
+        (TrainConfig, "gradient_accumulation_steps", -4, "give a whole number of at least 1"),
+        (TrainConfig, "steps", 0, BUDGET),
+        (TrainConfig, "steps", 10**12 + 1, BUDGET),
+        (TrainConfig, "epochs minutes", 0.0, BUDGET),
+        (TrainConfig, "eval_interval save_interval", -1, "give a whole number of at least 0"),
+        (TrainConfig, "patience sample_length", -1, "give a whole number of at least 0"),
+        (TrainConfig, "seed", -1, SEED),
+        (TrainConfig, "weight_decay embedding_decay", -0.1, "give a number of at least 0"),
+        (TrainConfig, "grad_clip", -1.0, "give a number of at least 0"),
+        (TrainConfig, "learning_rate muon_learning_rate", 0.0, "give a positive number"),
+        (TrainConfig, "learning_rate_floor warmup_fraction cooldown_fraction", 1.1, SHARE),
+        (TrainConfig, "learning_rate_floor warmup_fraction cooldown_fraction", -0.1, SHARE),
+        (TrainConfig, "muon_momentum beta1 beta2", 1.0, BELOW_1),
+        (SampleConfig, "max_new_tokens num_samples", 0, "give a whole number of at least 1"),
+        (SampleConfig, "top_k", -1, "give a whole number of at least 0"),
+        (SampleConfig, "seed", 2**63, SEED),
+        (SampleConfig, "temperature", -0.1, "give 0 (greedy) or more, e.g. 0.8"),
+        (SampleConfig, "temperature", math.inf, "give a number"),
+        (SampleConfig, "top_p context_kept", 0.0, ABOVE_0),
+        (SampleConfig, "top_p context_kept", 1.1, ABOVE_0),
+        (SampleConfig, "min_p", -0.1, SHARE),
+        (SampleConfig, "repetition_penalty", 0.0, "give a number from 0.01 to 100, e.g. 1.1"),
+        (SampleConfig, "logit_bias", {"ee": 1.0}, BIAS),
+        (SampleConfig, "logit_bias", {"e": 1e300}, BIAS),
+        (SampleConfig, "stop", ("a", ""), "give strings that are not empty"),
+    ]
+    for name in names.split()
 ]
 WRONG_TYPE: list[tuple[type[Any], str, Any, str]] = [
     (GPT2Config, "n_layer", True, "give a whole number"),

@@ -48,7 +48,8 @@ def read_sources(sources: Sequence[str]) -> list[RawText]:
     for file in (file for source in sources for file in _find(source)):
         identity = file.resolve() if isinstance(file, Path) else file
         if identity in files:
-            raise UserError(f"{file} is the same text as {files[identity]}: give it once")
+            also = "" if files[identity] == file else f", also as {files[identity]}"
+            raise UserError(f"{file} is given twice{also}: give each text once")
         files[identity] = file
     return [_read(file) for file in files.values()]
 
