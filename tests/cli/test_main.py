@@ -89,7 +89,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "text.txt", "--preset", "big"], "invalid choice 'big' for argument '--preset'"),
     (
         ["train", "text.txt", "--dropout", "1"],
-        "dropout is 1.0: give a number from 0 up to, not wit",
+        "dropout is 1.0: give a number from 0 to below 1",
     ),
     (["train", "text.txt", "--steps", "5", "--minutes", "1"], "steps and minutes are budgets that"),
     (
@@ -226,7 +226,7 @@ def test_train_sample_and_eval_end_to_end(chargpt: Any) -> None:
     assert sampled.out.startswith("the ")
     gone = chargpt("eval", "runs/text")
     assert gone.code == 2
-    assert "the run's text cannot be read again: text.txt: no such file" in gone.err
+    assert "the run's text cannot be read again: there is no file text.txt" in gone.err
     scored = chargpt("eval", "runs/text", "moved.txt", "--json")
     card = json.loads(scored.out)
     assert (card["n_tokens"], card["baselines"]) == (3000, {})
