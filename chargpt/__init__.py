@@ -1,4 +1,4 @@
-"""Train a character-level GPT-2 on any text, in a minute, on the computer you have.
+"""Train a character-level GPT-2 on any text, in a minute, on your own computer.
 
     import chargpt
 
@@ -6,7 +6,7 @@
     model, tokenizer = chargpt.load(result.run)
     print(chargpt.sample(model, tokenizer, prompt="Once "))
 
-Names are imported when they are first used, so that ``import chargpt`` does not import torch.
+Names are imported on first use, so that ``import chargpt`` does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

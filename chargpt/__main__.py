@@ -1,4 +1,4 @@
-"""``python -m chargpt`` is ``chargpt``."""
+"""``python -m chargpt`` runs the command ``chargpt``."""
 
 from chargpt.cli.main import main
 

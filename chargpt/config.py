@@ -1,22 +1,34 @@
-"""The file to edit: what the model is, how it is trained, how it is sampled.
+"""The file to edit: the model, how it is trained, how it is sampled.
 
-Change a number here and run again, or leave the file alone and give the same name as a flag
-(``d_model`` is ``--d-model``) or as a line of a TOML file (``--config my.toml``). A preset is a
-function at the end of the file; a flag wins over a file, a file over the preset.
+Change a number here and run again. Or give it as a flag (``d_model`` is ``--d-model``) or as a line
+of a TOML file (``--config my.toml``). The presets are functions at the end of this file. A flag
+overrides the TOML file, which overrides the preset.
 
-``0`` stands for "derive it" where a field says so. Nothing here imports torch.
+``0`` means "derive it" where a field says so. A wrong name, type or range raises a UserError.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from chargpt.base.checks import check, check_seed, check_types
+from chargpt.base.checks import (
+    BELOW_1,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Rule,
+    Seed,
+    Share,
+    ShareBelow1,
+    check_fields,
+)
 from chargpt.base.errors import UserError
 
 ActivationFunction = Literal[
@@ -31,41 +43,39 @@ OnOffAuto = Literal["auto", "on", "off"]
 Attention = Literal["auto", "native", "matmul", "sdpa"]
 Parallel = Literal["auto", "none", "dp"]
 CheckpointName = Literal["best", "last"]
-"""A checkpoint: of the lowest validation loss, or where the run is."""
+"""A checkpoint: the one with the lowest validation loss, or the latest one."""
 Tracker = Literal["none", "tensorboard", "wandb"]
 Unknown = Literal["error", "skip", "replace"]
 
 
+DerivedInt = Annotated[int, Rule(lambda n: n >= 0, "give a positive number, or 0 to derive it")]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPT2Config:
-    """The shape of a GPT-2 (Radford et al. 2019). The defaults are the preset ``tiny``.
+    """The shape of a GPT-2 (Radford et al. 2019). The defaults are the preset ``tiny``."""
 
-    Raises:
-        UserError: a size that is not positive, a ``d_model`` that ``n_head`` does not divide, a
-            dropout outside [0, 1), an unknown name.
-    """
-
-    block_size: int = 128
+    block_size: PositiveInt = 128
     """Longest context the model sees, in characters."""
-    vocab_size: int = 0
+    vocab_size: DerivedInt = 0
     """Distinct tokens. 0: as many as the text has."""
-    n_layer: int = 4
+    n_layer: PositiveInt = 4
     """Transformer blocks."""
-    n_head: int = 4
-    """Attention heads a block; must divide d_model."""
-    d_model: int = 128
+    n_head: PositiveInt = 4
+    """Attention heads per block; must divide d_model."""
+    d_model: PositiveInt = 128
     """Width of the residual stream."""
-    dropout: float = 0.1
+    dropout: ShareBelow1 = 0.1
     """Probability of dropping a value, after the embeddings, the attention weights, the attention
     output and the feed-forward output."""
-    embedding_dropout: float | None = None
-    """Of the first of these places alone. None: as dropout."""
-    attention_dropout: float | None = None
-    """Of the attention weights alone. None: as dropout."""
-    d_ff: int = 0
+    embedding_dropout: Annotated[float | None, BELOW_1] = None
+    """Dropout after the embeddings. None: as dropout."""
+    attention_dropout: Annotated[float | None, BELOW_1] = None
+    """Dropout after the attention weights. None: as dropout."""
+    d_ff: DerivedInt = 0
     """Width of the feed-forward hidden layer. 0: 4 × d_model."""
     activation_function: ActivationFunction = "gelu"
-    """Of the feed-forward layer; gelu is GPT-2's tanh form, gelu_exact the erf form."""
+    """Activation of the feed-forward layer; gelu is GPT-2's tanh form, gelu_exact the erf form."""
     norm_placement: NormPlacement = "pre"
     """LayerNorm before each sublayer (GPT-2), after the residual sum (the original Transformer),
     or before and after each sublayer (sandwich)."""
@@ -73,11 +83,7 @@ class GPT2Config:
     """Biases in the linear layers and LayerNorms."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("block_size", "n_layer", "n_head", "d_model"):
-            check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
-        for name in ("vocab_size", "d_ff"):
-            check(getattr(self, name) >= 0, self, name, "give a positive number, or 0 to derive it")
+        check_fields(self)
         if self.d_model % self.n_head:
             divisors = [h for h in range(1, min(self.d_model, 2**16) + 1) if self.d_model % h == 0]
             nearest = min(divisors, key=lambda h: abs(h - self.n_head))
@@ -85,54 +91,34 @@ class GPT2Config:
                 f"n_head is {self.n_head}, which does not divide d_model {self.d_model}: "
                 f"give --n-head {nearest}, or a d_model that is a multiple of {self.n_head}"
             )
-        for name in ("dropout", "embedding_dropout", "attention_dropout"):
-            value = getattr(self, name)
-            check(
-                value is None or 0 <= value < 1,
-                self,
-                name,
-                "give a number from 0 up to, not with, 1",
-            )
         if self.d_ff == 0:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with `changes`; a ``d_ff`` that follows ``d_model`` still does."""
+        """Return a copy with `changes`; a ``d_ff`` of 4 × ``d_model`` follows ``d_model``."""
         if self.d_ff == 4 * self.d_model:
             changes.setdefault("d_ff", 0)
         return dataclasses.replace(self, **changes)
 
 
+NAME = Rule(lambda name: name and name.isprintable(), "give a name such as utf-8 or latin-1")
+BETWEEN = Rule(lambda x: 0 < x < 1, "give a share between 0 and 1, such as 0.1")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """How texts are read and split.
+    """How texts are read and split."""
 
-    Raises:
-        UserError: a fraction outside (0, 1), an empty encoding.
-    """
-
-    encoding: str = "utf-8"
-    """Of the text files. A byte-order mark in the file is honoured."""
+    encoding: Annotated[str, NAME] = "utf-8"
+    """Encoding of the text files. A byte-order mark in a file takes precedence."""
     document_separator: str = ""
-    """Text between documents in a file, e.g. '\\n' for one document a line. Empty: a file is one
-    document."""
-    validation_fraction: float = 0.1
+    """Text between documents in a file, e.g. '\\n' for one document per line (with \\n or \\r\\n
+    line ends). Empty: a file is one document."""
+    validation_fraction: Annotated[float, BETWEEN] = 0.1
     """Share held out for validation: the last characters, or the last documents."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check(
-            self.encoding.isprintable() and self.encoding != "",
-            self,
-            "encoding",
-            "give a name such as utf-8 or latin-1",
-        )
-        check(
-            0 < self.validation_fraction < 1,
-            self,
-            "validation_fraction",
-            "give a share between 0 and 1, such as 0.1",
-        )
+        check_fields(self)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`."""
@@ -141,7 +127,8 @@ class DataConfig:
 
 BUDGETS = ("steps", "epochs", "minutes")
 DEFAULT_MINUTES = 3.0
-MAX_BUDGET = 10**12  # steps, epochs or minutes; beyond, numbers overflow
+# Beyond 10^12 steps, epochs or minutes, numbers overflow.
+BUDGET = Rule(lambda n: 0 < n <= 10**12, "give a positive number of at most 10^12")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,165 +137,137 @@ class TrainConfig:
 
     A *step* is one optimizer update: ``batch_size × gradient_accumulation_steps`` sequences of
     ``block_size`` characters.
-
-    Raises:
-        UserError: more than one of steps, epochs, minutes, or a number outside its range.
     """
 
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Sequences in one forward and backward pass (over all GPUs)."""
-    gradient_accumulation_steps: int = 1
-    """Forward and backward passes a step."""
-    steps: int | None = None
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward and backward passes per step."""
+    steps: Annotated[int | None, BUDGET] = None
     """Budget: optimizer steps. Give one of steps, epochs, minutes."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, BUDGET] = None
     """Budget: passes over the training part."""
-    minutes: float | None = None
-    """Budget: minutes of training; evaluations come on top. With no budget at all: 3."""
+    minutes: Annotated[float | None, BUDGET] = None
+    """Budget: minutes of training, not counting evaluations. With no budget at all: 3."""
     optimizer: OptimizerName = "adamw"
     """adamw for every parameter; muon for the matrices of the blocks, with adamw for the rest."""
-    learning_rate: float = 6e-3
-    """AdamW's peak: linear warm-up, constant, then a cool-down."""
-    muon_learning_rate: float = 0.02
-    """Muon's peak, on the same schedule; no effect under adamw."""
-    learning_rate_floor: float = 0.1
-    """Where the cool-down ends, as a share of the peak."""
-    warmup_fraction: float = 0.1
+    learning_rate: PositiveFloat = 6e-3
+    """AdamW's peak learning rate: linear warm-up, constant, then a cool-down."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """Muon's peak learning rate, on the same schedule; no effect under adamw."""
+    learning_rate_floor: Share = 0.1
+    """Learning rate at the end of the cool-down, as a share of the peak."""
+    warmup_fraction: Share = 0.1
     """Share of the budget spent warming up."""
     cooldown: Cooldown = "cosine"
-    """How the rate falls: half a cosine, or a straight line."""
-    cooldown_fraction: float = 1.0
-    """Share of the budget, at its end, spent cooling down; at most what warm-up leaves. 0: the rate
-    stays at its peak."""
-    weight_decay: float = 0.1
-    """Decoupled decay: of matrices and embeddings under adamw, of the blocks' matrices under
-    muon."""
-    embedding_decay: float = 0.0
-    """Decoupled decay of the embeddings under muon; no effect under adamw."""
-    muon_momentum: float = 0.95
-    """Muon's memory of the gradient; no effect under adamw."""
-    beta1: float = 0.9
-    """AdamW's memory of the gradient."""
-    beta2: float = 0.99
-    """AdamW's memory of the squared gradient."""
-    grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
-    eval_interval: int = 0
-    """Steps between evaluations over the whole validation part. 0: once an epoch, but no more often
-    than every 25 steps or than keeps evaluation cheap, and at least every 250 where it is."""
-    save_interval: int = 0
-    """Steps between saves of the last state, besides those at evaluations: what a crash can cost.
-    0: at evaluations only."""
-    patience: int = 5
-    """Stop after this many evaluations in a row without a better one; 0: never."""
-    log_interval: int = 10
+    """Shape of the cool-down: half a cosine, or a straight line."""
+    cooldown_fraction: Share = 1.0
+    """Share of the budget, at its end, for the cool-down; at most what warm-up leaves. 0: none."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices and embeddings (adamw) or the blocks' matrices (muon)."""
+    embedding_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of the embeddings under muon; no effect under adamw."""
+    muon_momentum: ShareBelow1 = 0.95
+    """Muon's momentum; no effect under adamw."""
+    beta1: ShareBelow1 = 0.9
+    """AdamW's decay rate of the mean gradient."""
+    beta2: ShareBelow1 = 0.99
+    """AdamW's decay rate of the mean squared gradient."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest norm of the gradient of all parameters together; 0: no clipping."""
+    eval_interval: NonNegativeInt = 0
+    """Steps between evaluations over the whole validation part. 0: once per epoch, but at least 25
+    steps apart and more where evaluation is slow, and at most 250 where it is fast."""
+    save_interval: NonNegativeInt = 0
+    """Steps between saves besides those at evaluations: the most a crash can lose. 0: no others."""
+    patience: NonNegativeInt = 5
+    """Stop after this many evaluations in a row without improvement; 0: never."""
+    log_interval: PositiveInt = 10
     """Steps between lines in metrics.jsonl."""
-    sample_length: int = 100
-    """Characters of sample written at each evaluation; 0: none."""
-    seed: int = 1337
-    """Of the initial weights, the batches, dropout and the samples."""
+    sample_length: NonNegativeInt = 100
+    """Characters of sample text written at each evaluation; 0: no sample."""
+    seed: Seed = 1337
+    """Seed of the initial weights, the batches, dropout and the samples."""
     device: Device = "auto"
-    """auto takes cuda, then mps, then cpu."""
+    """Where to train: auto takes cuda, then mps, then cpu."""
     precision: Precision = "auto"
     """auto takes bf16 where the hardware multiplies it fast, then fp16 on CUDA, then fp32."""
     kernels: OnOffAuto = "auto"
-    """C++ kernels for a CPU, compiled on first use. auto is on where that works (Linux)."""
+    """C++ kernels for a CPU, compiled on first use. auto: on where they work (Linux)."""
     attention: Attention = "auto"
-    """How attention is computed: native (the kernels), matmul (the textbook), sdpa (PyTorch's
-    fused kernel); auto takes the fastest."""
+    """Attention by native (the kernels), matmul or sdpa (PyTorch's fused kernel); auto: fastest."""
     compile: OnOffAuto = "auto"
-    """torch.compile; auto is on for CUDA, off elsewhere. Falls back to eager."""
+    """torch.compile; auto: on for CUDA, off elsewhere. Falls back to eager mode."""
     parallel: Parallel = "auto"
-    """dp shares each batch among all GPUs (torch.nn.DataParallel, in this process); auto uses
-    one."""
+    """dp splits each batch over all GPUs (torch.nn.DataParallel, one process); auto: one GPU."""
     deterministic: bool = False
-    """Use only algorithms that give the same bits every time, or fail where there is none. A CPU
-    does so anyway; a GPU gets slower."""
+    """Use only algorithms that give the same bits every time, and fail where one is missing. A CPU
+    always does so; a GPU becomes slower."""
     track: Tracker = "none"
     """Send the metrics to a tracker as well."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are budgets that exclude each other: give one")
         if not given:
             object.__setattr__(self, "minutes", DEFAULT_MINUTES)
-        for name in given:
-            good = 0 < getattr(self, name) <= MAX_BUDGET
-            check(good, self, name, "give a positive number of at most 10^12")
-        for name in ("batch_size", "gradient_accumulation_steps", "log_interval"):
-            check(getattr(self, name) >= 1, self, name, "give a whole number of at least 1")
-        for name in ("eval_interval", "save_interval", "patience", "sample_length"):
-            check(getattr(self, name) >= 0, self, name, "give a whole number of at least 0")
-        for name in ("weight_decay", "embedding_decay", "grad_clip"):
-            check(getattr(self, name) >= 0, self, name, "give a number of at least 0")
-        check_seed(self)
-        for name in ("learning_rate", "muon_learning_rate"):
-            check(getattr(self, name) > 0, self, name, "give a positive number")
-        for name in ("learning_rate_floor", "warmup_fraction", "cooldown_fraction"):
-            check(0 <= getattr(self, name) <= 1, self, name, "give a share from 0 to 1")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            check(
-                0 <= getattr(self, name) < 1, self, name, "give a number from 0 up to, not with, 1"
-            )
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with `changes`; a budget among them replaces the budget that was there."""
+        """Return a copy with `changes`; a budget among them replaces the old budget."""
         if any(changes.get(name) is not None for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
         return dataclasses.replace(self, **changes)
 
 
+TEMPERATURE = Rule(lambda x: x >= 0, "give 0 (greedy) or more, e.g. 0.8")
+PENALTY = Rule(lambda x: 0.01 <= x <= 100, "give a number from 0.01 to 100, e.g. 1.1")
+NOT_EMPTY = Rule(all, "give strings that are not empty")
+BIAS = Rule(
+    lambda bias: all(len(c) == 1 and abs(x) <= 10_000 for c, x in bias.items()),
+    "give single characters with numbers up to 10,000, such as e=-2",
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
-    """How text is drawn from a model.
-
-    Raises:
-        UserError: a number outside its range.
-    """
+    """How text is sampled from a model."""
 
     prompt: str = ""
     """Text to continue; empty: start as a document starts."""
-    max_new_tokens: int = 500
-    """Characters to write at most."""
+    max_new_tokens: PositiveInt = 500
+    """Most characters to write."""
     echo: bool = True
-    """Begin with the prompt; --no-echo leaves it out."""
-    temperature: float = 0.8
-    """Below 1 plays safe, above 1 is wild, 0 always takes the likeliest character."""
-    top_k: int = 0
-    """Draw among the k likeliest characters only; 0: all."""
-    top_p: float = 1.0
-    """Draw among the likeliest characters that together hold this probability."""
-    min_p: float = 0.0
-    """Draw among characters with at least this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes characters that the text has less likely; 1: does nothing."""
-    logit_bias: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """Make a character likelier (above 0) or less likely. May be given several times."""
+    """Print the prompt before the new text; --no-echo leaves it out."""
+    temperature: Annotated[float, TEMPERATURE] = 0.8
+    """Below 1: more predictable; above 1: more random; 0: always the likeliest character."""
+    top_k: NonNegativeInt = 0
+    """Sample only from the k likeliest characters; 0: from all."""
+    top_p: PositiveShare = 1.0
+    """Sample only from the likeliest characters that together have this probability."""
+    min_p: Share = 0.0
+    """Sample only from characters with at least this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, PENALTY] = 1.0
+    """Above 1, characters that already occur in the text become less likely; 1: no effect."""
+    logit_bias: Annotated[Mapping[str, float], BIAS] = field(default_factory=dict, hash=False)
+    """Make a character likelier (above 0) or less likely (below 0). May be given several times."""
     forbidden: str = ""
     """Characters never to write."""
-    num_samples: int = 1
-    """Texts to write, each with its own random numbers."""
-    seed: int = 1337
+    num_samples: PositiveInt = 1
+    """Number of texts, each with its own random numbers."""
+    seed: Seed = 1337
     """The same seed writes the same text."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], NOT_EMPTY] = ()
     """End the text before any of these strings. May be given several times."""
     unknown: Unknown = "error"
     """What to do with prompt characters that the model has never seen."""
-    context_kept: float = 0.5
-    """When block_size is full, how much of it the model reads anew to go on, as a share: less is
-    faster, 1 always shows it the last block_size characters."""
+    context_kept: PositiveShare = 0.5
+    """When the context is full, the share of it to re-read before continuing: less is faster, 1
+    always shows the model the last block_size characters."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check(self.num_samples >= 1, self, "num_samples", "give a whole number of at least 1")
-        check_seed(self)
-        check_sampling(self)
-        good = all(len(c) == 1 and abs(x) <= 10_000 for c, x in self.logit_bias.items())
-        remedy = "give single characters with numbers up to 10,000, such as e=-2"
-        check(good, self, "logit_bias", remedy)
-        check(all(self.stop), self, "stop", "give strings that are not empty")
+        check_fields(self)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`."""
@@ -316,40 +275,29 @@ class SampleConfig:
 
 
 def check_sampling(config: Any) -> None:
-    """Refuse numbers of `SampleConfig` that a draw cannot be made with, whoever has them.
-
-    Raises:
-        UserError: a number outside its range.
-    """
-    check(config.max_new_tokens >= 1, config, "max_new_tokens", "give a whole number of at least 1")
-    check(config.top_k >= 0, config, "top_k", "give a whole number of at least 0")
-    good = 0 <= config.temperature < math.inf
-    check(good, config, "temperature", "give 0 (greedy) or more, e.g. 0.8")
-    check(0 < config.top_p <= 1, config, "top_p", "give a share above 0 and up to 1")
-    check(0 <= config.min_p <= 1, config, "min_p", "give a share from 0 to 1")
-    check(0 < config.context_kept <= 1, config, "context_kept", "give a share above 0 and up to 1")
-    good = 0.01 <= config.repetition_penalty <= 100
-    check(good, config, "repetition_penalty", "give a number from 0.01 to 100, e.g. 1.1")
+    """Check the fields of another class that have the names of `SampleConfig`'s fields."""
+    names = [f.name for f in dataclasses.fields(config) if hasattr(SampleConfig, f.name)]
+    SampleConfig(**{name: getattr(config, name) for name in names})
 
 
-# --- presets: each is complete, nothing leaks from one to another
+# --- presets: each is complete, so that editing one leaves the others alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """A model and the way to train it, which go together."""
+    """A model and how to train it."""
 
     model_config: GPT2Config
     train_config: TrainConfig
 
 
 def tiny() -> Preset:
-    """0.82 M parameters: a laptop's three minutes. The defaults above, edit them there."""
+    """0.82 M parameters: three minutes on a laptop. The defaults above; edit them there."""
     return Preset(model_config=GPT2Config(), train_config=TrainConfig())
 
 
 def speedrun() -> Preset:
-    """0.81 M parameters: on Tiny Shakespeare, nanoGPT's published loss in the shortest time."""
+    """0.81 M parameters: nanoGPT's published loss on Tiny Shakespeare in the shortest time."""
     return Preset(
         model_config=GPT2Config(dropout=0.0, bias=False),
         train_config=TrainConfig(

@@ -22,7 +22,7 @@ from torch import Tensor
 from chargpt.base.callable_module import make_callable
 from chargpt.base.errors import TrainingError, UserError, is_out_of_memory
 from chargpt.base.files import write_json
-from chargpt.base.interrupts import Interrupted, Interrupts
+from chargpt.base.interrupts import StopRequested, StopSignals
 from chargpt.base.seeding import own_random_state
 from chargpt.compute.device import describe_device, deterministic_algorithms
 from chargpt.compute.optimizers import schedule
@@ -199,22 +199,22 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     """
     state, save_interval = trainer.state, trainer.train_config.save_interval
     trainer.model.train()
-    with Interrupts() as interrupts:
+    with StopSignals() as signals:
         try:
             while trainer.progress < 1:
                 if _evaluation_is_due(trainer):
-                    _evaluate_and_save(trainer, reporter, interrupts)
+                    _evaluate_and_save(trainer, reporter, signals)
                 if _patience_is_over(trainer):  # possibly before this process started
                     return "patience"
                 _step(trainer, reporter)
-                interrupts.grant()
+                signals.check()
                 if save_interval and state.step % save_interval == 0:
                     save_last(trainer)
             if state.evaluated_step != state.step:
-                _evaluate_and_save(trainer, reporter, interrupts)
-        except Interrupted as interruption:
+                _evaluate_and_save(trainer, reporter, signals)
+        except StopRequested as request:
             save_last(trainer)
-            return interruption.reason
+            return request.reason
     return "budget"
 
 
@@ -229,12 +229,12 @@ def _patience_is_over(trainer: Trainer) -> bool:
     return state.evaluated_step == state.step and 0 < patience <= state.evaluations_since_best
 
 
-def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interrupts) -> None:
+def _evaluate_and_save(trainer: Trainer, reporter: Reporter, signals: StopSignals) -> None:
     state = trainer.state
     if not has_checkpoint(trainer.out, "last"):
         save_last(trainer)  # a folder with best/ alone has therefore lost its last/
     start = time.perf_counter()
-    with interrupts.amid():
+    with signals.interruptible():
         val_loss = evaluate(
             trainer.model,
             trainer.validation,
@@ -257,7 +257,7 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, interrupts: Interru
     if is_best:
         save_best(trainer)
     save_last(trainer)
-    with interrupts.amid():
+    with signals.interruptible():
         reporter.sample(step=state.step, val_loss=val_loss)
 
 

@@ -1,4 +1,4 @@
-"""What several tests share: a small text, a small model, a run trained on it once."""
+"""Shared by many tests: a small text, a small model, and a run trained on that text."""
 
 import random
 from pathlib import Path
@@ -20,7 +20,7 @@ QUICK = TrainConfig(
 
 
 def words(n_characters: int, seed: int = 0) -> str:
-    """Return a text of random words and lines, with a fixed alphabet."""
+    """Return a text of random words and lines from a fixed alphabet."""
     rng = random.Random(seed)
     vocabulary = ["the", "king", "and", "queen", "of", "hearts", "said:", "no!", "O", "Romeo"]
     text = ""
@@ -38,14 +38,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def result(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> TrainResult:
-    """A finished run; do not change its folder."""
+    """A finished run. Tests must not change its folder."""
     out = tmp_path_factory.mktemp("runs") / "hearts"
     return train(str(text_file), model_config=SMALL, train_config=QUICK, out=out, quiet=True)
 
 
 @pytest.fixture(scope="module", params=["on", "off"])
 def kernels(request: pytest.FixtureRequest) -> Any:
-    """Each test with the kernels, where there are any, and without."""
+    """Run each test with the C++ kernels, if they work here, and without."""
     if request.param == "on":
         kernels_of("native")
     return request.param

@@ -1,4 +1,4 @@
-"""What knows nothing of models: errors, checks, durable files, units, seeds, the terminal, interrupts.
+"""Helpers that know nothing about models: errors, checks, files, units, seeds, terminal, signals.
 
 May import: the standard library, numpy, torch.
 """

@@ -1,12 +1,13 @@
-"""Modules that are called like the function of their own name.
+"""Modules that can be called like the function of the same name.
 
-``chargpt.train`` is a module, so that ``from chargpt.train import fit`` works, and Python puts it
-into the package as an attribute when it is first imported. ``chargpt.train("my.txt")`` works, too,
-because the module can be called.
+``chargpt.train`` names a function, but also a module, which Python stores in the package when it is
+first imported. With a callable module, ``chargpt.train("my.txt")`` and ``from chargpt.train import
+fit`` work in any order.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -14,11 +15,10 @@ from typing import Any
 
 
 def make_callable(module: str, function: Callable[..., Any]) -> None:
-    """Let a call of `module` call `function`.
-
-    Args:
-        module: the full name of an imported module.
-        function: what to call.
-    """
-    kind = type("CallableModule", (ModuleType,), {"__call__": staticmethod(function)})
-    sys.modules[module].__class__ = kind
+    """Make a call of the imported `module` (its full name) a call of `function`; help shows it."""
+    signature = inspect.signature(function)
+    members = {"__call__": staticmethod(function), "__signature__": signature}
+    callable_module = sys.modules[module]
+    callable_module.__class__ = type("CallableModule", (ModuleType,), members)
+    usage = f"{function.__name__}{signature}\n\n{inspect.getdoc(function)}"
+    callable_module.__doc__ = f"{callable_module.__doc__}\n\n{usage}"

@@ -1,4 +1,7 @@
-"""Checks of settings: names, types and ranges, each with a one-line remedy. No torch."""
+"""Checks of settings: names, types and ranges, each with a one-line remedy. No torch.
+
+A field's type says which values it takes: ``PositiveInt``, or ``Annotated[str, Rule(...)]``.
+"""
 
 from __future__ import annotations
 
@@ -7,94 +10,98 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from chargpt.base.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
 
-def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a configuration from plain values, such as a saved ``config.json``.
+class Rule(NamedTuple):
+    """The values that a field takes, besides None where its type has None."""
 
-    Raises:
-        UserError: an unknown name (with the nearest known one), a value of the wrong type or range.
-    """
+    accepts: Callable[[Any], bool]
+    remedy: str
+    """Completes an error message, such as "give a positive number"."""
+
+
+PositiveInt = Annotated[int, Rule(lambda n: n >= 1, "give a whole number of at least 1")]
+NonNegativeInt = Annotated[int, Rule(lambda n: n >= 0, "give a whole number of at least 0")]
+Seed = Annotated[int, Rule(lambda n: 0 <= n < 2**63, "give a whole number from 0 to 2^63 - 1")]
+PositiveFloat = Annotated[float, Rule(lambda x: x > 0, "give a positive number")]
+NonNegativeFloat = Annotated[float, Rule(lambda x: x >= 0, "give a number of at least 0")]
+Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "give a share from 0 to 1")]
+PositiveShare = Annotated[float, Rule(lambda x: 0 < x <= 1, "give a share above 0 and up to 1")]
+BELOW_1 = Rule(lambda x: 0 <= x < 1, "give a number from 0 to below 1")
+ShareBelow1 = Annotated[float, BELOW_1]
+
+
+def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Build a configuration from plain values; a UserError names the first bad name or value."""
     assert dataclasses.is_dataclass(cls)
     check_names(values, [field.name for field in dataclasses.fields(cls)])
     return cls(**values)
 
 
 def check_names(names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name that is not `known`, naming the nearest that is.
-
-    Raises:
-        UserError: the first unknown name.
-    """
+    """Raise a UserError for the first name that is not `known`, with the nearest known one."""
     known = list(known)
     for name in names:
         if name not in known:
             raise UserError(f"unknown setting {name!r}{did_you_mean(str(name), known)}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``": did you mean …?"`` for the nearest known word, or else the choice of words."""
+def did_you_mean(
+    word: str, known: Iterable[str], *, otherwise: str = "", cutoff: float = 0.6
+) -> str:
+    """Return ``": did you mean …?"`` with the nearest known word to an unknown one.
+
+    If none is near (`cutoff`, see `difflib.get_close_matches`): `otherwise`, or all known words.
+    """
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     if near:
         return f": did you mean {near[0]}?"
-    return f": known are {', '.join(known)}"
+    return f": {otherwise or 'give one of ' + ', '.join(known)}"
 
 
 def flag(name: str) -> str:
-    """Return the command-line flag for a field: ``d_model`` is ``--d-model``."""
+    """Return the command-line flag of a field: ``d_model`` becomes ``--d-model``."""
     return "--" + name.replace("_", "-")
 
 
 def check(good: bool, config: object, name: str, remedy: str) -> None:
-    """Refuse the value of a field that is not good.
-
-    Raises:
-        UserError: what, the value, the remedy and the flag.
-    """
+    """Unless `good`, raise a UserError with the field's name, its value, the remedy, its flag."""
     if not good:
         raise UserError(f"{name} is {getattr(config, name)!r:.80}: {remedy} ({flag(name)})")
 
 
-def check_seed(config: Any) -> None:
-    """Refuse a seed that the generators do not take.
+def check_fields(config: Any) -> None:
+    """Check the type and the range of every field of a dataclass.
+
+    TOML, JSON and Python let any type through. An int in a float field becomes a float, and a list
+    in a tuple field becomes a tuple.
 
     Raises:
-        UserError: it is negative or has more than 63 bits.
+        UserError: the first field with a wrong value.
     """
-    check(0 <= config.seed < 2**63, config, "seed", "give a whole number from 0 to 2^63 - 1")
-
-
-def check_types(config: Any) -> None:
-    """Refuse values of the wrong type, which TOML, JSON and Python let through.
-
-    A whole number where a number belongs becomes one, a list where a tuple belongs too.
-
-    Raises:
-        UserError: the first field whose value has the wrong type.
-    """
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        good = _as_type(value, hint)
-        if good is _WRONG:
-            raise UserError(
-                f"{field.name} is {value!r}: give {_describe(hint)} ({flag(field.name)})"
-            )
-        object.__setattr__(config, field.name, good)
+        name, hint = field.name, hints[field.name]
+        kind, *rules = typing.get_args(hint) if typing.get_origin(hint) is Annotated else [hint]
+        value = _as_type(getattr(config, name), kind)
+        check(value is not _WRONG, config, name, f"give {_describe(kind)}")
+        object.__setattr__(config, name, value)
+        for rule in rules:
+            check(value is None or rule.accepts(value), config, name, rule.remedy)
 
 
 _WRONG = object()
 
 
 def _as_type(value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`, where JSON's and TOML's types allow it, else _WRONG."""
+    """Return `value` converted to the type `hint`, or _WRONG if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value if value in arguments else _WRONG
@@ -104,29 +111,23 @@ def _as_type(value: Any, hint: Any) -> Any:
     if origin is tuple:
         good = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         return tuple(value) if good else _WRONG
-    if origin in (dict, Mapping):
-        return _as_mapping(value, *arguments)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        key, entry = arguments
+        entries = {_as_type(k, key): _as_type(v, entry) for k, v in value.items()}
+        return _WRONG if _WRONG in (*entries, *entries.values()) else entries
     if hint is float and type(value) in (int, float):
-        return float(value) if abs(value) <= sys.float_info.max else _WRONG  # no NaN, no infinity
-    return value if type(value) is hint else _WRONG
-
-
-def _as_mapping(value: Any, key_hint: Any, value_hint: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return _WRONG
-    if value_hint is Any:
-        return dict(value)
-    good = {_as_type(k, key_hint): _as_type(v, value_hint) for k, v in value.items()}
-    return _WRONG if _WRONG in (*good, *good.values()) else good
+        return float(value) if abs(value) <= sys.float_info.max else _WRONG  # not NaN or infinite
+    return value if hint is Any or type(value) is hint else _WRONG
 
 
 def _describe(hint: Any) -> str:
-    """Return what a person is to give for the type `hint`."""
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    if typing.get_origin(hint) is Mapping:
+    """Return in words what to give for the type `hint`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return _describe(arguments[0])
+    if origin is Literal:
+        return "one of " + ", ".join(arguments)
+    if origin is Mapping:
         return "texts with numbers, such as e=-2"
-    if typing.get_origin(hint) is types.UnionType:
-        return _describe(typing.get_args(hint)[0])
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return words.get(hint, "a list of texts")

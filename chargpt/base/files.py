@@ -1,7 +1,7 @@
-"""Files that are whole or not there, and still there after a power cut.
+"""Files that are complete or absent, also after a power cut.
 
-The order is: write, flush the file to disk, rename, flush the folder. A name that reaches the disk
-before its data would be a well-named file of zeros.
+The order is: write, flush the file to disk, rename it, flush the folder. If the new name reached
+the disk before the data, a power cut could leave a file of zeros under that name.
 """
 
 from __future__ import annotations
@@ -9,24 +9,56 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from chargpt.base.errors import UserError
+from chargpt.base.errors import UserError, is_out_of_memory
 
 SEAL = "sha256"
-"""Name of the field that holds the sum of all others in a sealed file."""
-RENAME_ATTEMPTS = 20
-MAX_JSON_BYTES = 2**20  # of a file of settings
+"""Name of the field that holds the SHA-256 of all other fields of a sealed file."""
+REMEDY = "take it from a backup, or train again"
+MAX_JSON_BYTES = 2**20  # larger than any settings file
+_RENAME_WAITS_S = (0.1, 0.3, 1.0) if os.name == "nt" else ()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new, hidden path beside `path`; the file written there replaces `path` at the end.
+
+    If anything fails, the hidden file is removed and `path` stays as it was. Processes that replace
+    the same file at the same time do not disturb each other: the last one wins.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        with part.open("r+b") as file:  # Windows flushes only writable files
+            os.fsync(file.fileno())
+        rename(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move a file or a folder in one step; on Windows wait for a virus scanner that holds it."""
+    for seconds in _RENAME_WAITS_S:
+        try:
+            source.replace(target)
+        except PermissionError:
+            time.sleep(seconds)
+        else:
+            return
+    source.replace(target)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and flush it to disk; its name is the caller's to make durable.
-
-    Raises:
-        FileExistsError: something of this name is there, be it a link to nowhere.
-    """
+    """Write a file that must not exist, and flush it to disk; the caller flushes its folder."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -34,7 +66,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable; Windows has no such call and needs none."""
+    """Flush the names in a folder to disk. Windows has no such call and does not need it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -44,115 +76,75 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write or replace a file, completely or not at all."""
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all."""
+    """Write or replace a UTF-8 text file, completely or not at all."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file in place of the one before, whole or not at all."""
-    part = part_of(path)
-    part.unlink(missing_ok=True)
-    try:
-        write_file(part, data)
-        part.replace(path)  # atomic
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def part_of(path: Path) -> Path:
-    """Return where a text is while it is being written."""
-    return path.with_name(f".{path.name}.part")
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
+    """Write or replace a JSON file, completely or not at all."""
     write_text(path, to_json(value))
 
 
 def to_json(value: Any) -> str:
-    """Return a value as JSON to be read by people, too."""
+    """Return a value as indented JSON."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
-    """Return a text file.
+    """Return the content of a text file.
 
     Raises:
-        UserError: it is missing, no plain file, not UTF-8, or larger than any of ours.
+        UserError: it is missing, not a regular file, not UTF-8, or larger than `max_bytes`.
+        MemoryError: memory ran out, which does not mean that the file is damaged.
     """
     try:
         size = path.stat().st_size
-        if not path.is_file():  # a pipe would keep us waiting, a device never end
-            raise UserError(f"{path} is no plain file: the run is damaged")
+        if not path.is_file():  # reading a pipe or a device might never end
+            raise UserError(f"{path} is not a regular file: the run is damaged")
         if size > max_bytes:
-            raise UserError(f"{path} has {size:,} bytes, more than any of ours: it is damaged")
+            raise UserError(f"{path} is too large ({size:,} bytes): the run is damaged")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"not enough memory to read {path}") from error
         raise UserError(f"{path} cannot be read ({error}): the run is damaged") from error
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: it is missing or holds something else.
-    """
+    """Return the object in a JSON file; raises as `read_text` and `parse_json` do."""
     return parse_json(read_text(path, max_bytes=max_bytes), str(path))
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """Return the object in a JSON text.
-
-    Args:
-        text: from a file that may be damaged, or made to do damage.
-        name: of the file.
-
-    Raises:
-        UserError: it holds something else.
-    """
+    """Return the object in a JSON text, or raise a UserError that begins with the file's `name`."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not JSON ({error}): the run is damaged") from error
     if not isinstance(value, dict):
-        raise UserError(f"{name} holds no JSON object: the run is damaged")
+        raise UserError(f"{name} does not hold a JSON object: the run is damaged")
     return value
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
-    """Return an object with the SHA-256 of all its fields in a field more."""
+    """Return the object with one more field, the SHA-256 of all its other fields."""
     fields = {name: field for name, field in value.items() if name != SEAL}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return {**fields, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check_seal(value: dict[str, Any], name: str) -> None:
-    """Refuse a sealed object that has changed.
-
-    Raises:
-        UserError: the seal is missing or broken.
-    """
+    """Raise a UserError that begins with the file's `name` if a sealed object has changed."""
     try:
-        whole = value.get(SEAL) == seal(value)[SEAL]
+        intact = value.get(SEAL) == seal(value)[SEAL]
     except RecursionError:
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise UserError(f"{name} has changed since it was written (its SHA-256 differs): {REMEDY}")
-
-
-REMEDY = "take it from a backup, or train again"
-
-
-def rename(source: Path, target: Path) -> None:
-    """Rename a file or a folder; on Windows, try again while a virus scanner has it open."""
-    for attempt in range(RENAME_ATTEMPTS if os.name == "nt" else 1):
-        try:
-            source.rename(target)
-            return
-        except PermissionError:
-            if attempt + 1 == RENAME_ATTEMPTS or os.name != "nt":
-                raise
-            time.sleep(0.1)

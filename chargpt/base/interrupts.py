@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as wishes, granted after a step or amid work that may be dropped."""
+"""Ctrl-C and SIGTERM stop training after a step, or in the middle of work that changes nothing."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, ClassVar, Literal, Self
 
 Interruption = Literal["interrupted", "terminated"]
 
 
-class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """The wish to end is granted here."""
+class StopRequested(Exception):  # noqa: N818 (not an error)
+    """A signal has asked the program to stop, and here it is safe to do so."""
 
     def __init__(self, reason: Interruption) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a wish; the second one ends the program at once."""
+class StopSignals:
+    """Records the first Ctrl-C or SIGTERM as a request; a second one ends the program at once."""
 
     _REASONS: ClassVar[dict[int, Interruption]] = {
         signal.SIGINT: "interrupted",
@@ -30,53 +30,40 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._received: Interruption | None = None
-        self._amid = False
-        self._before: dict[int, Any] = {}
+        self._interruptible = False
+        self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        if threading.current_thread() is threading.main_thread():  # signal.signal's condition
             for number in self._REASONS:
-                self._before[number] = signal.signal(number, self._receive)
+                self._old_handlers[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._restore()
 
-    def grant(self) -> None:
-        """End here if that was wished for.
-
-        Raises:
-            Interrupted: it was.
-        """
+    def check(self) -> None:
+        """Raise `StopRequested` if a signal has come."""
         if self._received:
-            raise Interrupted(self._received)
+            raise StopRequested(self._received)
 
     @contextmanager
-    def amid(self) -> Iterator[None]:
-        """Grant a wish wherever it comes, in work that changes nothing and may take long.
-
-        Raises:
-            Interrupted: it came.
-        """
-        self._amid = True
+    def interruptible(self) -> Iterator[None]:
+        """Raise `StopRequested` at any point of the enclosed work, which must change no state."""
+        self._interruptible = True
         try:
-            self.grant()
+            self.check()
             yield
         finally:
-            self._amid = False
+            self._interruptible = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = self._REASONS[number]
         self._restore()
-        if self._amid:
-            self.grant()
+        if self._interruptible:
+            self.check()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._old_handlers = {}

@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of a key, so that a run has no random state to lose."""
+"""Random numbers as pure functions of a key, so that a run has no random state to save."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 INIT, DROPOUT, SAMPLE = range(3)
-"""What a stream of random numbers is for: the second entry of its key."""
+"""Second entry of a key: what the random numbers are for."""
 
 
 def derive_seed(*key: int) -> int:
-    """Return a 63-bit seed for a key of non-negative numbers; near keys give unrelated seeds."""
+    """Return a 63-bit seed for a key of non-negative numbers; similar keys give unrelated seeds."""
     high, low = np.random.SeedSequence(key).generate_state(2, np.uint32).tolist()
     return int((high << 31) ^ low)
 
 
 @contextmanager
 def own_random_state() -> Iterator[None]:
-    """Leave torch's default generators, on every device, as they were found."""
+    """Restore torch's default generators, on every device, at the end."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=list(devices)):
         yield

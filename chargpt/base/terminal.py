@@ -1,18 +1,18 @@
-"""Text of a model, a file or a prompt on its way to a terminal, which obeys what it is sent."""
+"""Escape control characters before printing a model's text, a file or a prompt to a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 from typing import TextIO
 
-_ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats, half pairs, odd line ends
+_ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats, lone surrogates, odd line ends
 
 
 def visible(text: str) -> str:
-    r"""Return text that commands nothing: what a terminal would obey is shown as ``\x1b``.
+    r"""Return text with control characters escaped: ESC becomes ``\x1b``.
 
-    Line ends and tabs stay. Marks that turn the direction of the text or take no room are shown,
-    too: they make one thing look like another.
+    Line ends and tabs stay. Invisible characters and those that change the direction of the text
+    are escaped, too, because they can make one text look like another.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -25,5 +25,5 @@ def visible(text: str) -> str:
 
 
 def for_stream(text: str, stream: TextIO) -> str:
-    """Return text as a stream should get it: files and pipes get it as it is."""
+    """Return text as it should be written to a stream: escaped for a terminal, else unchanged."""
     return visible(text) if stream.isatty() else text

@@ -1,4 +1,4 @@
-"""Units: nats and bits, and numbers that a person can read."""
+"""Unit conversions, and numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 
 def bits_per_char(nats_per_char: float) -> float:
-    """Convert a loss in nats a character to bits a character."""
+    """Convert a loss from nats to bits per character."""
     return nats_per_char / math.log(2)
 
 
 def perplexity(nats_per_char: float) -> float:
-    """Convert a loss in nats a character to the number of equally likely choices it equals."""
+    """Convert a loss in nats per character to the equivalent number of equally likely choices."""
     return math.exp(nats_per_char)
 
 

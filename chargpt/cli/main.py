@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from chargpt import __version__
-from chargpt.base.errors import RunWarning, TrainingError, UserError
+from chargpt.base.errors import ChargptWarning, TrainingError, UserError
 from chargpt.base.terminal import visible
 from chargpt.cli import bench, check, eval, flags, novelty, sample, train
 from chargpt.cli.shared import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal may lack a character of the text
     with warnings.catch_warnings():
-        warnings.simplefilter("always", RunWarning)
+        warnings.simplefilter("always", ChargptWarning)
         warnings.showwarning = _one_line(warnings.showwarning)
         sys.exit(_exit_code(arguments))
 
@@ -103,10 +103,10 @@ def _preset_in(arguments: Sequence[str]) -> str:
 
 
 def _one_line(show: Callable[..., None]) -> Callable[..., None]:
-    """Return what shows a `RunWarning` as a line for a person, and any other as `show` does."""
+    """Return what shows a `ChargptWarning` as a line for a person, and any other as `show` does."""
 
     def show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, RunWarning):
+        if issubclass(category, ChargptWarning):
             print(f"chargpt: {visible(' '.join(str(message).split()))}", file=sys.stderr)
         else:
             show(message, category, *rest, **more)

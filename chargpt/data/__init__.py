@@ -1,4 +1,4 @@
-"""From texts to batches: the tokenizer, reading texts, the corpus, windows, named data sets.
+"""From texts to batches: named data sets, reading and decoding, tokenizer, corpus, windows.
 
 May import: `chargpt.base`, `chargpt.config`.
 """

@@ -1,35 +1,39 @@
-"""From texts to a corpus: read, cut into documents, split, and encode."""
+"""From texts to a corpus: read, cut into documents, encode, and split."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chargpt.base.checks import check_types
+from chargpt.base.checks import check_fields
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data.texts import decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
 
+Lengths = npt.NDArray[np.int64]
+_JOINED_AT_ONCE = 10_000  # documents; a short string takes ten times the memory of its text
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFacts:
-    """What was found in the texts; two corpora with the same facts are the same."""
+    """What the texts contain. Two corpora with equal facts are equal."""
 
     sha256: str
-    """SHA-256 of the bytes of all sources, one after the other."""
+    """SHA-256 of the bytes of all sources, concatenated."""
     boundaries: str
     """SHA-256 of the documents' lengths."""
     n_characters: int
     n_documents: int
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,11 @@ class Corpus:
     validation: npt.NDArray[Any]
     """Token ids, (m,)."""
     sources: tuple[str, ...]
-    """What the user named, to read it again."""
+    """The sources as the user named them, to read them again."""
     facts: TextFacts
 
     def summary(self) -> str:
-        """Return one line for the person who trains."""
+        """Return one line about the corpus for the user."""
         n_documents = self.facts.n_documents
         documents = f" in {n_documents:,} documents" if n_documents > 1 else ""
         return (
@@ -56,28 +60,29 @@ class Corpus:
 
 
 def load_corpus(sources: Sequence[str], config: DataConfig | None = None) -> Corpus:
-    """Read, split and encode texts.
+    """Read, encode and split texts.
 
     Args:
         sources: files, folders, globs, ``-`` for standard input, or names of data sets.
         config: encoding, document separator, validation fraction.
 
     Raises:
-        UserError: a source that is missing, empty, binary or not of the encoding (named with byte
-            offset and line), or nothing left to validate on.
+        UserError: a source that is missing, named twice, empty, binary or not of the encoding (with
+            byte offset and line), or a text too short to split.
     """
     config = config or DataConfig()
-    raw_texts = read_sources(sources)
     digest = hashlib.sha256()
-    documents: list[str] = []
-    for raw in raw_texts:
-        digest.update(raw.data)
-        documents += split_documents(decode(raw, config.encoding), config.document_separator)
-    if not documents:
+
+    def documents() -> Iterator[str]:
+        for raw in read_sources(sources):
+            digest.update(raw.data)
+            yield from split_documents(decode(raw, config.encoding), config.document_separator)
+
+    text, lengths = _join(documents())
+    if not text:
         raise UserError(f"{', '.join(sources)} holds only document separators: give some text")
-    tokenizer = CharTokenizer.fit(documents, end_of_text=len(documents) > 1)
-    lengths = [len(document) for document in documents]
-    tokens = encode_documents(documents, tokenizer)
+    tokenizer = CharTokenizer.fit([text], end_of_text=len(lengths) > 1)
+    tokens = _encode(text, lengths, tokenizer)
     cut = split_point(lengths, tokenizer.end_of_text_id is not None, config.validation_fraction)
     return Corpus(
         tokenizer=tokenizer,
@@ -86,9 +91,9 @@ def load_corpus(sources: Sequence[str], config: DataConfig | None = None) -> Cor
         sources=tuple(sources),
         facts=TextFacts(
             sha256=digest.hexdigest(),
-            boundaries=hashlib.sha256(np.array(lengths, dtype="<i8").tobytes()).hexdigest(),
-            n_characters=sum(lengths),
-            n_documents=len(documents),
+            boundaries=hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
+            n_characters=len(text),
+            n_documents=len(lengths),
         ),
     )
 
@@ -96,35 +101,62 @@ def load_corpus(sources: Sequence[str], config: DataConfig | None = None) -> Cor
 # --- documents
 
 
-def split_documents(text: str, separator: str) -> list[str]:
-    """Cut `text` at each `separator` and leave out what is empty; no separator: one document."""
-    return [document for document in text.split(separator) if document] if separator else [text]
+def split_documents(text: str, separator: str) -> Iterator[str]:
+    r"""Yield the parts of `text` between separators, without empty ones.
+
+    An empty separator yields the whole text. For a separator with ``\n``, ``\r\n`` counts as
+    ``\n``, so that a file from Windows gives the same documents.
+    """
+    if not separator:
+        yield text
+        return
+    if "\n" in separator:
+        text, separator = text.replace("\r\n", "\n"), separator.replace("\r\n", "\n")
+    start = 0
+    while start <= len(text):
+        end = text.find(separator, start)
+        end = len(text) if end < 0 else end
+        if end > start:
+            yield text[start:end]
+        start = end + len(separator)
 
 
-def encode_documents(documents: Sequence[str], tokenizer: CharTokenizer) -> npt.NDArray[Any]:
-    """Return all documents as token ids, (n,), each ended by end-of-text where there is one."""
+def encode_documents(documents: Iterable[str], tokenizer: CharTokenizer) -> npt.NDArray[Any]:
+    """Return all documents as token ids, (n,), an end-of-text token (if any) after each one."""
+    return _encode(*_join(documents), tokenizer)
+
+
+def _join(documents: Iterable[str]) -> tuple[str, Lengths]:
+    """Return the documents as one string, and the length of each."""
+    documents = iter(documents)
+    joined: list[str] = []
+    lengths: list[Lengths] = [np.array([], dtype=np.int64)]
+    while some := list(islice(documents, _JOINED_AT_ONCE)):
+        joined.append("".join(some))
+        lengths.append(np.fromiter(map(len, some), dtype=np.int64))
+    return "".join(joined), np.concatenate(lengths)
+
+
+def _encode(text: str, lengths: Lengths, tokenizer: CharTokenizer) -> npt.NDArray[Any]:
+    ids = tokenizer.encode(text)
     end = tokenizer.end_of_text_id
-    ends = np.array([] if end is None else [end], dtype=tokenizer.dtype)
-    # Joined before encoding: 32,000 names are one call, not 32,000.
-    ids = tokenizer.encode("".join(documents))
-    boundaries = np.cumsum([len(document) for document in documents], dtype=np.int64)
-    return np.insert(ids, boundaries, ends[0]) if ends.size else ids
+    return ids if end is None else np.insert(ids, np.cumsum(lengths), end)
 
 
-def split_point(lengths: Sequence[int], end_of_text: bool, validation_fraction: float) -> int:
-    """Return how many tokens are for training; the rest validates.
+def split_point(lengths: npt.ArrayLike, end_of_text: bool, validation_fraction: float) -> int:
+    """Return the number of training tokens; the rest is the validation part.
 
-    A single text is cut at the character. Documents stay whole, unless they are so few that the
-    nearest boundary would make the validation part less than half or more than twice what was
-    asked for.
+    A single text is cut at any character. Several documents are cut at the nearest boundary between
+    two of them, unless that makes the validation part less than half or more than twice as long as
+    `validation_fraction` of the tokens.
 
     Args:
-        lengths: of the documents, in characters.
+        lengths: characters in each document.
         end_of_text: whether a token follows each document.
-        validation_fraction: share asked for.
+        validation_fraction: share of the tokens to hold out.
 
     Raises:
-        UserError: a part would be empty.
+        UserError: a part would have fewer than two tokens.
     """
     ends = np.cumsum(np.asarray(lengths) + end_of_text)
     total = int(ends[-1])

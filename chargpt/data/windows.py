@@ -1,8 +1,7 @@
 """Windows and batches of a corpus.
 
-Batch `s` is a pure function of the seed and `s`: there is no iterator and no random state, so a
-run resumes anywhere, and the order of the data does not depend on how many processes share it.
-Targets are the inputs shifted by one, here and nowhere else.
+Batch `s` is a pure function of the seed and `s`, without an iterator or a random state. A run can
+therefore resume at any step. Targets are the inputs shifted by one, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from chargpt.base.errors import UserError
 
-# --- windows and batches
-
 
 class Batch(NamedTuple):
     """Token ids and the ids that follow them."""
@@ -30,15 +27,15 @@ class Batch(NamedTuple):
 
 
 class Windows:
-    """Training sequences by number: sequence `i` is a pure function of (seed, i).
+    """Numbered training sequences: sequence `i` is a pure function of (seed, i).
 
-    An epoch is the text cut into disjoint windows of T tokens, from a random start, in a random
-    order, so that it visits every character once (but for less than 2 T at the ends).
+    Each epoch cuts the text into disjoint windows of T tokens, from a random start, in a random
+    order. It visits every token once, except fewer than 2 T tokens at the ends.
 
     Args:
         tokens: the training part, (n,).
-        block_size: T, tokens a window.
-        seed: of starts and orders.
+        block_size: T, tokens per window.
+        seed: seed of the random starts and orders.
 
     Raises:
         UserError: fewer than T + 1 tokens.
@@ -51,12 +48,12 @@ class Windows:
                 f"{block_size} needs {block_size + 1}; give more text, or a --block-size below "
                 f"{len(tokens)}"
             )
-        # torch cannot index the wider unsigned types
+        # torch cannot index arrays of wider unsigned types
         compact = tokens if tokens.dtype == np.uint8 else tokens.astype(np.int32)
         self.tokens = torch.from_numpy(compact)
         self.block_size = block_size
         self.seed = seed
-        # One window is given up so that the start may vary over a whole block.
+        # One window less than would fit, so that the start can vary over a whole block.
         self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
         slack = len(tokens) - 1 - self.per_epoch * block_size
         self._starts = slack + 1
@@ -76,8 +73,8 @@ class Windows:
         return int(self._order[1][place])
 
     def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the start of every window of an epoch, in the order of training."""
-        # The raw stream of a counter-based generator stays the same from numpy to numpy.
+        """Return the start of each window of an epoch, in training order."""
+        # The raw stream of a counter-based generator is the same in every version of numpy.
         key = np.array([self.seed, epoch], dtype=np.uint64)
         draws = np.random.Philox(key=key).random_raw(self.per_epoch + 1)
         shift = int(draws[0] % np.uint64(self._starts))
@@ -85,12 +82,12 @@ class Windows:
 
 
 def blocks(tokens: npt.NDArray[Any], block_size: int, batch_size: int) -> Iterator[Batch]:
-    """Yield a split as disjoint windows, in order, each token but the first a target once.
+    """Yield disjoint windows in order; every token except the first is a target exactly once.
 
     Args:
         tokens: (n,).
-        block_size: T; the last window is shorter if it must be.
-        batch_size: windows in a batch.
+        block_size: T; the last window may be shorter.
+        batch_size: windows per batch.
     """
     ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
     n_full = (len(ids) - 1) // block_size

@@ -28,7 +28,6 @@ from chargpt.base.files import (
     SEAL,
     check_seal,
     parse_json,
-    part_of,
     read_json,
     read_text,
     seal,
@@ -44,7 +43,6 @@ from chargpt.runs.weights import check_model_file, load_model_tensors, read_tens
 
 MAX_TOKENIZER_BYTES = 32 * 2**20  # all of Unicode takes half of it
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", ".lock"
-CONFIG_PART = part_of(Path(CONFIG)).name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from chargpt.base.errors import UserError, warn
 from chargpt.config import CheckpointName, Tracker
 from chargpt.runs.checkpoint import FormatError, has_checkpoint, recover
-from chargpt.runs.folder import CONFIG, CONFIG_PART, LOCK, locked, read_config
+from chargpt.runs.folder import CONFIG, LOCK, locked, read_config
 
 Resume = bool | Literal["auto"]
 """True: resume the run or fail; ``auto``: resume it, or start it; False: start it or fail."""
@@ -120,7 +120,8 @@ def _is_free(folder: Path) -> bool:
     """Return whether a folder holds nothing but what a run leaves that was killed as it started."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(path.name in (LOCK, CONFIG_PART) for path in folder.iterdir())
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
+    return all(name == LOCK or name.startswith(f".{CONFIG}.") for name in names)
 
 
 def _own_paths(folder: Path) -> Iterator[Path]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chargpt.base.checks import check, check_types
+from chargpt.base.checks import check, check_fields
 from chargpt.base.seeding import DROPOUT, derive_seed
 from chargpt.compute.device import PrecisionChoice
 from chargpt.compute.parallel import ParallelChoice, seed_dropout
@@ -48,7 +48,7 @@ class TrainState:
     """State of the fp16 gradient scaler."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         for name in ("step", "train_seconds", "compile_seconds", "eval_seconds"):
             check(0 <= getattr(self, name) < 2**53, self, name, "the run is damaged")
         usual = self.usual_grad_norm

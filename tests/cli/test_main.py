@@ -57,16 +57,16 @@ LATIN = "\n".join(["all ascii here"] * 300 + ["caf\xe9"] + ["more"] * 300).encod
 MISTAKES: list[tuple[list[str], str]] = [
     (
         ["train", "missing.txt"],
-        "missing.txt: no such file; give a text file, a folder, a pattern, - for standard input, "
-        r"or a data set \(tiny-shakespeare\)",
+        "there is no file missing.txt: give a text file, a folder, a pattern, - for standard "
+        r"input, or a data set \(tiny-shakespeare\)",
     ),
-    (["train", "text.tx"], "text.tx: no such file; did you mean text.txt?"),
+    (["train", "text.tx"], "there is no file text.tx: did you mean text.txt?"),
     (
         ["train", "text.txt", "--n-head", "3", "--d-model", "128"],
         "n_head is 3, which does not divide d_model 128: give --n-head 2, or a d_model that is a "
         "multiple of 3",
     ),
-    (["train", "empty.txt"], "empty.txt is empty: give a text with at least some thousand char"),
+    (["train", "empty.txt"], "empty.txt is empty: give a text with at least a few thousand char"),
     (
         ["train", "short.txt"],
         "the text is too short: 45 tokens to train on, and block_size 128 needs 129; give more "
@@ -89,7 +89,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "text.txt", "--preset", "big"], "invalid choice 'big' for argument '--preset'"),
     (
         ["train", "text.txt", "--dropout", "1"],
-        "dropout is 1.0: give a number from 0 up to, not wit",
+        "dropout is 1.0: give a number from 0 to below 1",
     ),
     (["train", "text.txt", "--steps", "5", "--minutes", "1"], "steps and minutes are budgets that"),
     (
@@ -226,7 +226,7 @@ def test_train_sample_and_eval_end_to_end(chargpt: Any) -> None:
     assert sampled.out.startswith("the ")
     gone = chargpt("eval", "runs/text")
     assert gone.code == 2
-    assert "the run's text cannot be read again: text.txt: no such file" in gone.err
+    assert "the run's text cannot be read again: there is no file text.txt" in gone.err
     scored = chargpt("eval", "runs/text", "moved.txt", "--json")
     card = json.loads(scored.out)
     assert (card["n_tokens"], card["baselines"]) == (3000, {})

@@ -274,7 +274,7 @@ def test_novelty_writes_by_itself_and_says_what_it_means(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--samples", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--samples", "nowhere.txt"], "there is no file nowhere.txt"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--num-samples", "0"], "num_samples is 0"),
     ],

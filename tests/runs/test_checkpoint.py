@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import chargpt
 from chargpt.base import files as durable
-from chargpt.base.errors import RunWarning, UserError
+from chargpt.base.errors import ChargptWarning, UserError
 from chargpt.compute.optimizers import make_optimizer
 from chargpt.runs import checkpoint
 from chargpt.runs.checkpoint import find_checkpoint, save_checkpoint
@@ -83,7 +83,7 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
 def test_a_changed_byte_is_found_and_the_checkpoint_before_is_used(run: Path, name: str) -> None:
     damage(run / "best" / name)
-    with pytest.warns(RunWarning, match=rf"best is damaged \({name}.*using .*best.previous"):
+    with pytest.warns(ChargptWarning, match=rf"best is damaged \({name}.*using .*best.previous"):
         assert find_checkpoint(run, "best") == run / "best.previous"
     damage(run / "best.previous" / name)
     with pytest.raises(UserError, match=rf"best is damaged .*previous is damaged \({name}.*again"):

@@ -28,7 +28,7 @@ from conftest import words
 from safetensors.torch import load_file, save_file
 
 import chargpt
-from chargpt.base.errors import RunWarning, UserError
+from chargpt.base.errors import ChargptWarning, UserError
 from chargpt.base.files import SEAL, seal
 from chargpt.cli import flags
 from chargpt.cli import main as cli
@@ -473,7 +473,7 @@ def do(monkeypatch: pytest.MonkeyPatch) -> Do:
         if verb == "load":
             try:
                 with warnings.catch_warnings(), no_longer_than(SECONDS):
-                    warnings.simplefilter("ignore", RunWarning)
+                    warnings.simplefilter("ignore", ChargptWarning)
                     chargpt.load("run")
             except UserError as error:
                 assert "\n" not in str(error)
