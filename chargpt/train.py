@@ -24,7 +24,7 @@ from chargpt.compute.optimizers import schedule
 from chargpt.config import CheckpointName, DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import evaluate
-from chargpt.generate import generate_text
+from chargpt.generate import generate
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import finish_save, has_checkpoint
 from chargpt.runs.folder import (
@@ -441,7 +441,9 @@ def _sampler(plan: Plan) -> Callable[[], str]:
     config = SampleConfig(
         max_new_tokens=trainer.train_config.sample_length, seed=trainer.train_config.seed
     )
-    return lambda: "".join(generate_text(trainer.model, tokenizer, config, kernels=kernels))
+    return lambda: "".join(
+        piece for _, piece in generate(trainer.model, tokenizer, [""], config, kernels=kernels)
+    )
 
 
 def _finish(plan: Plan, stop_reason: StopReason) -> TrainResult:

@@ -128,11 +128,11 @@ def test_ctrl_c_ends_a_text_and_at_the_prompt_leaves(
         return line
 
     def interrupted(*_: Any, **__: Any) -> Any:
-        yield "abc"
+        yield None, "abc"
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", type_in)
-    monkeypatch.setattr("chargpt.generate.generate_text", interrupted)
+    monkeypatch.setattr("chargpt.generate.generate", interrupted)
     code, out, _ = chargpt("sample", result.run, "--interactive")
     assert (code, out) == (130, "theabc\n")
 

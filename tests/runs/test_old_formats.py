@@ -113,7 +113,7 @@ def test_it_writes_what_it_always_wrote(prompt: str, kernels: Any) -> None:
     config = chargpt.SampleConfig(
         prompt=prompt, temperature=0, max_new_tokens=12, repetition_penalty=20, context_kept=1
     )
-    written = "".join(chargpt.generate_text(model, tokenizer, config, kernels=kernels))
+    written = chargpt.complete(model, tokenizer, [config.prompt], config, kernels=kernels)[0].text
     assert written == GREEDY[prompt]
     weights = load_file(FIXTURE / "best" / MODEL)
     ids = tokenizer.encode(prompt).tolist()
@@ -129,7 +129,8 @@ def test_it_writes_the_sample_that_was_written_in_training() -> None:
     model, tokenizer = load(FIXTURE, which="last")
     last = (FIXTURE / "samples.txt").read_text().splitlines()[-1]
     config = chargpt.SampleConfig(max_new_tokens=10, seed=1337)
-    assert "".join(chargpt.generate_text(model, tokenizer, config, kernels="off")).strip() == last
+    [written] = chargpt.complete(model, tokenizer, [""], config, kernels="off")
+    assert written.text.strip() == last
 
 
 def test_it_is_checked() -> None:

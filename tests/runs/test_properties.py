@@ -416,13 +416,13 @@ def test_what_a_configuration_lets_through_leaves_something(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    SampleConfig(**given_settings)  # all of them are allowed
+    config = SampleConfig(**given_settings)  # all of them are allowed
     n = len(logits)
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     banned = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
     banned[data.draw(st.integers(0, n - 1))] = False
     bias = torch.tensor([-math.inf if ban else 0.0 for ban in banned])
-    filtered = filter_logits(torch.tensor(logits), seen=seen, bias=bias, **given_settings)  # type: ignore[arg-type]
+    filtered = filter_logits(torch.tensor(logits), config, seen=seen, bias=bias)
     assert not torch.isnan(filtered).any()
     left = torch.isfinite(filtered)
     assert left.any()
