@@ -33,47 +33,16 @@ def test_the_tied_embedding_counts_once() -> None:
     assert count_parameters(GPT2(model_config)) == embeddings + norms + matrices
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (7, "7"),
-        (999, "999"),
-        (1000, "1 k"),
-        (1234, "1.23 k"),
-        (818_048, "818 k"),
-        (999_499, "999 k"),
-        (999.6, "1 k"),
-        (999_500, "1 M"),
-        (999_999_999, "1 G"),
-        (1_000_000, "1 M"),
-        (10_700_000, "10.7 M"),
-        (124_439_808, "124 M"),
-        (1.5e9, "1.5 G"),
-        (999e9, "999 G"),
-        (1e12, "1e+12"),
-    ],
-)
-def test_human_count(number: float, text: str) -> None:
-    assert human_count(number) == text
+def test_human_count() -> None:
+    texts = {0: "0", 7: "7", 999: "999", 1000: "1 k", 1234: "1.23 k", 818_048: "818 k"}
+    texts |= {999_499: "999 k", 999.6: "1 k", 999_500: "1 M", 999_999_999: "1 G"}
+    texts |= {1_000_000: "1 M", 10_700_000: "10.7 M", 124_439_808: "124 M"}
+    texts |= {1.5e9: "1.5 G", 999e9: "999 G", 1e12: "1e+12"}
+    assert {number: human_count(number) for number in texts} == texts
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.4, "0 s"),
-        (5, "5 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (65, "1 min 05 s"),
-        (180, "3 min 00 s"),
-        (3599.4, "59 min 59 s"),
-        (3599.6, "1 h 00 min"),
-        (3700, "1 h 01 min"),
-        (7199, "1 h 59 min"),
-        (90_000, "25 h 00 min"),
-    ],
-)
-def test_human_time(seconds: float, text: str) -> None:
-    assert human_time(seconds) == text
+def test_human_time() -> None:
+    texts = {0: "0 s", 0.4: "0 s", 5: "5 s", 59.4: "59 s", 59.6: "1 min 00 s"}
+    texts |= {65: "1 min 05 s", 180: "3 min 00 s", 3599.4: "59 min 59 s"}
+    texts |= {3599.6: "1 h 00 min", 3700: "1 h 01 min", 7199: "1 h 59 min", 90_000: "25 h 00 min"}
+    assert {seconds: human_time(seconds) for seconds in texts} == texts
