@@ -144,7 +144,7 @@ class Engine:
             if sequence.config.repetition_penalty != 1:
                 sequence.seen = torch.zeros_like(logits[-1], dtype=torch.bool)
                 sequence.seen[ids] = True
-                if end_id is not None:  # ends the text once, so it never repeats
+                if end_id is not None:  # not a character of the text
                     sequence.seen[end_id] = False
 
     @torch.inference_mode()
