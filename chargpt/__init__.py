@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from chargpt.data.corpus import load_corpus
     from chargpt.data.tokenizer import CharTokenizer
     from chargpt.engine.scoring import evaluate, score
-    from chargpt.generate import complete, generate, generate_text, sample, write
+    from chargpt.generate import complete, generate, sample
     from chargpt.model import GPT2
     from chargpt.runs.folder import load
     from chargpt.train import train
@@ -50,7 +50,6 @@ __all__ = [
     "complete",
     "evaluate",
     "generate",
-    "generate_text",
     "gpt2",
     "load",
     "load_corpus",
@@ -59,7 +58,6 @@ __all__ = [
     "speedrun",
     "tiny",
     "train",
-    "write",
 ]
 
 _NAMES = {
@@ -68,7 +66,7 @@ _NAMES = {
     "data.corpus": "load_corpus",
     "data.tokenizer": "CharTokenizer",
     "engine.scoring": "evaluate score",
-    "generate": "complete generate generate_text sample write",
+    "generate": "complete generate sample",
     "model": "GPT2",
     "runs.folder": "load",
     "train": "train",

@@ -29,7 +29,7 @@ from chargpt.compute.optimizers import schedule
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import evaluate
-from chargpt.generate import generate_text
+from chargpt.generate import generate
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import has_checkpoint
 from chargpt.runs.folder import load, write_config, write_tokenizer
@@ -154,13 +154,12 @@ def _carry_out(plan: Plan, *, quiet: bool) -> TrainResult:
 
 def _sampler(plan: Plan) -> Callable[[], str]:
     """Return a function that writes a sample with the model as it is now."""
-    model, tokenizer, train_config = (
-        plan.trainer.model,
-        plan.corpus.tokenizer,
-        plan.trainer.train_config,
-    )
+    trainer, train_config = plan.trainer, plan.trainer.train_config
     config = SampleConfig(max_new_tokens=train_config.sample_length, seed=train_config.seed)
-    return lambda: "".join(generate_text(model, tokenizer, config, kernels=train_config.kernels))
+    models = (trainer.model, plan.corpus.tokenizer)
+    return lambda: "".join(
+        text for _, text in generate(*models, [""], config, kernels=train_config.kernels)
+    )
 
 
 def _model_too_large(model_config: GPT2Config) -> UserError:

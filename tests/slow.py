@@ -1,4 +1,4 @@
-"""Sampling and writing the slow and obvious way, in float64, to hold the fast ways against."""
+"""Slow reference implementations of sampling and generation, in float64."""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -30,7 +30,7 @@ def probabilities(
     seen: Collection[int] = (),
     bias: Sequence[float] | None = None,
 ) -> list[float]:
-    """Return what each token is drawn with, one filter after another."""
+    """Return the probability of each token after all filters."""
     logits = [x + b for x, b in zip(logits, bias or [0.0] * len(logits), strict=True)]
     for i in seen:
         logits[i] *= 1 / repetition_penalty if logits[i] > 0 else repetition_penalty
@@ -56,7 +56,7 @@ def keep(p: list[float], kept: list[int]) -> list[float]:
 
 
 def draw(p: Sequence[float], uniform: float) -> int:
-    """Return the first token at which the sum of the probabilities exceeds a random number."""
+    """Return the first token whose cumulative probability exceeds a random number."""
     total = 0.0
     for i, share in enumerate(p):
         total += share
@@ -74,7 +74,7 @@ def uniforms(seed: int) -> Iterator[float]:
 def windows(
     n_prompt: int, n_new: int, block_size: int, context_kept: float
 ) -> Iterator[tuple[int, int]]:
-    """Yield first and last + 1 of what the model sees for each new token, and for one more."""
+    """Yield the context (first, last + 1) of each new token and of one more."""
     start = max(0, n_prompt - block_size)
     for end in range(n_prompt, n_prompt + n_new + 1):
         if end - start > block_size:
@@ -85,7 +85,7 @@ def windows(
 def predictions(
     model: GPT2, prompt: Sequence[int], new: Sequence[int], context_kept: float = 0.5
 ) -> Tensor:
-    """Return logits for each new token and for one more, (n + 1, V), float64, without a cache."""
+    """Return logits of each new token and of one more, (n + 1, V), without a cache."""
     model = deepcopy(model).double().eval()
     T, ids = model.config.block_size, [*prompt, *new]
     seen = [ids[a:b] for a, b in windows(len(prompt), len(new), T, context_kept)]
@@ -105,11 +105,9 @@ def continuation(
     end_id: int | None = None,
     **filters: Any,
 ) -> list[int]:
-    """Return what follows the prompt, the prompt and one token of `new`, …, all of them.
+    """Return the token drawn after the prompt and each prefix of `new`: n + 1 tokens.
 
-    End-of-text is never seen: it begins a document.
-
-    Where that is `new` and one token more, `new` is what the slow way would have written.
+    `new` is a correct continuation if the result begins with it. End-of-text is never "seen".
     """
     rows = predictions(model, prompt, new, context_kept).tolist()
     stream = uniforms(seed)
@@ -120,16 +118,16 @@ def continuation(
 
 
 def assert_likelihoods(tokens: Sequence[Token], logits: Tensor, n_top: int = 0) -> None:
-    """Hold the log-probabilities of tokens, and of their `n_top` alternatives, against logits."""
+    """Compare the log-probabilities of tokens and of their `n_top` alternatives with logits."""
     expected = logits[: len(tokens)].double().log_softmax(-1)  # (n, V)
     assert len(expected) == len(tokens)
     n_top = min(n_top, logits.size(-1))
     for i, token in enumerate(tokens):
         assert len({j for j, _ in token.top}) == len(token.top) == n_top, i
-    told = torch.tensor([[t.logprob, *(p for _, p in t.top)] for t in tokens], dtype=torch.float64)
+    ours = torch.tensor([[t.logprob, *(p for _, p in t.top)] for t in tokens], dtype=torch.float64)
     ids = torch.tensor([[t.id, *(j for j, _ in t.top)] for t in tokens], dtype=torch.long)
     if not tokens:
         return
-    torch.testing.assert_close(told, expected.gather(-1, ids), rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, expected.gather(-1, ids), rtol=0, atol=2e-5)
     best = expected.topk(n_top, dim=-1).values
-    torch.testing.assert_close(told[:, 1:], best, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours[:, 1:], best, rtol=0, atol=2e-5)

@@ -278,9 +278,7 @@ def test_a_signal_amid_an_evaluation_ends_it_there_and_it_is_made_up_for(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amid: str
 ) -> None:
     whole = run_with(text_file, tmp_path / "whole", QUICK)
-    module, name = (
-        (training, "evaluate") if amid == "evaluate" else (chargpt.train, "generate_text")
-    )
+    module, name = (training, "evaluate") if amid == "evaluate" else (chargpt.train, "generate")
     plain, calls = getattr(module, name), 0
 
     def cut(*args: Any, **kwargs: Any) -> Any:

@@ -162,9 +162,9 @@ def _print_samples(
     model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto, file: TextIO
 ) -> None:
     """Print all samples in order; the one whose turn it is as it is written."""
-    from chargpt.generate import write
+    from chargpt.generate import generate
 
-    pieces = write(model, tokenizer, [config.prompt], config, kernels=kernels)
+    pieces = generate(model, tokenizer, [config.prompt], config, kernels=kernels)
     waiting: dict[int, list[str]] = {}  # pieces of samples whose turn has not come
     finished: set[int] = set()
     turn = 0
@@ -200,7 +200,8 @@ def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto) 
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` its history and editing)
 
-    from chargpt.generate import generate_text
+    from chargpt.base.seeding import SAMPLE, derive_seed
+    from chargpt.generate import generate
 
     number = 0
     while True:
@@ -209,11 +210,11 @@ def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto) 
         except EOFError:
             print()
             return
-        own = config.replace(prompt=line)
+        seeds = [derive_seed(config.seed, SAMPLE, number)]
         try:
-            pieces = generate_text(model, tokenizer, own, number=number, kernels=kernels)
+            pieces = generate(model, tokenizer, [line], config, seeds=seeds, kernels=kernels)
             _say([line] if config.echo else [], sys.stdout)
-            _say(pieces, sys.stdout)
+            _say((piece for _, piece in pieces), sys.stdout)
             print()
         except UserError as error:
             print(f"chargpt: {visible(str(error))}", file=sys.stderr)

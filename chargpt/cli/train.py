@@ -91,9 +91,9 @@ def _base(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, 
 
 
 def _print_sample(result: Any) -> None:
-    from chargpt.generate import generate_text
+    from chargpt.generate import generate
 
     print()
-    for piece in generate_text(result.model, result.tokenizer, SampleConfig()):
+    for _, piece in generate(result.model, result.tokenizer, [""], SampleConfig()):
         print(for_stream(piece, sys.stdout), end="", flush=True)
     print()

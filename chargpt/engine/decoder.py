@@ -1,12 +1,11 @@
-"""Reading tokens one by one without reading all before them again.
+"""Read tokens into a cache, so that earlier tokens are not read again.
 
-A decoder has slots, a sequence each. It reads chunks of new tokens and tells what comes after
-them; what it knows of a sequence stays in the sequence's slot. Positions are absolute (learned
-embeddings), so a full slot is not slid: `chargpt.generate` reads a part of the text anew, from
+A decoder has slots; each holds the keys and values of one sequence. `PyTorchDecoder` runs on any
+device; `chargpt.engine.native_decoder` has the fast decoder for CPUs. Positions are absolute
+(learned embeddings), so a full slot cannot slide: the scheduler re-reads part of the text from
 position 0.
 
-`PyTorchDecoder` is the plain one, on any device; `chargpt.engine.native_decoder` has the fast one for
-CPUs. Shapes: B sequences, T new tokens, H heads, D head size, V vocabulary.
+Shapes: B sequences, T new tokens, H heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,47 +24,44 @@ class Chunk(NamedTuple):
 
     slot: int
     start: int
-    """Position of the first; all before it are in the slot."""
+    """Position of the first new token; the slot holds all positions before it."""
     ids: Sequence[int]
 
 
 class Decoder(Protocol):
-    """What reads chunks of tokens."""
+    """Reads chunks of tokens and returns logits."""
 
     block_size: int
     vocab_size: int
     n_slots: int
 
     def read(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
-        """Put tokens into the cache, after those of their slots that stand before `start`.
+        """Add tokens to the cache, each chunk from position `start` of its slot.
 
         Args:
-            chunks: at least one, of at least one token each; no slot twice.
-            every: tell what comes after every token, not after the last of each chunk only.
+            chunks: at least one, each with at least one token; no slot twice.
+            every: return logits after every token, not only after the last of each chunk.
 
         Returns:
-            Logits in float32 on the CPU, (chunks, V), or with `every` (tokens of all chunks, V).
+            Logits in float32 on the CPU: (chunks, V), or with `every` (tokens of all chunks, V).
         """
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let the slot `target` hold the first `length` positions of `source`."""
+        """Copy the first `length` positions of slot `source` to slot `target`."""
 
 
 class PyTorchDecoder:
-    """The model itself, with a cache; as any batch does, it rounds by the batch's size.
+    """The model itself with a cache; rounding depends on the batch size.
 
     Args:
-        model: on any device; left in the mode it was in.
-        n_slots: sequences that can be in the cache at the same time.
+        model: on any device; stays in its mode.
+        n_slots: sequences in the cache at the same time.
     """
 
     def __init__(self, model: GPT2, n_slots: int) -> None:
         config, weight = model.config, model.token_embedding.weight
-        self.block_size, self.vocab_size, self.n_slots = (
-            config.block_size,
-            config.vocab_size,
-            n_slots,
-        )
+        self.block_size, self.vocab_size = config.block_size, config.vocab_size
+        self.n_slots = n_slots
         self._model, self._device = model, weight.device
         head_size = config.d_model // config.n_head
         shape = (config.n_layer, 2, n_slots, config.n_head, config.block_size, head_size)
@@ -86,7 +82,7 @@ class PyTorchDecoder:
         self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
 
     def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Read chunks of one length; return logits, (B, T, V)."""
+        """Read chunks of equal length; return logits, (B, T, V)."""
         device, T = self._device, len(chunks[0].ids)
         ids = torch.tensor([list(chunk.ids) for chunk in chunks], device=device)  # (B, T)
         slots = torch.tensor([chunk.slot for chunk in chunks], device=device)  # (B,)

@@ -1,4 +1,4 @@
-"""The decoder of ``decoder.cpp``: a whole GPT-2 with a key-value cache in one call, on a CPU."""
+"""The C++ decoder (``decoder.cpp``) for CPUs: one call computes a whole GPT-2 with its cache."""
 
 from __future__ import annotations
 
@@ -15,32 +15,29 @@ from chargpt.engine.decoder import Chunk
 from chargpt.model import GPT2, CausalSelfAttention, FeedForward, Residual
 
 _Pointer, _Int = ctypes.c_void_p, ctypes.c_int
-THREADS_FROM = 4_000_000  # multiply-adds; below, waiting for each other costs threads more
+THREADS_FROM = 4_000_000  # multiply-adds; with fewer, one thread is faster
 
 
 class NativeDecoder:
-    """A snapshot of a model that reads tokens into a cache and tells what comes next.
+    """A snapshot of a model's weights and a cache, in float32.
 
-    It computes in float32. What a sequence gets is the same to the bit alone and beside others,
-    written one by one or read at once.
+    The logits of a sequence are the same to the bit whatever its neighbours are and however it is
+    cut into chunks.
 
     Args:
-        model: on a CPU, of a shape that `decodes`.
-        n_slots: sequences that can be in the cache at the same time.
+        model: on a CPU, of a shape that `decodes` accepts.
+        n_slots: sequences in the cache at the same time.
 
     Raises:
-        KernelsError: the kernels cannot be compiled here.
+        KernelsError: the kernels cannot be compiled.
         MemoryError: the cache does not fit.
     """
 
     def __init__(self, model: GPT2, n_slots: int) -> None:
         self._library = _library()
         config = model.config
-        self.block_size, self.vocab_size, self.n_slots = (
-            config.block_size,
-            config.vocab_size,
-            n_slots,
-        )
+        self.block_size, self.vocab_size = config.block_size, config.vocab_size
+        self.n_slots = n_slots
         self._weights = sum(p.numel() for p in model.parameters())
         tensors = [None if t is None else t.detach().float().contiguous() for t in _tensors(model)]
         pointers = (_Pointer * len(tensors))(
@@ -50,14 +47,14 @@ class NativeDecoder:
         sizes = (_Int * 7)(*shape, config.vocab_size, config.block_size, n_slots)
         self._handle = self._library.decoder_new(sizes, model.final_norm.eps, pointers)
         if not self._handle:
-            raise MemoryError(f"a key-value cache for {n_slots} sequences")
+            raise MemoryError(f"the key-value cache for {n_slots} sequences does not fit")
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._library.decoder_free(self._handle)
 
     def read(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
-        """See `chargpt.engine.decoder.Decoder`."""
+        """See `Decoder`."""
         lengths = [len(chunk.ids) for chunk in chunks]
         n = sum(lengths)
         ids = np.fromiter(chain.from_iterable(chunk.ids for chunk in chunks), np.int32, n)
@@ -78,17 +75,17 @@ class NativeDecoder:
         return logits
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """See `chargpt.engine.decoder.Decoder`."""
+        """See `Decoder`."""
         assert max(source, target) < self.n_slots
         assert length <= self.block_size
         self._library.decoder_copy(self._handle, source, target, length)
 
 
 def decodes(model: GPT2) -> bool:
-    """Return whether a `NativeDecoder` can stand in for a model: shape, type and device.
+    """Return whether `NativeDecoder` supports the model's shape, type and device.
 
     Raises:
-        KernelsError: the kernels cannot be compiled here.
+        KernelsError: the kernels cannot be compiled.
     """
     config, lanes = model.config, load_kernels().lanes
     sizes = (config.d_model // config.n_head, config.d_model, config.d_ff)
@@ -106,6 +103,8 @@ def _library() -> ctypes.CDLL:
         library.decoder_new.argtypes = (_Pointer, ctypes.c_float, _Pointer)
         library.decoder_new.restype = _Pointer
         library.decoder_free.argtypes = (_Pointer,)
+        library.decoder_free.restype = library.decoder_forward.restype = None
+        library.decoder_copy.restype = None
         library.decoder_forward.argtypes = (
             *(_Pointer, _Int, _Pointer, _Pointer, _Pointer),
             *(_Int, _Pointer, _Pointer, _Int),
@@ -113,13 +112,11 @@ def _library() -> ctypes.CDLL:
         library.decoder_copy.argtypes = (_Pointer, _Int, _Int, _Int)
     except AttributeError as error:
         raise KernelsError(str(error)) from error
-    for name in ("decoder_free", "decoder_forward", "decoder_copy"):
-        getattr(library, name).restype = None
     return library
 
 
 def _tensors(model: GPT2) -> list[Tensor | None]:
-    """Return the parameters in the order in which ``decoder.cpp`` takes them."""
+    """Return the parameters in the order of ``decoder.cpp``."""
     tensors: list[Tensor | None] = [model.token_embedding.weight, model.position_embedding.weight]
     for block in model.blocks:
         for residual in (block.attention, block.feed_forward):
@@ -134,5 +131,5 @@ def _tensors(model: GPT2) -> list[Tensor | None]:
 
 
 def _pair(module: nn.Module) -> list[Tensor | None]:
-    """Return weight and bias, None for what is not there."""
+    """Return weight and bias, each None if the module lacks it."""
     return [getattr(module, "weight", None), getattr(module, "bias", None)]

@@ -1,14 +1,14 @@
-"""Many sequences, one step at a time: each step reads what is new and draws a token for each.
+"""Write many sequences at once: each step reads the new tokens and draws one more per sequence.
 
-Sequences come and go as they please. What one gets depends on its prompt, its settings and its
-seed alone, not on its neighbours: to the bit where the decoder is the native one, elsewhere as
-far as a batch's size does not change how a matrix product rounds.
+Sequences join and leave at any time. The tokens of a sequence depend on its prompt, its settings
+and its seed, not on its neighbours. With `NativeDecoder` this holds to the bit; with
+`PyTorchDecoder` only up to rounding, because a matrix product rounds by the batch size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -16,9 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from chargpt.base.checks import check
 from chargpt.base.errors import UserError
-from chargpt.config import check_sampling
+from chargpt.config import SampleConfig
 from chargpt.engine.decoder import Chunk, Decoder
 from chargpt.engine.sampling import filter_logits, sample_next, uniform_stream
 
@@ -26,97 +25,89 @@ Finish = Literal["length", "end_of_text", "stop"]
 
 
 class Token(NamedTuple):
-    """A token of a text and how likely the model found it."""
+    """A token and its log-probability."""
 
     id: int
     logprob: float
     """Natural logarithm of the model's own probability: temperature 1, no filter."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens at this place with their log-probabilities, the likeliest first."""
+    """The likeliest tokens at this position with their log-probabilities, best first."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Settings:
-    """How a sequence goes on; see `chargpt.engine.sampling.filter_logits` for the filters."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    bias: Tensor | None = None
-    """(V,)."""
-    end_id: int | None = None
-    """Ends a sequence, and is no part of it."""
-    context_kept: float = 0.5
-    """Share of block_size that is read anew when the context is full."""
-    top_logprobs: int = 0
-    """Alternatives to tell of each token."""
-
-    def __post_init__(self) -> None:
-        check_sampling(self)
-        check(self.top_logprobs >= 0, self, "top_logprobs", "give a whole number of at least 0")
-
-
-@dataclass(kw_only=True, eq=False)
-class Sequence:
-    """A text in the making."""
+@dataclass(eq=False)
+class TokenSequence:
+    """A prompt and the tokens written after it."""
 
     ids: list[int]
     """Prompt and new tokens."""
-    settings: Settings
     seed: int
     slot: int
+    config: SampleConfig
+    bias: Tensor | None
+    end_id: int | None
+    top_logprobs: int
     n_new: int = 0
     finish: Finish | None = None
-    """Why it ended; None: it goes on."""
+    """Why it ended; None: not finished."""
     prompt_tokens: list[Token] = field(default_factory=list)
-    """The prompt's tokens from the second on, where they were asked for."""
+    """The prompt's tokens from the second on, if requested."""
     first: int = 0
-    """Which of the ids stands at position 0."""
+    """Index of the id at position 0 of the context."""
     n_read: int = 0
-    """How many of the ids the decoder has read or left behind."""
+    """Number of ids that the decoder has read or dropped from its context."""
     logits: Tensor | None = None
-    """Of the next token, (V,); None: there are unread ids."""
+    """Logits of the next token, (V,); None: some ids are unread."""
     seen: Tensor | None = None
-    """Tokens that the text has, (V,) of bool; None: the settings do not care."""
+    """Tokens in the text, (V,) of bool; None: no repetition penalty."""
 
     def __post_init__(self) -> None:
         self.uniforms = uniform_stream(self.seed)
 
 
 class Engine:
-    """Sequences in, tokens out.
+    """Write sequences with one decoder.
 
     Args:
-        decoder: reads them; its slots are how many there can be at the same time.
+        decoder: its number of slots limits the sequences at the same time.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.active: list[Sequence] = []
+        self.active: list[TokenSequence] = []
         self._free = list(range(decoder.n_slots))
 
     @property
     def n_free(self) -> int:
-        """Sequences that can be added now."""
+        """Number of sequences that can be added now."""
         return len(self._free)
 
     @torch.inference_mode()
     def add(
-        self, prompt: Ids[int], settings: Settings, seeds: Ids[int], *, tell_prompt: bool = False
-    ) -> list[Sequence]:
-        """Read a prompt once and let a sequence for each seed go on from it.
+        self,
+        prompt: Sequence[int],
+        config: SampleConfig,
+        seeds: Sequence[int],
+        *,
+        bias: Tensor | None = None,
+        end_id: int | None = None,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+    ) -> list[TokenSequence]:
+        """Read a prompt once and start one sequence per seed.
 
         Args:
-            prompt: ids to continue, at least one. Of more than block_size the last are read.
-            settings: of these sequences.
-            seeds: of their random numbers; no more than `n_free`.
-            tell_prompt: tell the log-probabilities of the prompt's tokens, too.
+            prompt: at least one id. If longer than block_size, only its end is read.
+            config: sampling filters, ``max_new_tokens`` and ``context_kept``; other fields are
+                unused.
+            seeds: of the random numbers; at most `n_free`.
+            bias: see `filter_logits`.
+            end_id: token that ends a sequence without becoming a part of it.
+            top_logprobs: alternatives to return for each token.
+            prompt_logprobs: return the log-probabilities of the prompt's tokens, too.
 
         Raises:
-            UserError: the prompt is empty or has ids that the model does not know.
+            UserError: an empty prompt, an id outside the vocabulary, a seed or a number of
+                alternatives out of range, or a model that gives NaN.
         """
         ids = [int(i) for i in prompt]
         if not ids:
@@ -126,105 +117,96 @@ class Engine:
             raise UserError(f"the prompt has ids out of range: give ids from 0 to {known}")
         if not all(0 <= seed < 2**63 for seed in seeds):
             raise UserError(f"a seed is out of range ({list(seeds)}): give 0 to 2^63 - 1")
+        if top_logprobs < 0:
+            raise UserError(f"top_logprobs is {top_logprobs}: give a whole number of at least 0")
         assert 0 < len(seeds) <= self.n_free
-        slots, self._free = self._free[: len(seeds)], self._free[len(seeds) :]
-        try:
-            added = self._begin(ids, settings, seeds, slots, tell_prompt=tell_prompt)
-        except BaseException:
-            self._free += slots
-            raise
+        added = [
+            TokenSequence(ids.copy(), seed, slot, config, bias, end_id, top_logprobs)
+            for seed, slot in zip(seeds, self._free, strict=False)
+        ]
+        self._read_prompt(added, prompt_logprobs=prompt_logprobs)
+        del self._free[: len(added)]
         self.active += added
         return added
 
-    def _begin(
-        self,
-        ids: list[int],
-        settings: Settings,
-        seeds: Ids[int],
-        slots: list[int],
-        *,
-        tell_prompt: bool,
-    ) -> list[Sequence]:
-        """Do what `add` says, in slots of its own."""
-        added = [
-            Sequence(ids=ids.copy(), settings=settings, seed=seed, slot=slot)
-            for seed, slot in zip(seeds, slots, strict=True)
-        ]
+    def _read_prompt(self, added: list[TokenSequence], *, prompt_logprobs: bool) -> None:
+        """Read the prompt into the first sequence's slot and copy it to the other slots."""
         leader = added[0]
-        logits = self.decoder.read([self._chunk(leader)], every=tell_prompt)  # (1 or T, V)
-        if tell_prompt:
-            leader.prompt_tokens = _tokens(logits[:-1], ids[leader.first + 1 :], settings)
+        ids, end_id, n_top = leader.ids, leader.end_id, leader.top_logprobs
+        logits = self.decoder.read([self._chunk(leader)], every=prompt_logprobs)  # (1 or T, V)
+        if prompt_logprobs:
+            leader.prompt_tokens = _tokens(logits[:-1], ids[leader.first + 1 :], n_top)
         for sequence in added:
             if sequence is not leader:
                 self.decoder.copy(leader.slot, sequence.slot, leader.n_read - leader.first)
             sequence.first, sequence.n_read = leader.first, leader.n_read
             sequence.prompt_tokens, sequence.logits = leader.prompt_tokens, logits[-1]
-            if settings.repetition_penalty != 1:
+            if sequence.config.repetition_penalty != 1:
                 sequence.seen = torch.zeros_like(logits[-1], dtype=torch.bool)
                 sequence.seen[ids] = True
-                if settings.end_id is not None:  # it begins a document, and ends it only once
-                    sequence.seen[settings.end_id] = False
-        return added
+                if end_id is not None:  # not a character of the text
+                    sequence.seen[end_id] = False
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Sequence, Token]]:
-        """Draw the next token of each sequence; those that end are taken out.
+    def step(self) -> list[tuple[TokenSequence, Token | None]]:
+        """Draw the next token of each active sequence; finished sequences free their slots.
 
         Returns:
-            Sequences with their new tokens, without those that end here by end-of-text.
+            Each sequence with its new token, or None if it ended by end-of-text.
 
         Raises:
-            UserError: the model's logits are not numbers.
+            UserError: the model gives NaN.
         """
         if not self.active:
             return []
-        drawn: list[tuple[Sequence, Token]] = []
+        drawn: list[tuple[TokenSequence, Token]] = []
         logits = self._logits()  # (B, V)
-        for settings, group in groupby(self.active, key=lambda sequence: sequence.settings):
+        # Tuples compare their entries by identity first, so this is cheap for a shared config.
+        for _, group in groupby(self.active, lambda s: (s.config, id(s.bias), s.top_logprobs)):
             sequences = list(group)
-            rows = logits[len(drawn) : len(drawn) + len(sequences)]  # (those alike, V)
-            tokens = _draw(rows, sequences, settings)
-            drawn += zip(sequences, tokens, strict=True)
-        going_on = []
-        for sequence, token in drawn:
-            if token.id == sequence.settings.end_id:
-                self.remove(sequence, "end_of_text")
-                continue
-            sequence.ids.append(token.id)
-            sequence.n_new += 1
-            sequence.logits = None
-            if sequence.seen is not None:
-                sequence.seen[token.id] = True
-            if sequence.n_new == sequence.settings.max_new_tokens:
-                self.remove(sequence, "length")
-            going_on.append((sequence, token))
-        return going_on
+            rows = logits[len(drawn) : len(drawn) + len(sequences)]  # (sequences, V)
+            drawn += zip(sequences, _draw(rows, sequences), strict=True)
+        return [(sequence, self._append(sequence, token)) for sequence, token in drawn]
 
-    def remove(self, sequence: Sequence, finish: Finish) -> None:
-        """End a sequence and free its slot; of one that has ended, nothing changes."""
+    def _append(self, sequence: TokenSequence, token: Token) -> Token | None:
+        """Add a token to a sequence; end-of-text and the last token end it."""
+        if token.id == sequence.end_id:
+            self.remove(sequence, "end_of_text")
+            return None
+        sequence.ids.append(token.id)
+        sequence.n_new += 1
+        sequence.logits = None
+        if sequence.seen is not None:
+            sequence.seen[token.id] = True
+        if sequence.n_new == sequence.config.max_new_tokens:
+            self.remove(sequence, "length")
+        return token
+
+    def remove(self, sequence: TokenSequence, finish: Finish) -> None:
+        """End a sequence and free its slot; does nothing if it has ended already."""
         if sequence.finish is None:
             sequence.finish = finish
             self.active.remove(sequence)
             self._free.append(sequence.slot)
 
     def _logits(self) -> Tensor:
-        """Let the decoder read what is new; return the logits of all next tokens, (B, V)."""
+        """Read all unread tokens; return the logits of every next token, (B, V)."""
         unread = [sequence for sequence in self.active if sequence.logits is None]
-        if not unread:
-            return torch.stack([s.logits for s in self.active if s.logits is not None])
-        fresh = self.decoder.read([self._chunk(sequence) for sequence in unread])
-        if len(unread) == len(self.active):
-            return fresh
-        rows = iter(fresh)
-        return torch.stack([next(rows) if s.logits is None else s.logits for s in self.active])
+        if unread:
+            fresh = self.decoder.read([self._chunk(sequence) for sequence in unread])
+            if len(unread) == len(self.active):
+                return fresh
+            for sequence, logits in zip(unread, fresh, strict=True):
+                sequence.logits = logits
+        return torch.stack([s.logits for s in self.active if s.logits is not None])
 
-    def _chunk(self, sequence: Sequence) -> Chunk:
-        """Return the ids that a sequence has to read; where they do not fit, a later start."""
+    def _chunk(self, sequence: TokenSequence) -> Chunk:
+        """Return the ids to read next; if the context is full, restart it from its last part."""
         block_size, n = self.decoder.block_size, len(sequence.ids)
         if n - sequence.first > block_size:
             kept = block_size
             if sequence.n_read:
-                kept = max(1, round(sequence.settings.context_kept * block_size))
+                kept = max(1, round(sequence.config.context_kept * block_size))
             sequence.first = sequence.n_read = n - kept
         start = sequence.n_read - sequence.first
         new = sequence.ids[sequence.n_read :]
@@ -232,40 +214,29 @@ class Engine:
         return Chunk(sequence.slot, start, new)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence], settings: Settings) -> list[Token]:
-    """Draw a token for each of some sequences with the same settings; logits (B, V)."""
+def _draw(logits: Tensor, sequences: list[TokenSequence]) -> list[Token]:
+    """Draw a token for each of B sequences with the same settings; logits are (B, V)."""
     masks = [s.seen for s in sequences if s.seen is not None]
-    filtered = filter_logits(
-        logits,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        seen=torch.stack(masks) if masks else None,
-        bias=settings.bias,
-    )
+    seen = torch.stack(masks) if masks else None  # (B, V)
+    filtered = filter_logits(logits, sequences[0].config, seen=seen, bias=sequences[0].bias)
     uniforms = torch.tensor([next(s.uniforms) for s in sequences], dtype=torch.float64)
-    ids = sample_next(filtered, uniforms).tolist()
-    return _tokens(logits, ids, settings)
+    return _tokens(logits, sample_next(filtered, uniforms).tolist(), sequences[0].top_logprobs)
 
 
-def _tokens(logits: Tensor, ids: Ids[int], settings: Settings) -> list[Token]:
-    """Return tokens that stand where (n, V) logits were for, with their log-probabilities.
+def _tokens(logits: Tensor, ids: Sequence[int], top_logprobs: int) -> list[Token]:
+    """Return n tokens with the log-probabilities that the logits (n, V) give them.
 
     Raises:
-        UserError: the logits are not numbers.
+        UserError: the logits are NaN.
     """
     logprobs = logits.log_softmax(dim=-1)  # (n, V)
     chosen = torch.tensor(ids)[:, None]  # (n, 1)
     of_chosen: list[float] = logprobs.gather(-1, chosen)[:, 0].tolist()
     if any(map(math.isnan, of_chosen)):
         raise UserError("the model gives NaN: its weights are damaged, train it again")
-    if not settings.top_logprobs:
+    if not top_logprobs:
         return [Token(i, p) for i, p in zip(ids, of_chosen, strict=True)]
-    best = logprobs.topk(min(settings.top_logprobs, logits.size(-1)), dim=-1)
-    alternatives = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [
-        Token(i, p, tuple(zip(*top, strict=True)))
-        for i, p, top in zip(ids, of_chosen, alternatives, strict=True)
-    ]
+    best = logprobs.topk(min(top_logprobs, logits.size(-1)), dim=-1)
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    tops = [tuple(zip(*pair, strict=True)) for pair in top]
+    return [Token(*row) for row in zip(ids, of_chosen, tops, strict=True)]

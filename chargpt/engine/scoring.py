@@ -1,16 +1,16 @@
 """How likely is a text? The log-probability that a model gives to each of its characters.
 
-A window of block_size tokens moves over the text by `stride` tokens, and scores those that the
-window before it has not: Hugging Face documents the same under "Perplexity of fixed-length models".
-A small stride gives each character more context, and takes block_size / stride times as long:
+A window of T = block_size tokens moves over the text by `stride` tokens, and scores the tokens
+that the previous window did not score (Hugging Face, "Perplexity of fixed-length models"). A small
+stride gives each character more context, and takes T / stride times as long:
 
-=============  ===============================================================================
-stride         tokens that a token past the first window is predicted from
-=============  ===============================================================================
-0, block_size  1 to block_size, as in `chargpt.evaluate`: each block starts without context
-S              block_size - S + 1 to block_size
-1              block_size, all that the model can take
-=============  ===============================================================================
+======  ====================================================================
+stride  context of a token after the first window
+======  ====================================================================
+0, T    1 to T tokens: each block starts without context, as in `evaluate`
+S       T - S + 1 to T tokens
+1       T tokens, the most that the model can read
+======  ====================================================================
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from chargpt.data.windows import blocks
 from chargpt.model import GPT2, evaluating
 
 BATCH_SIZE = 32
-"""Windows in a forward pass, where nobody asks for another number."""
+"""Default number of windows per forward pass."""
 
 
 def evaluate(
@@ -43,62 +43,57 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> float:
-    """Return the mean loss in nats a token over all of `tokens`, in disjoint blocks.
+    """Return the mean loss over all tokens in disjoint blocks, in nats per token.
 
-    Each block starts without context, so that a character is predicted from the 1 to block_size
-    characters before it.
-
-    Args:
-        model: maps ids (B, T) to logits (B, T, V); left in the mode it was in.
-        tokens: token ids, (n,) with n ≥ 2.
-        block_size: T, tokens a block.
-        batch_size: blocks in a forward pass; changes speed and memory only.
-        autocast: context for each forward pass, entered again and again, such as
-            ``torch.autocast("cpu", torch.bfloat16)``.
+    Takes the arguments of `log_probabilities`, with at least two tokens.
     """
     scores = log_probabilities(model, tokens, block_size, batch_size=batch_size, autocast=autocast)
     return mean_nats(scores)
 
 
 def mean_nats(scores: npt.NDArray[np.float32]) -> float:
-    """Return the loss, in nats a token, of log-probabilities (n,) with n ≥ 1."""
+    """Return the mean loss of log-probabilities, (n,) with n ≥ 1, in nats per token."""
     return -float(scores.sum(dtype=np.float64)) / len(scores)
 
 
 def log_probabilities(
     model: nn.Module,
     tokens: npt.NDArray[Any],
-    block_size: int,
+    block_size: int | None = None,
     *,
     stride: int = 0,
     batch_size: int = BATCH_SIZE,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Return ln p of each token but the first, given those before it in a window.
-
-    A window of T tokens moves by `stride` and scores the tokens that the one before it has not.
+    """Return ln p of each token but the first, given the tokens before it in a window.
 
     Args:
-        model: maps ids (B, T) to logits (B, T, V); left in the mode it was in.
+        model: maps ids (B, T) to logits (B, T, V); stays in its mode.
         tokens: token ids, (n,) with n ≥ 1.
-        block_size: T, tokens a window.
-        stride: tokens that a window moves, 1 to T; 0: T, which makes disjoint blocks.
-        batch_size: windows in a forward pass; changes speed and memory only.
-        autocast: context for each forward pass, entered again and again.
+        block_size: T, tokens per window; None: the block_size of a GPT2.
+        stride: tokens from one window to the next, 1 to T; 0: T (disjoint blocks).
+        batch_size: windows per forward pass; changes speed and memory only.
+        autocast: a reusable context for each forward pass, such as
+            ``torch.autocast("cpu", torch.bfloat16)``.
 
     Returns:
-        Natural logarithms, (n - 1,): entry i is of ``tokens[i + 1]``.
+        Natural logarithms, (n - 1,): entry i belongs to ``tokens[i + 1]``.
 
     Raises:
-        UserError: a stride outside 0 … T.
+        UserError: no tokens, or a stride outside 0 … T.
     """
+    if block_size is None:
+        assert isinstance(model, GPT2)
+        block_size = model.config.block_size
+    if not len(tokens):
+        raise UserError("there are no tokens to score: give at least one")
     if not 0 <= stride <= block_size:
         raise UserError(
-            f"stride is {stride}: give 1 (all the context there is) to {block_size} (block_size), "
-            "or 0 for disjoint blocks"
+            f"stride is {stride}: give 1 (most context) to {block_size} (block_size), or 0 for "
+            "disjoint blocks"
         )
     device = next(model.parameters()).device
-    # Collected where they are computed: waiting for each batch would leave a GPU idle.
+    # On the model's device: copying each batch to the CPU would make a GPU wait.
     scores = torch.empty(len(tokens) - 1, dtype=torch.float32, device=device)
     done = 0
     with evaluating(model), torch.inference_mode():
@@ -117,11 +112,10 @@ def log_probabilities(
 def _windows(
     tokens: npt.NDArray[Any], block_size: int, stride: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield windows (B, ≤T) and the targets (B, ≤S) of their last positions, in order of the text.
+    """Yield windows (B, ≤T) and the targets (B, ≤S) of their last positions, in text order.
 
-    They are blocks of S = stride tokens, each after the T - S tokens that stand before it. What the
-    first window has too much is a block of its own, so that every token but the first is a target
-    once.
+    A window is a block of S = stride tokens after the T - S tokens before it. The first T - S
+    targets form their own block, so that every token but the first is a target once.
     """
     lead = block_size - stride
     if lead:
@@ -147,36 +141,36 @@ def score(
     batch_size: int = BATCH_SIZE,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Return ln p of each character of a text, given those before it.
+    """Return ln p of each character of a text, given the characters before it.
 
-    The text is taken for one document: its first character is predicted from what a document starts
-    with (see `CharTokenizer.encode_prompt`), and how likely it is to end is not scored.
+    The text is treated as one document: its first character follows the start of a document (see
+    `CharTokenizer.encode_prompt`). The end of the document is not scored.
 
     Args:
-        model: any GPT2 with this tokenizer's vocabulary; left in the mode it was in.
-        tokenizer: of the model.
+        model: a GPT2 with this tokenizer's vocabulary; stays in its mode.
+        tokenizer: the model's.
         text: at least one character.
-        stride: 1 (most context, slowest) to block_size; 0: block_size.
-        unknown: of characters outside the vocabulary. ``error`` refuses them; ``skip`` hides them
-            from the model and scores them NaN; ``replace`` gives them the score of the replacement.
-        batch_size: windows in a forward pass; changes speed and memory only.
-        autocast: context for each forward pass, entered again and again.
+        stride: see `log_probabilities`.
+        unknown: what to do with characters outside the vocabulary: ``error`` refuses them; ``skip``
+            hides them from the model and scores them NaN; ``replace`` scores the replacement.
+        batch_size: see `log_probabilities`.
+        autocast: see `log_probabilities`.
 
     Returns:
         Natural logarithms, (len(text),); divide by -ln 2 for bits of surprise.
 
     Raises:
-        UserError: an empty text, one with no known character, a character that the model has never
-            seen (under "error"), a stride outside 0 … block_size.
+        UserError: an empty text, a text without a known character, an unknown character (with
+            "error"), or a stride outside 0 … block_size.
     """
     if not text:
         raise UserError("the text to score is empty: give at least one character")
-    ids = tokenizer.encode(text, unknown=unknown)  # (len(text),), fewer where some were skipped
+    ids = tokenizer.encode(text, unknown=unknown)  # (len(text),), fewer if some were skipped
     if not len(ids):
         raise UserError("the model has never seen any character of the text: give another text")
     start = np.array(tokenizer.encode_prompt(""), dtype=ids.dtype)  # (s,)
     tokens = np.concatenate([start, ids])  # (s + len(ids),)
-    scores = token_log_probabilities(
+    scores = log_probabilities(
         model, tokens, stride=stride, batch_size=batch_size, autocast=autocast
     )[len(start) - 1 :]  # (len(ids),)
     if len(ids) == len(text):
@@ -185,38 +179,3 @@ def score(
     spread = np.full(len(text), np.nan, dtype=np.float32)
     spread[np.fromiter((character in known for character in text), bool, len(text))] = scores
     return spread
-
-
-def token_log_probabilities(
-    model: GPT2,
-    tokens: npt.NDArray[Any],
-    *,
-    stride: int = 0,
-    batch_size: int = BATCH_SIZE,
-    autocast: AbstractContextManager[Any] | None = None,
-) -> npt.NDArray[np.float32]:
-    """Return ln p of each token but the first, given those before it.
-
-    Args:
-        model: any GPT2; left in the mode it was in.
-        tokens: token ids, (n,).
-        stride: 1 (most context, slowest) to block_size; 0: block_size.
-        batch_size: windows in a forward pass; changes speed and memory only.
-        autocast: context for each forward pass, entered again and again.
-
-    Returns:
-        Natural logarithms, (n - 1,): entry i is of ``tokens[i + 1]``.
-
-    Raises:
-        UserError: no tokens, or a stride outside 0 … block_size.
-    """
-    if not len(tokens):
-        raise UserError("there are no tokens to score: give at least one")
-    return log_probabilities(
-        model,
-        tokens,
-        model.config.block_size,
-        stride=stride,
-        batch_size=batch_size,
-        autocast=autocast,
-    )

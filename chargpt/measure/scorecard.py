@@ -16,7 +16,7 @@ from chargpt.config import CheckpointName, Device, Unknown
 from chargpt.data.corpus import Corpus, encode_documents, load_corpus, split_documents
 from chargpt.data.texts import STANDARD_INPUT, decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.engine.scoring import mean_nats, token_log_probabilities
+from chargpt.engine.scoring import log_probabilities, mean_nats
 from chargpt.measure.baselines import Baseline, baselines
 from chargpt.runs.folder import RunConfig, load, read_config, text_sources
 
@@ -93,7 +93,7 @@ def score_run(
         assert corpus is not None
         tokens = corpus.validation if split == "validation" else corpus.train
         name = f"{split} part of {', '.join(corpus.sources)}"
-    loss = mean_nats(token_log_probabilities(model, tokens, stride=stride))
+    loss = mean_nats(log_probabilities(model, tokens, stride=stride))
     rows = _baselines(corpus, tokens, split if not files else None) if with_baselines else ()
     return Scorecard(
         text=name,

@@ -128,11 +128,11 @@ def test_ctrl_c_ends_a_text_and_at_the_prompt_leaves(
         return line
 
     def interrupted(*_: Any, **__: Any) -> Any:
-        yield "abc"
+        yield None, "abc"
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", type_in)
-    monkeypatch.setattr("chargpt.generate.generate_text", interrupted)
+    monkeypatch.setattr("chargpt.generate.generate", interrupted)
     code, out, _ = chargpt("sample", result.run, "--interactive")
     assert (code, out) == (130, "theabc\n")
 
@@ -171,7 +171,7 @@ def test_surprise_is_shown_in_the_terminal_and_kept_as_a_page(
         (["--logit-bias", "e"], "--logit-bias is 'e': give CHARACTER=NUMBER"),
         (["--logit-bias", "ee=1"], "give single characters"),
         (["--logit-bias", "e=nan"], "logit_bias is {'e': nan}"),
-        (["--logit-bias", "£=1"], "logit_bias names '£', which the model has never seen"),
+        (["--logit-bias", "£=1"], "logit_bias names '£', unknown to the model"),
         (["--out", "no/such/folder"], "no/such/folder cannot be written"),
         (["--stride", "2"], "--stride belongs to --surprise"),
         (["--surprise", "here.txt", "--out", "page.txt"], "give NAME.html"),
@@ -286,3 +286,15 @@ def test_a_mistake_with_novelty_is_one_line(
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_out_of_memory_is_one_line_with_the_remedy(
+    chargpt: Run, result: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("chargpt.generate.make_decoder", fail)
+    code, _, err = chargpt("sample", result.run, "--num-samples", 8)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "not enough memory to write 8 texts at the same time: give --num-samples 4" in err

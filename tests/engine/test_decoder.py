@@ -1,7 +1,7 @@
-"""Both decoders beside the model without a cache, in float64.
+"""Both decoders, compared with the model without a cache in float64.
 
-The native one also as a processor with AVX2 and one with no vector extension would have it, and
-without OpenMP: other widths, other tails.
+The native decoder is also tested as compiled for AVX2 and without vector extensions, both without
+OpenMP: other vector widths have other tails.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ T = 24
 
 
 class Kind(NamedTuple):
-    """A decoder, and whether it promises the same bits however it is asked."""
+    """A decoder, and whether its results are the same to the bit for any chunks and neighbours."""
 
     name: str
     exact: bool
@@ -60,12 +60,12 @@ class Kind(NamedTuple):
 @pytest.fixture(scope="module", params=["pytorch", "native", "avx2", "znver3", "plain"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     if request.param != "pytorch":
-        kernels_of(request.param)  # which skips, if need be
+        kernels_of(request.param)  # skips the test where they do not compile
     return Kind(request.param, request.param != "pytorch")
 
 
 def some_model(seed: int = 0, **changes: Any) -> GPT2:
-    """A model with large random biases and gains, whose logits differ by about one."""
+    """A model with large random biases and gains; its logits differ by about one."""
     shape: dict[str, Any] = {
         "block_size": T,
         "vocab_size": 11,
@@ -83,20 +83,20 @@ def some_ids(model: GPT2, n: int, seed: int) -> list[int]:
 
 
 def uncached(model: GPT2, ids: Sequence[int]) -> Tensor:
-    """Return logits after each id, (n, V), in float64."""
+    """Return the logits after each id, (n, V), in float64."""
     with torch.no_grad():
         logits: Tensor = deepcopy(model).double().eval()(torch.tensor([list(ids)]))
     return logits[0]
 
 
 def assert_exact(ours: Tensor, ids: Sequence[int], model: GPT2) -> None:
-    """Hold logits after the last ids against the uncached model's."""
+    """Compare the logits after the last ids with the uncached model's."""
     assert ours.dtype == torch.float32
     expected = uncached(model, ids)[-len(ours) :]
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
 
 
-# --- cached is uncached
+# --- logits with and without a cache
 
 SHAPES: list[dict[str, Any]] = [
     {"norm_placement": placement, "bias": bias, **shape}
@@ -122,7 +122,7 @@ SHAPES += [
 
 
 class Reader(Protocol):
-    """As much of a decoder as reads."""
+    """The reading part of a decoder."""
 
     def read(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor: ...
 
@@ -130,7 +130,7 @@ class Reader(Protocol):
 def in_pieces(
     decoder: Reader, texts: dict[int, list[int]], rng: random.Random, every: bool = True
 ) -> dict[int, list[Tensor]]:
-    """Read texts, by slot, in pieces of random length, some of them at a time; return logits."""
+    """Read texts (by slot) in random chunks, random slots at a time; return their logits."""
     read = dict.fromkeys(texts, 0)
     logits: dict[int, list[Tensor]] = {slot: [] for slot in texts}
     while unread := [slot for slot in texts if read[slot] < len(texts[slot])]:
@@ -140,16 +140,18 @@ def in_pieces(
             n = rng.randint(1, min(longest, len(texts[slot]) - read[slot]))
             chunks.append(Chunk(slot, read[slot], texts[slot][read[slot] :][:n]))
             read[slot] += n
-        told = decoder.read(chunks, every=every)
+        result = decoder.read(chunks, every=every)
         for chunk, part in zip(
-            chunks, told.split([len(c.ids) if every else 1 for c in chunks]), strict=True
+            chunks, result.split([len(c.ids) if every else 1 for c in chunks]), strict=True
         ):
             logits[chunk.slot].append(part)
     return logits
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_position_of_every_sequence(kind: Kind, shape: dict[str, Any]) -> None:
+def test_logits_equal_the_uncached_model_at_every_position(
+    kind: Kind, shape: dict[str, Any]
+) -> None:
     model = some_model(**shape)
     n = model.config.block_size
     lengths = [1, n, max(1, n // 2), n, max(1, n - 1), min(n, 3)]
@@ -167,19 +169,9 @@ def test_every_position_of_every_sequence(kind: Kind, shape: dict[str, Any]) -> 
             assert logits.std() > 0.3, "the comparison is not one of zeros"
 
 
-def test_the_model_without_a_cache_is_the_formulas() -> None:
-    """The reference itself: no position sees one after it."""
-    model = some_model()
-    ids = some_ids(model, T, 0)
-    for n in (1, 2, 13, T):
-        torch.testing.assert_close(
-            uncached(model, ids)[:n], uncached(model, ids[:n]), rtol=0, atol=1e-12
-        )
-
-
 @pytest.mark.parametrize("seed", range(12))
-def test_reading_in_pieces_is_reading_at_once(kind: Kind, seed: int) -> None:
-    """To the bit, with the native one: whatever the pieces, their order and their company."""
+def test_chunks_do_not_matter(kind: Kind, seed: int) -> None:
+    """Any lengths, order and neighbours."""
     rng = random.Random(seed)
     model = some_model(seed, **rng.choice(SHAPES[:4]))
     n = model.config.block_size
@@ -190,25 +182,15 @@ def test_reading_in_pieces_is_reading_at_once(kind: Kind, seed: int) -> None:
     decoder = kind.make(model, len(texts))
     for slot, parts in in_pieces(decoder, texts, rng).items():
         kind.assert_same(torch.cat(parts), at_once[slot])
-    # And all in one call, in any order.
+    # All in one call, in any order.
     chunks = [Chunk(slot, 0, texts[slot]) for slot in rng.sample(sorted(texts), len(texts))]
-    told = kind.make(model, len(texts)).read(chunks, every=True)
-    for chunk, part in zip(chunks, told.split([len(c.ids) for c in chunks]), strict=True):
+    result = kind.make(model, len(texts)).read(chunks, every=True)
+    for chunk, part in zip(chunks, result.split([len(c.ids) for c in chunks]), strict=True):
         kind.assert_same(part, at_once[chunk.slot])
 
 
-def test_without_every_the_last_of_each_chunk_is_told(kind: Kind) -> None:
-    model = some_model(vocab_size=19)
-    texts = [some_ids(model, n, n) for n in (5, 1, T, 9, 9)]
-    chunks = [Chunk(slot, 0, ids) for slot, ids in enumerate(texts)]
-    last = kind.make(model, 5).read(chunks)
-    assert last.shape == (5, 19)
-    every = kind.make(model, 5).read(chunks, every=True).split([len(ids) for ids in texts])
-    kind.assert_same(last, torch.stack([part[-1] for part in every]))
-
-
-def test_more_rows_than_the_kernels_take_at_once(kind: Kind) -> None:
-    """Sixty-four: a long prompt, long ones beside short ones, and a hundred slots."""
+def test_more_rows_than_one_kernel_call_takes(kind: Kind) -> None:
+    """More than 64: a long prompt, long beside short prompts, and 100 slots."""
     model = some_model(block_size=200, vocab_size=13)
     texts = [some_ids(model, n, n) for n in (200, 63, 64, 65, 1, 130)]
     chunks = [Chunk(slot, 0, ids) for slot, ids in enumerate(texts)]
@@ -223,59 +205,59 @@ def test_more_rows_than_the_kernels_take_at_once(kind: Kind) -> None:
     texts = [some_ids(model, 4, slot) for slot in range(100)]
     for position in range(4):
         chunks = [Chunk(slot, position, texts[slot][position : position + 1]) for slot in slots]
-        told = decoder.read(chunks)
-        for slot, row in list(zip(slots, told, strict=True))[::7]:
+        result = decoder.read(chunks)
+        for slot, row in list(zip(slots, result, strict=True))[::7]:
             assert_exact(row[None], texts[slot][: position + 1], model)
 
 
 # --- slots
 
 
-def test_a_slot_is_read_anew_without_a_trace_of_what_was_there(kind: Kind) -> None:
+def test_a_reused_slot_keeps_nothing_of_its_old_content(kind: Kind) -> None:
     model = some_model()
     decoder = kind.make(model, 2)
     for seed, n in enumerate((T, 3, 1, 17, T)):
         ids = some_ids(model, n, seed)
         fresh = kind.make(model, 2).read([Chunk(1, 0, ids)], every=True)
         kind.assert_same(decoder.read([Chunk(1, 0, ids)], every=True), fresh)
-    # Going back within a slot, too.
+    # Also when reading restarts within a slot.
     ids = some_ids(model, T, 9)
     whole = decoder.read([Chunk(0, 0, ids)], every=True)
     kind.assert_same(decoder.read([Chunk(0, 5, ids[5:9])], every=True), whole[5:9])
 
 
-def test_what_the_other_slots_hold_does_not_matter(kind: Kind) -> None:
+def test_other_slots_do_not_matter(kind: Kind) -> None:
     model = some_model()
     ids = some_ids(model, T, 0)
     alone = kind.make(model, 1).read([Chunk(0, 0, ids)], every=True)
     decoder = kind.make(model, 9)
     for slot in range(9):
         decoder.read([Chunk(slot, 0, some_ids(model, T, 10 + slot))])
-    told = []
+    logits = []
     for position in range(T):
-        told.append(decoder.read([Chunk(4, position, ids[position : position + 1])]))
+        logits.append(decoder.read([Chunk(4, position, ids[position : position + 1])]))
         decoder.read([Chunk(position % 4, position, [1]), Chunk(5 + position % 4, 0, [2, 3])])
-    kind.assert_same(torch.cat(told), alone)
+    kind.assert_same(torch.cat(logits), alone)
 
 
 @pytest.mark.parametrize("variant", ["native", "avx2", "plain"])
-def test_a_nan_that_the_native_decoder_does_not_see_does_no_harm(variant: str) -> None:
-    """A key or value that a position does not see is left out, not multiplied by zero."""
+def test_the_native_decoder_skips_positions_that_are_masked(variant: str) -> None:
+    """It does not multiply them by zero: NaN at a later position has no effect."""
     kernels_of(variant)
     model = some_model()
     with torch.no_grad():
         model.position_embedding.weight[-1] = torch.nan
     ids = some_ids(model, T, 0)
     decoder = Kind(variant, True).make(model, 2)
-    told = decoder.read([Chunk(0, 0, ids), Chunk(1, 0, ids)], every=True).view(2, T, -1)
-    assert told[:, -1].isnan().all()
-    sound = some_model()
-    assert_exact(told[0, :-1], ids[:-1], sound)
-    assert_exact(decoder.read([Chunk(0, 0, ids[:7])], every=True), ids[:7], sound)
+    logits = decoder.read([Chunk(0, 0, ids), Chunk(1, 0, ids)], every=True).view(2, T, -1)
+    assert logits[:, -1].isnan().all()
+    undamaged = some_model()
+    assert_exact(logits[0, :-1], ids[:-1], undamaged)
+    assert_exact(decoder.read([Chunk(0, 0, ids[:7])], every=True), ids[:7], undamaged)
 
 
 class After:
-    """A decoder some positions further on."""
+    """A decoder that shifts all chunks by `n` positions."""
 
     def __init__(self, decoder: Decoder, n: int) -> None:
         self.decoder, self.n = decoder, n
@@ -286,8 +268,8 @@ class After:
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 21, 32, 39])
-def test_a_copy_goes_on_by_itself(kind: Kind, length: int) -> None:
-    """Also from before the end of what is copied, and over what was there before."""
+def test_a_copied_slot_is_independent(kind: Kind, length: int) -> None:
+    """Also when a part of a slot is copied, over older content."""
     model = some_model(block_size=40, n_head=3, d_model=144, vocab_size=11)  # heads of 48
     prompt = some_ids(model, 39, 0)
     ways = {slot: some_ids(model, 40 - length, slot) for slot in (3, 0, 4)}
@@ -298,11 +280,11 @@ def test_a_copy_goes_on_by_itself(kind: Kind, length: int) -> None:
     decoder.read([Chunk(3, 0, prompt)])
     for target in (0, 4):
         decoder.copy(3, target, length)
-    told = in_pieces(After(decoder, length), ways, random.Random(0))
+    logits = in_pieces(After(decoder, length), ways, random.Random(0))
     for slot, way in ways.items():
         expected = kind.make(model, 1).read([Chunk(0, 0, prompt[:length] + way)], every=True)
-        kind.assert_same(torch.cat(told[slot]), expected[length:])
-    for slot in (1, 2):  # which nobody copied to
+        kind.assert_same(torch.cat(logits[slot]), expected[length:])
+    for slot in (1, 2):  # not copied to
         last = kind.make(model, 1).read([Chunk(0, 0, others[slot])])
         kind.assert_same(decoder.read([Chunk(slot, 39, others[slot][39:])]), last)
 
@@ -321,33 +303,33 @@ def two_threads() -> Iterator[Callable[[int], None]]:
 def test_two_threads_give_the_bits_of_one(
     monkeypatch: pytest.MonkeyPatch, two_threads: Callable[[int], None], shape: dict[str, Any]
 ) -> None:
-    """The only test that computes with two threads."""
+    """This is the only test that computes with two threads."""
     kernels_of("native")
     monkeypatch.setattr(native_decoder, "THREADS_FROM", 0)
     model = some_model(block_size=80, vocab_size=65, **shape)
     texts = {slot: some_ids(model, 80 - 9 * slot, slot) for slot in range(2)}
-    told = {}
+    logits = {}
     for built, read in product((1, 2), repeat=2):
         two_threads(built)
         decoder = NativeDecoder(model, 4)
         two_threads(read)
         parts = in_pieces(decoder, texts, random.Random(0))
-        told[built, read] = torch.cat([part for slot in texts for part in parts[slot]])
-    for other in told.values():
-        assert torch.equal(other, told[1, 1])
+        logits[built, read] = torch.cat([part for slot in texts for part in parts[slot]])
+    for other in logits.values():
+        assert torch.equal(other, logits[1, 1])
 
 
 def without_library(model: GPT2, calls: list[tuple[Any, ...]]) -> NativeDecoder:
-    """Return a decoder that computes nothing, and notes what it would have called."""
+    """Return a decoder that computes nothing and records its kernel calls."""
     kernels_of("native")
     decoder = NativeDecoder(model, 1)
     free = decoder._library.decoder_free
-    note = lambda *arguments: calls.append(arguments)  # noqa: E731
-    decoder._library = SimpleNamespace(decoder_forward=note, decoder_free=free)  # type: ignore[assignment]
+    record = lambda *arguments: calls.append(arguments)  # noqa: E731
+    decoder._library = SimpleNamespace(decoder_forward=record, decoder_free=free)  # type: ignore[assignment]
     return decoder
 
 
-def test_threads_share_what_is_worth_it(
+def test_threads_share_only_large_reads(
     monkeypatch: pytest.MonkeyPatch, two_threads: Callable[[int], None]
 ) -> None:
     model = some_model()
@@ -361,31 +343,23 @@ def test_threads_share_what_is_worth_it(
     assert [arguments[-1] for arguments in calls] == [1, 2]
 
 
-# --- the model is only looked at
+# --- the model
 
 
-def test_reading_leaves_the_model_as_it_was(kind: Kind) -> None:
-    """Its mode, its weights, its gradients; and dropout is off meanwhile."""
+def test_reading_does_not_change_the_model(kind: Kind) -> None:
+    """Mode, weights and gradients stay; dropout is off during a read."""
     model = some_model(dropout=0.5).train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
     ids = some_ids(model, T, 0)
-    told = kind.make(model, 1).read([Chunk(0, 0, ids)], every=True)
-    assert_exact(told, ids, model)
-    assert not told.requires_grad
+    logits = kind.make(model, 1).read([Chunk(0, 0, ids)], every=True)
+    assert_exact(logits, ids, model)
+    assert not logits.requires_grad
     assert all(module.training for module in model.modules())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-    model(torch.tensor([ids])).sum().backward()  # the weights are no inference tensors
-
-
-def test_a_model_that_fails_is_left_in_its_mode() -> None:
-    model = some_model().train()
-    decoder = PyTorchDecoder(model, 1)
-    with pytest.raises(IndexError):
-        decoder.read([Chunk(0, 0, [99])])
-    assert all(module.training for module in model.modules())
+    model(torch.tensor([ids])).sum().backward()  # fails if the weights are inference tensors
 
 
 def test_an_untied_head_and_unusual_strides(kind: Kind) -> None:
@@ -400,7 +374,7 @@ def test_an_untied_head_and_unusual_strides(kind: Kind) -> None:
     assert_exact(kind.make(model, 1).read([Chunk(0, 0, ids)], every=True), ids, model)
 
 
-def test_a_model_that_trains_on_the_kernels_decodes_as_well(kind: Kind) -> None:
+def test_fast_layers_give_the_same_logits(kind: Kind) -> None:
     kernels_of("native")
     model = some_model()
     ids = some_ids(model, T, 0)
@@ -417,7 +391,7 @@ def test_a_model_that_trains_on_the_kernels_decodes_as_well(kind: Kind) -> None:
     ("dtype", "device"),
     [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")],
 )
-def test_logits_are_float32_in_memory_whatever_torchs_defaults(
+def test_logits_are_float32_on_the_cpu_for_any_torch_defaults(
     dtype: torch.dtype, device: str
 ) -> None:
     decoder, before = without_library(some_model(), []), torch.get_default_dtype()
@@ -431,7 +405,7 @@ def test_logits_are_float32_in_memory_whatever_torchs_defaults(
 
 
 @pytest.mark.parametrize("backend", ["matmul", "sdpa"])
-def test_every_attention_backend_has_the_same_cache(backend: Any) -> None:
+def test_every_attention_backend_uses_the_cache(backend: Any) -> None:
     model = some_model()
     set_attention(model, backend)
     ids = some_ids(model, T, 0)
@@ -440,25 +414,23 @@ def test_every_attention_backend_has_the_same_cache(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_of_weights(dtype: torch.dtype) -> None:
+def test_other_weight_types(dtype: torch.dtype) -> None:
     model = some_model().to(dtype)
     ids = some_ids(model, T, 0)
-    decoder = make_decoder(model, 2)
-    assert isinstance(decoder, PyTorchDecoder)
-    told = torch.cat(in_pieces(decoder, {1: ids}, random.Random(0))[1])
-    assert told.dtype == torch.float32
-    tolerance = 1e-6 if dtype == torch.float64 else 0.1  # logits about 1, 8 bits of significand
-    torch.testing.assert_close(told.double(), uncached(model, ids), rtol=0, atol=tolerance)
+    logits = torch.cat(in_pieces(PyTorchDecoder(model, 2), {1: ids}, random.Random(0))[1])
+    assert logits.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float64 else 0.1  # logits of about 1, 8 significant bits
+    torch.testing.assert_close(logits.double(), uncached(model, ids), rtol=0, atol=tolerance)
 
 
-# --- which decoder
+# --- choice of the decoder
 
 
 def kind_of(model: GPT2, kernels: OnOffAuto) -> type:
     return type(make_decoder(model, 1, kernels))
 
 
-UNSUITABLE: list[dict[str, Any]] = [
+UNSUPPORTED: list[dict[str, Any]] = [
     {"n_head": 4, "d_model": 24},  # heads of 6
     {"n_head": 1, "d_model": 34},
     {"n_head": 2, "d_model": 32, "d_ff": 66},
@@ -471,17 +443,20 @@ def on_a_linux_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
 
 
-def test_a_suitable_model_gets_the_native_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supported_model_gets_the_native_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_linux_with_kernels(monkeypatch)
     shapes: list[dict[str, Any]] = [{}, {"norm_placement": "post", "bias": False, "n_head": 1}]
     for shape in shapes:
         model = some_model(**shape)
         assert kind_of(model, "auto") is kind_of(model, "on") is NativeDecoder
         assert kind_of(model, "off") is PyTorchDecoder
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert kind_of(some_model(), "auto") is PyTorchDecoder
+    assert kind_of(some_model(), "on") is NativeDecoder
 
 
-@pytest.mark.parametrize("shape", UNSUITABLE, ids=str)
-def test_an_unsuitable_shape_falls_back(
+@pytest.mark.parametrize("shape", UNSUPPORTED, ids=str)
+def test_an_unsupported_shape_falls_back(
     monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]
 ) -> None:
     on_a_linux_with_kernels(monkeypatch)
@@ -493,7 +468,7 @@ def test_an_unsuitable_shape_falls_back(
         make_decoder(model, 1, "on")
 
 
-def test_one_parameter_of_another_type_is_enough_to_fall_back(
+def test_one_parameter_of_another_type_falls_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_a_linux_with_kernels(monkeypatch)
@@ -506,7 +481,9 @@ def test_one_parameter_of_another_type_is_enough_to_fall_back(
 
 
 @pytest.mark.parametrize("variant", ["avx2", "plain"])
-def test_widths_suit_by_the_lanes(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+def test_widths_must_be_multiples_of_the_lanes(
+    monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
     kernels = kernels_of(variant)
     monkeypatch.setattr(native_decoder, "load_kernels", lambda: kernels)
     for width in (4, 8, 12, 16, 24):
@@ -514,13 +491,11 @@ def test_widths_suit_by_the_lanes(monkeypatch: pytest.MonkeyPatch, variant: str)
         assert decodes(model) == (width % kernels.lanes == 0)
         if decodes(model):
             ids = some_ids(model, T, 0)
-            told = NativeDecoder(model, 1).read([Chunk(0, 0, ids)], every=True)
-            assert_exact(told, ids, model)
+            logits = NativeDecoder(model, 1).read([Chunk(0, 0, ids)], every=True)
+            assert_exact(logits, ids, model)
 
 
-def test_without_a_compiler_the_plain_decoder_serves(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_without_a_compiler_pytorch_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
@@ -532,7 +507,7 @@ def test_without_a_compiler_the_plain_decoder_serves(
     assert "\n" not in str(e.value)
 
 
-def test_a_library_without_a_decoder_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_without_a_decoder_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = SimpleNamespace(lanes=16, library=ctypes.CDLL(None))
     monkeypatch.setattr(native_decoder, "load_kernels", lambda: empty)
     monkeypatch.setattr(sys, "platform", "linux")
@@ -541,20 +516,13 @@ def test_a_library_without_a_decoder_is_as_good_as_none(monkeypatch: pytest.Monk
     assert kind_of(some_model(), "auto") is PyTorchDecoder
 
 
-def test_elsewhere_the_kernels_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_linux_with_kernels(monkeypatch)
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert kind_of(some_model(), "auto") is PyTorchDecoder
-    assert kind_of(some_model(), "on") is NativeDecoder
-
-
-def test_a_cache_that_cannot_fit_is_no_crash() -> None:
+def test_a_cache_that_does_not_fit_is_a_memory_error() -> None:
     kernels_of("native")
-    with pytest.raises(MemoryError, match="a key-value cache for 2147483647 sequences"):
+    with pytest.raises(MemoryError, match="cache for 2147483647 sequences does not fit"):
         NativeDecoder(some_model(block_size=1024, n_head=1, d_model=16), 2**31 - 1)
 
 
-def test_ids_slots_and_positions_out_of_range_do_not_reach_the_kernels() -> None:
+def test_values_out_of_range_do_not_reach_the_kernels() -> None:
     kernels_of("native")
     decoder = NativeDecoder(some_model(), 2)
     for chunk in (Chunk(0, 0, [11]), Chunk(0, 0, [-1]), Chunk(2, 0, [1]), Chunk(0, T - 1, [1, 1])):

@@ -1,8 +1,9 @@
-"""The engine beside an uncached model in float64 that draws in Python's own numbers."""
+"""The engine, compared with an uncached model in float64 and draws in plain Python."""
 
 import itertools
+import math
 import random
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from twin import shake, untie
 
 from chargpt.base.errors import UserError
-from chargpt.config import GPT2Config
+from chargpt.config import GPT2Config, SampleConfig
 from chargpt.engine.decoder import PyTorchDecoder
 from chargpt.engine.native_decoder import NativeDecoder
-from chargpt.engine.scheduler import Engine, Sequence, Settings, Token
+from chargpt.engine.scheduler import Engine, Token, TokenSequence
 from chargpt.generate import make_decoder
 from chargpt.model import GPT2
 
@@ -42,26 +43,38 @@ def engine_of(model: GPT2, n_slots: int, kernels: Any) -> Engine:
     return Engine(decoder)
 
 
-def run(engine: Engine) -> dict[Sequence, list[Token]]:
-    """Let all sequences come to their ends; return their tokens."""
-    tokens: dict[Sequence, list[Token]] = {sequence: [] for sequence in engine.active}
+def request(**settings: Any) -> dict[str, Any]:
+    """Return keyword arguments of `Engine.add`; settings are fields of SampleConfig or options."""
+    names = ("bias", "end_id", "top_logprobs", "prompt_logprobs")
+    options = {name: settings.pop(name) for name in names if name in settings}
+    if "bias" in options:
+        options["bias"] = torch.tensor(options["bias"])
+    return {"config": SampleConfig(**{"temperature": 1.0} | settings), **options}
+
+
+def run(engine: Engine) -> dict[TokenSequence, list[Token]]:
+    """Finish all sequences; return their tokens."""
+    tokens: dict[TokenSequence, list[Token]] = {sequence: [] for sequence in engine.active}
     while engine.active:
         for sequence, token in engine.step():
-            tokens[sequence].append(token)
+            if token is None:
+                assert sequence.finish == "end_of_text"
+            else:
+                tokens[sequence].append(token)
     return tokens
 
 
 def alone(
-    prompt: Ids[int], settings: Settings, seed: int, kernels: Any, model: GPT2 = MODEL
+    prompt: Sequence[int], request: dict[str, Any], seed: int, kernels: Any, model: GPT2 = MODEL
 ) -> tuple[list[Token], str | None]:
-    """Return the tokens of a sequence by itself, and why it ended."""
+    """Return the tokens of a sequence without neighbours, and why it ended."""
     engine = engine_of(model, 1, kernels)
-    [sequence] = engine.add(prompt, settings, [seed])
+    [sequence] = engine.add(prompt, seeds=[seed], **request)
     return run(engine)[sequence], sequence.finish
 
 
-def assert_tokens(ours: Ids[Token], theirs: Ids[Token], kernels: Any) -> None:
-    """To the bit with the native decoder, alternatives and all."""
+def assert_tokens(ours: Sequence[Token], theirs: Sequence[Token], kernels: Any) -> None:
+    """To the bit with the native decoder, alternatives included."""
     if kernels == "on":
         assert list(ours) == list(theirs)
         return
@@ -72,9 +85,9 @@ def assert_tokens(ours: Ids[Token], theirs: Ids[Token], kernels: Any) -> None:
 
 
 def assert_likelihoods(
-    tokens: Ids[Token], prompt: Ids[int], model: GPT2, kept: float = 0.5, n_top: int = 0
+    tokens: Sequence[Token], prompt: Sequence[int], model: GPT2, kept: float = 0.5, n_top: int = 0
 ) -> None:
-    """Hold log-probabilities against those of the model without a cache."""
+    """Compare log-probabilities with those of the model without a cache."""
     ids = [token.id for token in tokens]
     slow.assert_likelihoods(tokens, slow.predictions(model, prompt, ids, kept), n_top)
 
@@ -84,35 +97,30 @@ def assert_likelihoods(
 
 @pytest.mark.parametrize("kept", [0.25, 0.5, 1.0])
 def test_a_thousand_greedy_characters(kernels: Any, kept: float) -> None:
-    """Through block_size and far past it, where the model reads the last part anew."""
-    settings = Settings(max_new_tokens=1000, temperature=0, context_kept=kept)
+    """Far past block_size, where the model re-reads the last part of the text."""
+    greedy = request(max_new_tokens=1000, temperature=0, context_kept=kept)
     engine = engine_of(MODEL, 5, kernels)
     for length in (1, T - 1, T, T + 1, 50):
-        engine.add(some_ids(length, length), settings, [0])
+        engine.add(some_ids(length, length), seeds=[0], **greedy)
     for sequence, tokens in run(engine).items():
         ids = [token.id for token in tokens]
         assert (len(ids), sequence.finish) == (1000, "length")
         assert len(set(ids)) > 8
-        assert all(ids[-99:] != ids[-99 - n : -n] for n in range(1, 30)), (
-            "it does not go in circles"
-        )
+        assert all(ids[-99:] != ids[-99 - n : -n] for n in range(1, 30)), "the text repeats"
         prompt = sequence.ids[:-1000]
         expected = slow.predictions(MODEL, prompt, ids[:-1], kept)  # (1000, V)
         assert ids == expected.argmax(-1).tolist()
         slow.assert_likelihoods(tokens, expected)
 
 
-def test_the_windows_are_the_documented_ones() -> None:
-    """1 is always the last block_size characters; 0.5 never less than half of them."""
+def test_the_reference_has_the_documented_windows() -> None:
+    """With 1: the last block_size tokens; with 0.5: never less than half of them."""
     for length in (1, 5, T, 40):
-        for (_, end), (start, _) in zip(
-            slow.windows(length, 100, T, 1.0), slow.windows(length, 100, T, 1.0), strict=True
-        ):
-            assert start == max(0, end - T)
+        assert all(a == max(0, b - T) for a, b in slow.windows(length, 100, T, 1.0))
         seen = [end - start for start, end in slow.windows(length, 100, T, 0.5)]
         assert max(seen) == T
         assert min(seen[T:]) == T // 2
-        # A quarter is read anew, then it grows until it is full again.
+        # A quarter is kept, then the context grows until it is full again.
         quarter = [end - start for start, end in slow.windows(length, 200, T, 0.25)]
         assert quarter[quarter.index(T) + 1 :][: T - T // 4 + 1] == list(range(T // 4, T + 1))
 
@@ -120,24 +128,23 @@ def test_the_windows_are_the_documented_ones() -> None:
 @pytest.mark.parametrize(
     ("block_size", "kept"), [(1, 0.5), (1, 1.0), (2, 0.5), (3, 0.01), (7, 0.3), (16, 0.97)]
 )
-def test_odd_sizes_of_windows(kernels: Any, block_size: int, kept: float) -> None:
-    """There is always something to go on from."""
+def test_unusual_window_sizes(kernels: Any, block_size: int, kept: float) -> None:
+    """At least one token is kept."""
     model = some_model(block_size=block_size)
-    settings = Settings(max_new_tokens=60, context_kept=kept)
     for prompt in (some_ids(1, 0), some_ids(block_size, 1), some_ids(20, 2)):
-        tokens, _ = alone(prompt, settings, 3, kernels, model)
+        asked = request(max_new_tokens=60, context_kept=kept)
+        tokens, _ = alone(prompt, asked, 3, kernels, model)
         assert_likelihoods(tokens, prompt, model, kept)
 
 
-def test_of_a_prompt_that_does_not_fit_the_last_block_size_are_read(kernels: Any) -> None:
-    settings = Settings(max_new_tokens=60, top_logprobs=3)
-    prompt = some_ids(100, 0)
-    whole, _ = alone(prompt, settings, 0, kernels)
-    assert_tokens(whole, alone(prompt[-T:], settings, 0, kernels)[0], kernels)
-    assert whole != alone(prompt[-T + 1 :], settings, 0, kernels)[0]
+def test_only_the_end_of_a_long_prompt_is_read(kernels: Any) -> None:
+    asked, prompt = request(max_new_tokens=60, top_logprobs=3), some_ids(100, 0)
+    whole, _ = alone(prompt, asked, 0, kernels)
+    assert_tokens(whole, alone(prompt[-T:], asked, 0, kernels)[0], kernels)
+    assert whole != alone(prompt[-T + 1 :], asked, 0, kernels)[0]
 
 
-# --- what is drawn
+# --- draws
 
 SAMPLING: list[dict[str, Any]] = [
     {},
@@ -163,20 +170,13 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-def settings_of(sampling: dict[str, Any], **more: Any) -> Settings:
-    sampling = sampling | more
-    if "bias" in sampling:
-        sampling["bias"] = torch.tensor(sampling["bias"])
-    return Settings(**sampling)
-
-
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
-def test_texts_are_those_that_the_slow_way_writes(kernels: Any, sampling: dict[str, Any]) -> None:
-    """Token by token: the same windows, filters and random numbers, and no more of them."""
+def test_tokens_equal_the_slow_implementation(kernels: Any, sampling: dict[str, Any]) -> None:
+    """Token by token: the same windows, filters and random numbers."""
     for seed, (length, end_id) in enumerate([(1, None), (30, None), (T, 4), (3, 7)]):
-        settings = settings_of(sampling, max_new_tokens=40, top_logprobs=2, end_id=end_id)
+        asked = request(**sampling, max_new_tokens=40, top_logprobs=2, end_id=end_id)
         prompt = some_ids(length, seed)
-        tokens, finish = alone(prompt, settings, seed, kernels)
+        tokens, finish = alone(prompt, asked, seed, kernels)
         ids = [token.id for token in tokens]
         drawn = slow.continuation(MODEL, prompt, ids, seed=seed, end_id=end_id, **sampling)
         assert ids == drawn[:-1]
@@ -189,22 +189,23 @@ def test_texts_are_those_that_the_slow_way_writes(kernels: Any, sampling: dict[s
         assert_likelihoods(tokens, prompt, MODEL, kept, n_top=2)
 
 
-def test_end_of_text_ends_at_any_place(kernels: Any) -> None:
-    """At the first new token, too, and at the one after the last allowed it is not looked for."""
-    greedy, _ = alone([1], Settings(max_new_tokens=30, temperature=0), 0, kernels)
+def test_end_of_text_ends_a_sequence_at_any_place(kernels: Any) -> None:
+    """Also as the first new token; a limit that is reached earlier wins."""
+    greedy, _ = alone([1], request(max_new_tokens=30, temperature=0), 0, kernels)
     ids = [token.id for token in greedy]
     for end in sorted(set(ids)):
         first = ids.index(end)
         for n, finish in ((30, "end_of_text"), (first + 1, "end_of_text"), (first, "length")):
             if n:
-                settings = Settings(max_new_tokens=n, temperature=0, end_id=end)
-                tokens, why = alone([1], settings, 0, kernels)
+                asked = request(max_new_tokens=n, temperature=0, end_id=end)
+                tokens, why = alone([1], asked, 0, kernels)
                 assert ([t.id for t in tokens], why) == (ids[:first], finish)
 
 
-def test_alternatives_are_as_many_as_there_are_at_most(kernels: Any) -> None:
+def test_alternatives_are_limited_by_the_vocabulary(kernels: Any) -> None:
     for n in (0, 1, V, V + 50):
-        tokens, _ = alone([1], Settings(max_new_tokens=3, top_logprobs=n, top_k=2), 0, kernels)
+        asked = request(max_new_tokens=3, top_logprobs=n, top_k=2)
+        tokens, _ = alone([1], asked, 0, kernels)
         assert all(len(token.top) == min(n, V) for token in tokens)
         assert_likelihoods(tokens, [1], MODEL, n_top=n)
 
@@ -212,14 +213,14 @@ def test_alternatives_are_as_many_as_there_are_at_most(kernels: Any) -> None:
 # --- neighbours
 
 
-class Wish:
-    """A sequence to write."""
+class Job:
+    """A random sequence to write."""
 
     def __init__(self, rng: random.Random) -> None:
         self.prompt = some_ids(rng.choice([1, 3, T - 1, T, 40]), rng.randrange(10**6))
         self.seed = rng.randrange(10**6)
-        self.settings = settings_of(
-            rng.choice(SAMPLING),
+        self.request = request(
+            **rng.choice(SAMPLING),
             max_new_tokens=rng.choice([1, 7, 30, 45]),
             end_id=rng.choice([None, 2, 11]),
             top_logprobs=rng.choice([0, 2]),
@@ -228,61 +229,74 @@ class Wish:
 
 @pytest.mark.parametrize("n_slots", [1, 2, 8, 32])
 def test_neighbours_do_not_matter(kernels: Any, n_slots: int) -> None:
-    """Any prompts and settings beside it, coming and going, and queueing for slots."""
+    """Neighbours with any prompts and settings join and leave; sequences wait for slots."""
     rng = random.Random(n_slots)
-    wishes = [Wish(rng) for _ in range(40 if kernels == "on" else 20)]
-    engine = engine_of(MODEL, n_slots, kernels)
-    waiting, tokens = list(wishes), {}
-    owners: dict[Sequence, Wish] = {}
+    waiting = [Job(rng) for _ in range(40 if kernels == "on" else 20)]
+    jobs: dict[TokenSequence, Job] = {}
+    tokens: dict[TokenSequence, list[Token]] = {}
+    engine, n_jobs = engine_of(MODEL, n_slots, kernels), len(waiting)
     while waiting or engine.active:
         while waiting and engine.n_free and rng.random() < 0.6:
-            wish = waiting.pop()
-            [sequence] = engine.add(wish.prompt, wish.settings, [wish.seed])
-            owners[sequence], tokens[sequence] = wish, list[Token]()
+            job = waiting.pop()
+            [sequence] = engine.add(job.prompt, seeds=[job.seed], **job.request)
+            jobs[sequence], tokens[sequence] = job, []
         assert engine.n_free + len(engine.active) == n_slots
         assert len({sequence.slot for sequence in engine.active}) == len(engine.active)
         for sequence, token in engine.step():
-            tokens[sequence].append(token)
-    assert len(owners) == len(wishes)
-    for sequence, wish in owners.items():
-        expected, finish = alone(wish.prompt, wish.settings, wish.seed, kernels)
+            if token is not None:
+                tokens[sequence].append(token)
+    assert len(jobs) == n_jobs
+    for sequence, job in jobs.items():
+        expected, finish = alone(job.prompt, job.request, job.seed, kernels)
         assert_tokens(tokens[sequence], expected, kernels)
         assert sequence.finish == finish
-        assert sequence.ids == wish.prompt + [token.id for token in expected]
+        assert sequence.ids == job.prompt + [token.id for token in expected]
+
+
+def test_neighbours_that_differ_in_one_option_are_drawn_apart(kernels: Any) -> None:
+    """One configuration object, different biases and numbers of alternatives."""
+    options: list[dict[str, Any]] = [{}, {"top_logprobs": 3}]
+    options += [{"bias": [9.0 * (i == best) for i in range(V)]} for best in (3, 3, 5)]
+    config, engine = SampleConfig(max_new_tokens=9), engine_of(MODEL, 5, kernels)
+    requests = [request(**each) | {"config": config} for each in options]
+    sequences = [engine.add([1], seeds=[2], **each)[0] for each in requests]
+    tokens = run(engine)
+    for each, sequence in zip(requests, sequences, strict=True):
+        assert_tokens(tokens[sequence], alone([1], each, 2, kernels)[0], kernels)
 
 
 @pytest.mark.parametrize("length", [1, 7, T, 33])
-def test_forks_are_the_texts_of_their_seeds(kernels: Any, length: int) -> None:
-    """One prompt, read once, and beside it another that was there before."""
+def test_samples_of_one_prompt_depend_on_their_seeds(kernels: Any, length: int) -> None:
+    """The prompt is read once, beside another sequence that was there before."""
     prompt, seeds = some_ids(length, 8), [5, 6, 7, 2**63 - 1, 5]
     for sampling in ({}, {"repetition_penalty": 1.7}, {"temperature": 0}):
-        settings = settings_of(sampling, max_new_tokens=50, top_logprobs=2, end_id=3)
+        asked = request(**sampling, max_new_tokens=50, top_logprobs=2, end_id=3)
         engine = engine_of(MODEL, 8, kernels)
-        engine.add(some_ids(11, 4), Settings(max_new_tokens=9), [0])
+        engine.add(some_ids(11, 4), seeds=[0], **request(max_new_tokens=9))
         engine.step()
-        forks = engine.add(prompt, settings, seeds)
+        forks = engine.add(prompt, seeds=seeds, **asked)
         tokens = run(engine)
         for fork, seed in zip(forks, seeds, strict=True):
-            expected, finish = alone(prompt, settings, seed, kernels)
+            expected, finish = alone(prompt, asked, seed, kernels)
             assert_tokens(tokens[fork], expected, kernels)
             assert fork.finish == finish
         assert len({tuple(fork.ids) for fork in forks}) == (1 if "temperature" in sampling else 4)
 
 
-def test_a_slot_that_was_left_half_way_leaves_no_trace(kernels: Any) -> None:
-    settings = Settings(max_new_tokens=40, top_logprobs=2)
-    expected, _ = alone([3, 1], settings, 9, kernels)
+def test_a_removed_sequence_leaves_no_trace_in_its_slot(kernels: Any) -> None:
+    asked = request(max_new_tokens=40, top_logprobs=2)
+    expected, _ = alone([3, 1], asked, 9, kernels)
     engine = engine_of(MODEL, 2, kernels)
     for n in range(25):
-        removed = engine.add(some_ids(1 + n, n), settings, [n, n + 1])
+        removed = engine.add(some_ids(1 + n, n), seeds=[n, n + 1], **asked)
         for _ in range(n):
             engine.step()
         for sequence in removed:
             engine.remove(sequence, "stop")
-            engine.remove(sequence, "length")  # which changes nothing
+            engine.remove(sequence, "length")  # no effect: it has ended
             assert sequence.finish == "stop"
         assert engine.n_free == 2
-    [sequence] = engine.add([3, 1], settings, [9])
+    [sequence] = engine.add([3, 1], seeds=[9], **asked)
     assert_tokens(run(engine)[sequence], expected, kernels)
 
 
@@ -290,32 +304,36 @@ def test_a_slot_that_was_left_half_way_leaves_no_trace(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, T, T + 1, 60])
-def test_a_prompt_is_told_as_far_as_it_was_read(kernels: Any, length: int) -> None:
+def test_prompt_logprobs_cover_the_part_that_was_read(kernels: Any, length: int) -> None:
     prompt = some_ids(length, length)
-    settings = Settings(max_new_tokens=20, top_logprobs=3, temperature=0.5, top_k=1)
+    asked = request(max_new_tokens=20, top_logprobs=3, temperature=0.5, top_k=1)
     engine = engine_of(MODEL, 3, kernels)
-    told = engine.add(prompt, settings, [1, 2], tell_prompt=True)
+    sequences = engine.add(prompt, seeds=[1, 2], prompt_logprobs=True, **asked)
     read = prompt[-T:]
-    for sequence in told:
+    for sequence in sequences:
         assert [token.id for token in sequence.prompt_tokens] == read[1:]
         assert_likelihoods(sequence.prompt_tokens, read[:1], MODEL, n_top=3)
     tokens = run(engine)
-    for seed, sequence in enumerate(told, 1):  # the telling changes nothing
-        assert_tokens(tokens[sequence], alone(prompt, settings, seed, kernels)[0], kernels)
-    assert engine.add(prompt, settings, [1])[0].prompt_tokens == []
+    for seed, sequence in enumerate(sequences, 1):  # the new tokens stay the same
+        assert_tokens(tokens[sequence], alone(prompt, asked, seed, kernels)[0], kernels)
+    assert engine.add(prompt, seeds=[1], **asked)[0].prompt_tokens == []
 
 
-def test_a_bad_prompt_is_refused_and_the_engine_goes_on(kernels: Any) -> None:
-    engine = engine_of(MODEL, 2, kernels)
-    settings = Settings(max_new_tokens=3)
+def test_bad_input_is_refused_and_takes_no_slot(kernels: Any) -> None:
+    engine, asked = engine_of(MODEL, 2, kernels), request(max_new_tokens=3)
     with pytest.raises(UserError, match="the prompt has no tokens: give at least one character"):
-        engine.add([], settings, [0])
+        engine.add([], seeds=[0], **asked)
     for bad in ([V], [0, -1], [3, 10**9]):
         with pytest.raises(UserError, match="out of range: give ids from 0 to 18"):
-            engine.add(bad, settings, [0])
+            engine.add(bad, seeds=[0], **asked)
+    for seed in (-1, 2**63):
+        with pytest.raises(UserError, match=r"a seed is out of range .*: give 0 to 2\^63 - 1"):
+            engine.add([1], seeds=[0, seed], **asked)
+    with pytest.raises(UserError, match="top_logprobs is -1: give a whole number of at least 0"):
+        engine.add([1], seeds=[0], top_logprobs=-1, **asked)
     assert engine.n_free == 2
     assert engine.step() == []
-    engine.add([1], settings, [0, 1])
+    engine.add([1], seeds=[0, 1], **asked)
     assert {len(tokens) for tokens in run(engine).values()} == {3}
 
 
@@ -329,85 +347,38 @@ def damaged(value: float, where: str) -> GPT2:
     return model
 
 
-NAN_PLACES = (
-    "head.weight",
+PLACES = (
     "blocks.0.attention.sublayer.qkv.weight",
     "blocks.0.feed_forward.sublayer.projection.bias",
     "final_norm.weight",
 )
+DAMAGES = [(torch.nan, "head.weight"), *itertools.product((torch.nan, INF, -INF), PLACES)]
 
 
-@pytest.mark.parametrize("where", NAN_PLACES)
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}])
-def test_nan_is_refused(kernels: Any, where: str, sampling: dict[str, Any]) -> None:
-    model = damaged(torch.nan, where)
-    engine = engine_of(model, 2, kernels)
-    engine.add([1], settings_of(sampling, max_new_tokens=3, end_id=0), [0])
-    with pytest.raises(UserError, match="^the model gives NaN: its weights are damaged, train"):
-        engine.step()
-    with pytest.raises(UserError, match="^the model gives NaN: its weights are damaged, train"):
-        engine.add([1, 2], Settings(max_new_tokens=3), [0], tell_prompt=True)
+@pytest.mark.parametrize(("value", "where"), DAMAGES)
+def test_nan_is_reported(kernels: Any, value: float, where: str) -> None:
+    model = damaged(value, where)
+    message = "^the model gives NaN: its weights are damaged, train it again$"
+    for sampling in ({}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}):
+        engine = engine_of(model, 2, kernels)
+        engine.add([1], seeds=[0], **request(**sampling, max_new_tokens=3))
+        with pytest.raises(UserError, match=message):
+            run(engine)
+    if math.isnan(value):
+        engine = engine_of(model, 2, kernels)
+        with pytest.raises(UserError, match=message):
+            engine.add([1, 2], seeds=[0, 1], prompt_logprobs=True, **request())
+        assert engine.n_free == 2
 
 
-def test_a_refused_prompt_takes_no_slot(kernels: Any) -> None:
-    engine = engine_of(damaged(torch.nan, NAN_PLACES[0]), 2, kernels)
-    with pytest.raises(UserError):
-        engine.add([1, 2], Settings(max_new_tokens=3), [0, 1], tell_prompt=True)
-    assert engine.n_free == 2
-
-
-def test_a_position_that_is_damaged_is_refused_when_it_is_reached(kernels: Any) -> None:
+def test_nan_is_reported_at_the_step_that_reaches_it(kernels: Any) -> None:
     model = damaged(torch.nan, "position_embedding.weight")
-    settings = Settings(max_new_tokens=40)
-    expected, _ = alone([1], settings, 0, kernels)
+    asked = request(max_new_tokens=40)
+    expected, _ = alone([1], asked, 0, kernels)
     engine = engine_of(model, 1, kernels)
-    engine.add([1], settings, [0])
-    tokens = []
+    engine.add([1], seeds=[0], **asked)
+    tokens: list[Token] = []
     with pytest.raises(UserError, match="the model gives NaN"):
         while engine.active:
-            tokens += [token for _, token in engine.step()]
+            tokens += [token for _, token in engine.step() if token]
     assert_tokens(tokens, expected[: T - 1], kernels)
-
-
-@pytest.mark.parametrize("value", [INF, -INF])
-@pytest.mark.parametrize("where", NAN_PLACES[1:])
-def test_infinity_is_refused_too(kernels: Any, where: str, value: float) -> None:
-    model = damaged(value, where)
-    for seed in range(3):
-        engine = engine_of(model, 1, kernels)
-        engine.add([1], Settings(max_new_tokens=3), [seed])
-        with pytest.raises(UserError, match="the model gives NaN"):
-            run(engine)
-
-
-# --- what stays as it was
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_model_and_torch_stay_as_they_were(kernels: Any, training: bool) -> None:
-    model = some_model().train(training)
-    state = torch.get_rng_state()
-    engine = engine_of(model, 2, kernels)
-    engine.add([1], Settings(max_new_tokens=30, repetition_penalty=1.1), [0, 1])
-    while engine.active:
-        engine.step()
-        assert model.training is training
-        assert not torch.is_inference_mode_enabled()
-        assert torch.is_grad_enabled()
-    assert all(module.training is training for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    model(torch.tensor([[1, 2]])).sum().backward()
-
-
-def test_engines_of_one_model_do_not_disturb_each_other(kernels: Any) -> None:
-    settings = Settings(max_new_tokens=40)
-    expected = [alone(some_ids(5, seed), settings, seed, kernels)[0] for seed in range(3)]
-    engines = [engine_of(MODEL, 1, kernels) for _ in range(3)]
-    for seed, engine in enumerate(engines):
-        engine.add(some_ids(5, seed), settings, [seed])
-    tokens: list[list[Token]] = [[], [], []]
-    for _, (seed, engine) in itertools.product(range(40), enumerate(engines)):
-        tokens[seed] += [token for _, token in engine.step()]
-    for ours, theirs in zip(tokens, expected, strict=True):
-        assert_tokens(ours, theirs, kernels)

@@ -1,4 +1,4 @@
-"""Log-probabilities beside one forward pass a token in float64, its context counted by hand."""
+"""Log-probabilities, compared with one forward pass per token in float64."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +12,7 @@ import chargpt
 from chargpt.base.errors import UserError
 from chargpt.config import GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.engine.scoring import evaluate, score, token_log_probabilities
+from chargpt.engine.scoring import evaluate, log_probabilities, score
 from chargpt.measure.scorecard import score_run
 from chargpt.model import GPT2
 from chargpt.train import TrainResult
@@ -32,7 +32,7 @@ def some_tokens(n: int) -> np.ndarray:
 
 
 def one_by_one(model: GPT2, tokens: np.ndarray, stride: int) -> list[float]:
-    """A forward pass a token, in float64, from the window that is the first to reach it."""
+    """One forward pass per token, in float64, with the first window that reaches the token."""
     model = deepcopy(model).double().eval()
     T = model.config.block_size
     scores = []
@@ -56,42 +56,32 @@ def one_by_one(model: GPT2, tokens: np.ndarray, stride: int) -> list[float]:
     ("block_size", "stride"),
     [(1, 1), (2, 1), (2, 2), (5, 1), (5, 2), (5, 3), (5, 4), (5, 5), (8, 3), (8, 4), (8, 7)],
 )
-def test_equals_one_pass_a_token(block_size: int, stride: int) -> None:
+def test_scores_equal_one_pass_per_token(block_size: int, stride: int) -> None:
     model, T = some_model(block_size), block_size
     for n in {1, 2, T - 1, T, T + 1, T + 2, T + stride + 1, 2 * T + 1, 29} - {0}:
         expected = one_by_one(model, some_tokens(n), stride)
         for batch_size in (1, 3, 32):
-            scores = token_log_probabilities(
-                model, some_tokens(n), stride=stride, batch_size=batch_size
-            )
+            scores = log_probabilities(model, some_tokens(n), stride=stride, batch_size=batch_size)
             assert (scores.shape, scores.dtype) == ((n - 1,), np.float32)
             np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
-def test_stride_1_takes_all_the_context_there_is() -> None:
-    model, tokens, T = some_model(5), some_tokens(23), 5
-    reference = deepcopy(model).double().eval()
-    for i, found in enumerate(token_log_probabilities(model, tokens, stride=1), start=1):
-        context = torch.from_numpy(tokens[max(0, i - T) : i].astype(np.int64))
-        expected = reference(context[None])[0, -1].log_softmax(-1)[tokens[i]]
-        assert found == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_disjoint_blocks_are_the_default_and_make_the_loss() -> None:
+def test_the_loss_is_the_mean_over_disjoint_blocks() -> None:
     model, tokens = some_model(6), some_tokens(50)
-    scores = token_log_probabilities(model, tokens)
-    np.testing.assert_array_equal(scores, token_log_probabilities(model, tokens, stride=6))
-    assert evaluate(model, tokens, 6) == pytest.approx(-float(np.mean(scores, dtype=float)))
+    scores = log_probabilities(model, tokens)
+    np.testing.assert_array_equal(scores, log_probabilities(model, tokens, 6, stride=6))
     expected = -np.mean(one_by_one(model, tokens, stride=6))
-    assert evaluate(model, tokens, 6) == pytest.approx(expected, rel=1e-6)
+    for batch_size in (1, 3, 32):
+        loss = evaluate(model, tokens, 6, batch_size=batch_size)
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("stride", [0, 1, 3])
-def test_a_pass_holds_a_batch_and_no_token_is_computed_in_vain(stride: int) -> None:
+def test_passes_are_full_batches_without_extra_windows(stride: int) -> None:
     model, tokens = some_model(6), some_tokens(400)
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    token_log_probabilities(model, tokens, stride=stride, batch_size=4)
+    log_probabilities(model, tokens, stride=stride, batch_size=4)
     assert max(shape[0] for shape in shapes) == 4
     windows = sum(shape[0] for shape in shapes)
     lead = 6 - (stride or 6)
@@ -99,23 +89,26 @@ def test_a_pass_holds_a_batch_and_no_token_is_computed_in_vain(stride: int) -> N
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_leaves_no_trace(training: bool) -> None:
+def test_scoring_changes_neither_the_model_nor_random_states(training: bool) -> None:
     model = some_model(6).train(training)
-    state = torch.get_rng_state()
-    first = token_log_probabilities(model, some_tokens(50), stride=2)
-    np.testing.assert_array_equal(first, token_log_probabilities(model, some_tokens(50), stride=2))
+    state, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
+    first = log_probabilities(model, some_tokens(50), stride=2)
+    again = log_probabilities(model, some_tokens(50), stride=2)
+    np.testing.assert_array_equal(first, again, "dropout is off")
     assert all(module.training == training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert all(p.grad is None for p in model.parameters())
     with pytest.raises(IndexError):
-        token_log_probabilities(model, np.array([0, V, 1]))  # no such token
+        log_probabilities(model, np.array([0, V, 1]))  # V is not a token
     assert model.training == training
 
 
-def test_autocast_is_entered_for_each_batch() -> None:
+def test_autocast_applies_to_each_batch() -> None:
     model, tokens = some_model(6), some_tokens(80)
     autocast = torch.autocast("cpu", torch.bfloat16)
-    exact = token_log_probabilities(model, tokens, stride=2)
-    rough = token_log_probabilities(model, tokens, stride=2, batch_size=2, autocast=autocast)
+    exact = log_probabilities(model, tokens, stride=2)
+    rough = log_probabilities(model, tokens, stride=2, batch_size=2, autocast=autocast)
     assert rough.dtype == np.float32
     difference = np.abs(rough - exact)
     assert (difference > 0).mean() > 0.9
@@ -123,17 +116,12 @@ def test_autocast_is_entered_for_each_batch() -> None:
 
 
 @pytest.mark.parametrize("stride", [-1, 7, 1000])
-def test_a_stride_outside_the_window_is_refused(stride: int) -> None:
+def test_a_stride_out_of_range_is_refused(stride: int) -> None:
     model, tokenizer = some_model(6), CharTokenizer("abcdefghi")
     with pytest.raises(UserError, match=rf"^stride is {stride}: give 1 .* to 6 \(block_size\)"):
-        token_log_probabilities(model, some_tokens(20), stride=stride)
+        log_probabilities(model, some_tokens(20), stride=stride)
     with pytest.raises(UserError, match=f"^stride is {stride}: give 1"):
         score(model, tokenizer, "abc", stride=stride)
-
-
-def test_no_tokens_are_refused() -> None:
-    with pytest.raises(UserError, match="no tokens to score: give at least one"):
-        token_log_probabilities(some_model(6), np.array([], dtype=np.uint8))
 
 
 # --- characters
@@ -143,27 +131,20 @@ LETTERS = CharTokenizer("\n ?abcdef")
 
 @pytest.mark.parametrize("stride", [0, 1, 4])
 @pytest.mark.parametrize("text", ["a", "\n", "abc", "fade a face\nbad cab?\n\nd" * 2])
-def test_every_character_has_a_score_also_the_first(text: str, stride: int) -> None:
+def test_every_character_has_a_score(text: str, stride: int) -> None:
     model = some_model(6)
     scores = score(model, LETTERS, text, stride=stride)
     assert (scores.shape, scores.dtype) == ((len(text),), np.float32)
-    tokens = LETTERS.encode("\n" + text)  # one text starts as a line does
+    tokens = LETTERS.encode("\n" + text)  # a single text starts after a line end
     np.testing.assert_allclose(scores, one_by_one(model, tokens, stride or 6), rtol=0, atol=1e-5)
 
 
-def test_a_document_is_scored_from_its_start() -> None:
+def test_a_document_starts_after_end_of_text() -> None:
     tokenizer = CharTokenizer("\n ?abcde", end_of_text=True)
     tokens = np.array([tokenizer.end_of_text_id, *tokenizer.encode("bed a cab")])
     expected = one_by_one(some_model(6), tokens, 2)
     found = score(some_model(6), tokenizer, "bed a cab", stride=2)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("before", ["", "a", "bad face"])
-def test_the_probabilities_of_what_may_come_sum_to_one(before: str) -> None:
-    model = some_model(6)
-    last = [score(model, LETTERS, before + c, stride=1)[-1] for c in LETTERS.characters]
-    assert np.exp(last).sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_unknown_characters_are_refused_skipped_or_replaced() -> None:
@@ -181,15 +162,17 @@ def test_unknown_characters_are_refused_skipped_or_replaced() -> None:
         score(model, LETTERS, "xé", unknown="skip")
 
 
-def test_an_empty_text_is_refused() -> None:
+def test_empty_input_is_refused() -> None:
     with pytest.raises(UserError, match="text to score is empty: give at least one character"):
         score(some_model(6), LETTERS, "")
+    with pytest.raises(UserError, match="no tokens to score: give at least one"):
+        log_probabilities(some_model(6), np.array([], dtype=np.uint8))
 
 
 # --- a run
 
 
-def test_a_run_is_scored_with_any_stride(result: TrainResult, text_file: Path) -> None:
+def test_a_saved_run_is_scored_with_any_stride(result: TrainResult, text_file: Path) -> None:
     validation = chargpt.load_corpus([str(text_file)]).validation
     model, tokenizer = chargpt.load(result.run)
     losses = {}
