@@ -18,19 +18,16 @@ of as many characters as the validation part has, of what the others measure ove
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from protocols import learning_curve, whole_loss
@@ -44,8 +41,8 @@ from chargpt.cli.flags import preset
 from chargpt.compute.device import cpu_name, describe_device
 from chargpt.compute.optimizers import schedule
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
-from chargpt.measure.peers import HuggingFace, NanoGPT, Own, parse_peers
-from chargpt.measure.timing import synchronize
+from chargpt.measure.contenders import HuggingFace, NanoGPT, own_step, parse_peers
+from chargpt.measure.timing import median_seconds, synchronize
 from chargpt.train import train
 from chargpt.training.plan import make_plan
 from chargpt.training.speed import prepare
@@ -147,13 +144,12 @@ def _contenders(
         name = "nanoGPT, its README's CPU recipe"
         yield nanogpt_curve(name, clone, recipe, seconds, README_ITERATIONS)
         yield nanogpt_curve("nanoGPT, shape of tiny", clone, text_trainer(shape, training), seconds)
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        print("Hugging Face's GPT-2 is left out: pip install transformers", file=sys.stderr)
-        return
     with own_random_state():
-        twin = TimedHuggingFace(text_trainer(shape, training), transformers)
+        try:
+            twin = TimedHuggingFace(text_trainer(shape, training))
+        except ImportError:
+            print("Hugging Face's GPT-2 is left out: pip install transformers", file=sys.stderr)
+            return
         yield Curve(f"{twin.name}, shape of tiny", twin.curve(seconds))
 
 
@@ -198,7 +194,8 @@ def within(chosen: Preset, seconds: float) -> TrainConfig:
     trainer = text_trainer(chosen.model_config, training)
     prepare(trainer, lambda _: None)
     assert trainer.total_steps is not None
-    needed = trainer.total_steps * Own(trainer).measure(TRIAL_SECONDS)
+    step_seconds = median_seconds(own_step(trainer), TRIAL_SECONDS, trainer.device)
+    needed = trainer.total_steps * step_seconds
     return training if needed <= seconds else training.replace(minutes=seconds / 60)
 
 
@@ -224,48 +221,35 @@ def parse_nanogpt(said: str) -> list[Point]:
     ]
 
 
-class TimedNanoGPT(NanoGPT):
-    """A clone of nanoGPT that learns a text and tells how fast; nothing is written to the clone."""
-
-    def curve(self, seconds: float, limit: int | None = None) -> list[Point]:
-        """Train with a schedule that ends after about `seconds`, or after `limit` iterations."""
-        iterations = int(seconds / self.measure(min(seconds, TRIAL_SECONDS)))
-        iterations = max(2, iterations if limit is None else min(iterations, limit))
-        interval = max(2, iterations // N_EVALUATIONS)
-        iterations -= iterations % interval  # so that the last one is evaluated
-        characters = self.trainer.train_config.batch_size * self.trainer.windows.block_size
-        flags = {
-            "learning_rate": PEAK,
-            "warmup_iters": min(100, iterations // 2),
-            "lr_decay_iters": iterations,
-            "eval_interval": interval,
-            "eval_iters": math.ceil(len(self.trainer.validation) / characters),
-        }
-        threads = str(torch.get_num_threads())
-        done = subprocess.run(
-            [*self._command(iterations), *(f"--{name}={value}" for name, value in flags.items())],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        return parse_nanogpt(done.stdout)
-
-    def _write_text(self) -> None:
-        """Write the real validation part, too; for a speed the training part will do."""
-        super()._write_text()
-        validation = self.trainer.validation.astype("uint16")
-        validation.tofile(self.folder / "data" / "shakespeare_char" / "val.bin")
-
-
 def nanogpt_curve(
     name: str, clone: Path, trainer: Trainer, seconds: float, limit: int | None = None
 ) -> Curve:
-    """Train a temporary copy of a clone with the shape, batch and text of a trainer."""
+    """Train a copy of a clone with the shape, batch and text of a trainer.
+
+    Args:
+        name: name of the curve.
+        clone: the clone, to which nothing is written.
+        trainer: gives shape, batch and text.
+        seconds: approximate end of the schedule.
+        limit: at most this many iterations.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        peer = TimedNanoGPT(clone, trainer, Path(folder), guess=0.05)
-        return Curve(name, peer.curve(seconds, limit))
+        validation = trainer.validation
+        nanogpt = NanoGPT(clone, trainer, Path(folder), guess=0.05, validation=validation)
+        iterations = int(seconds / nanogpt.step_seconds(min(seconds, TRIAL_SECONDS)))
+        iterations = max(2, iterations if limit is None else min(iterations, limit))
+        interval = max(2, iterations // N_EVALUATIONS)
+        iterations -= iterations % interval  # so that the last one is evaluated
+        characters = trainer.train_config.batch_size * trainer.windows.block_size
+        output = nanogpt.train(
+            iterations,
+            learning_rate=PEAK,
+            warmup_iters=min(100, iterations // 2),
+            lr_decay_iters=iterations,
+            eval_interval=interval,
+            eval_iters=math.ceil(len(validation) / characters),
+        )
+    return Curve(name, parse_nanogpt(output))
 
 
 # --- Hugging Face
@@ -275,14 +259,16 @@ class TimedHuggingFace(HuggingFace):
     """Hugging Face's GPT-2 in the precision that chargpt picks, on chargpt's schedule.
 
     Args:
-        trainer: whose shape, batches, text, learning rate and schedule to take.
-        transformers: the module.
+        trainer: gives shape, batches, text, learning rate and schedule.
+
+    Raises:
+        ImportError: the package transformers is not installed.
     """
 
-    def __init__(self, trainer: Trainer, transformers: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         torch.manual_seed(trainer.train_config.seed)
         compiled = trainer.device.type == "cuda"
-        super().__init__(trainer, trainer.precision, transformers, compiled=compiled)
+        super().__init__(trainer, trainer.precision, compiled=compiled)
 
     def curve(self, seconds: float) -> list[Point]:
         """Train for `seconds`, evaluations apart."""
@@ -293,7 +279,7 @@ class TimedHuggingFace(HuggingFace):
             start = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = trainer.train_config.learning_rate * share
-            self._step()
+            self.step()
             synchronize(trainer.device)
             spent += time.perf_counter() - start
             if spent >= min(1.0, (len(points) + 1) / N_EVALUATIONS) * seconds:

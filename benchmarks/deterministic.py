@@ -31,7 +31,7 @@ def main() -> None:
     for name in given.presets:
         for kernels in ("auto", "off"):
             preset = PRESETS[name]()
-            preset = replace(preset, train=preset.train_config.replace(kernels=kernels))
+            preset = replace(preset, train_config=preset.train_config.replace(kernels=kernels))
             ratios = measure(preset, given.rounds, given.seconds)
             print(
                 f"{name:6} kernels {kernels:4}  {statistics.median(ratios):.3f} times a step "

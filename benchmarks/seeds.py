@@ -241,7 +241,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _machine(run: Path) -> dict[str, Any]:
-    environment: dict[str, Any] = run_folder.read_config(run)["environment"]
+    environment: dict[str, Any] = run_folder.read_config(run).environment
     return environment | {"cpu": cpu_name(), "chargpt": chargpt.__version__}
 
 

@@ -225,9 +225,9 @@ def test_a_clone_trains_on_the_real_text(
 
 
 def test_hugging_face_learns(text_file: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     trainer = curves.text_trainer(SMALL, QUICK, str(text_file))
-    twin = curves.TimedHuggingFace(trainer, transformers)
+    twin = curves.TimedHuggingFace(trainer)
     before = twin._val_loss()
     assert before == pytest.approx(np.log(trainer.model.config.vocab_size), abs=0.2)
     points = twin.curve(0.3)

@@ -1,4 +1,4 @@
-"""Clocks and gauges of `chargpt bench`: seconds of a step and of its parts, FLOP/s, bytes."""
+"""Measurements of `chargpt bench`: seconds per step and per part of a step, FLOP/s, bytes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ CEILING_SECONDS = 0.3
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def seconds_of(job: Callable[[], object], device: torch.device) -> float:
+    """Return how long a job takes on a device."""
+    synchronize(device)
+    start = time.perf_counter()
+    job()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def median_seconds(step: Callable[[], object], seconds: float, device: torch.device) -> float:
@@ -30,7 +39,7 @@ def median_seconds(step: Callable[[], object], seconds: float, device: torch.dev
 
     Args:
         step: what to time.
-        seconds: how long to go on; at least `MIN_STEPS` steps are timed.
+        seconds: total time; at least `MIN_STEPS` steps are timed.
         device: where it computes.
     """
     for _ in range(WARM_UP_STEPS):
@@ -38,20 +47,16 @@ def median_seconds(step: Callable[[], object], seconds: float, device: torch.dev
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < MIN_STEPS or time.perf_counter() < end:
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(seconds_of(step, device))
     return statistics.median(times)
 
 
 def ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure products of square matrices, in FLOP/s, at best.
+    """Return the best speed of products of square matrices, in FLOP/s.
 
     Args:
-        dtype: of both factors.
-        device: where; 1024³ on a CPU, 4096³ and 8192³ elsewhere.
+        dtype: type of both matrices.
+        device: where to compute: 1024³ on a CPU, 4096³ and 8192³ elsewhere.
     """
     sizes = (1024,) if device.type == "cpu" else (4096, 8192)
     return max(_product_rate(n, dtype, device) for n in sizes)
@@ -72,16 +77,16 @@ def _product_rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Start counting anew, where `peak_memory_bytes` can: on CUDA."""
+    """Reset `peak_memory_bytes`, which is possible on CUDA only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory this process has held: of the GPU, or else of the whole process.
+    """Return the peak memory of this process, in bytes: on the GPU, or else in total.
 
     Returns:
-        Bytes; None where the system does not tell.
+        None where the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -97,7 +102,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def step_parts(trainer: Trainer) -> dict[str, float]:
-    """Return the median milliseconds of each part of a step, over at least ten steps."""
+    """Return the median milliseconds of each of `PARTS`, over ten steps."""
     trainer.model.train()
     rows: list[dict[str, float]] = []
     for _ in range(PART_STEPS):
