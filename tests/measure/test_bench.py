@@ -128,9 +128,8 @@ def test_speeds_and_ratios_agree(report: dict[str, Any]) -> None:
     for peer in ("huggingface", "nanogpt"):
         ratio = train["characters_per_second"] / report[peer]["characters_per_second"]
         assert train[f"vs_{peer}"] == pytest.approx(ratio)
-    assert (
-        report["nanogpt"]["milliseconds_per_step"] == 2.0
-    )  # median of 1, 2, 3; the first five took 900
+    # The median of 1, 2 and 3 ms; the first five took 900 ms.
+    assert report["nanogpt"]["milliseconds_per_step"] == 2.0
 
 
 def test_the_share_of_the_ceiling_follows_palm(report: dict[str, Any]) -> None:

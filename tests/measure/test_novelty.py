@@ -1,4 +1,4 @@
-"""Copies: against a slow search, and against texts in which they were planted."""
+"""Copies, against a slow search and in texts where they were planted."""
 
 import random
 import sys
@@ -241,20 +241,6 @@ def test_a_measure_by_hand() -> None:
     assert [copy.place.offset for copy in novelty.copies] == [0, 23, 16]
 
 
-def test_overlapping_copies_count_each_character_once() -> None:
-    """bcd stands in both copies, of 4 characters each; together they have 5."""
-    samples = overlap("abcde", "abcd!bcde", 4, 5)
-    assert samples.shares == (1.0, 0.0)
-
-
-def test_a_copy_ends_where_its_sample_ends() -> None:
-    training = "abcdefgh"
-    assert overlap(["abcdefgh"], training, 5).shares == (1.0,)
-    assert overlap(["abcd", "efgh"], training, 5).shares == (0.0,)
-    apart = overlap(["abcd", "efgh"], training, 4)
-    assert (apart.shares, apart.longest, apart.n_characters) == ((1.0,), 4, 8)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_several_samples_are_each_measured_alone(seed: int) -> None:
     rng = random.Random(seed)
@@ -271,18 +257,6 @@ def test_several_samples_are_each_measured_alone(seed: int) -> None:
     assert (measured.longest, measured.n_characters) == (max(every), len(every))
 
 
-def test_all_new_and_all_copied() -> None:
-    training = random_text(3000, "abcdefgh ", seed=0)
-    new = measure_novelty("XYZ" * 50, TrainingText.of(training))
-    assert new.samples.shares == (0.0, 0.0, 0.0)
-    assert (new.samples.mean, new.samples.median, new.samples.longest) == (0.0, 0.0, 0)
-    assert new.copies == ()
-    copied = measure_novelty([training[100:300], training], TrainingText.of(training))
-    assert copied.samples.shares == (1.0, 1.0, 1.0)
-    assert copied.copies[0].place == Place(0, 0, 1, 1)
-    assert len(copied.copies[0].text) == 3000
-
-
 def test_held_out_text_is_measured_like_the_samples() -> None:
     training = ["abcdefgh", "ijkl"]
     novelty = measure_novelty("abc", TrainingText.of(training), ["abcdefgh", "xx"], thresholds=(4,))
@@ -293,7 +267,7 @@ def test_held_out_text_is_measured_like_the_samples() -> None:
 
 
 def test_whole_documents_are_counted() -> None:
-    """The start, the end and the middle of a document are not the document; "" is no sample."""
+    """Parts of a document do not count; an empty text is not a sample."""
     training = ["emma", "anna", "annabel", "bel"]
     assert overlap(["emma"], training).whole == 1.0
     assert overlap(["bel", "annabel", "anna", "emma", ""], training).whole == 1.0
@@ -354,15 +328,14 @@ def test_the_table_has_the_figures_and_the_copies() -> None:
     assert "unseen" not in alone
 
 
-def test_the_table_names_the_document_where_there_are_several() -> None:
+def test_the_table_names_the_document_if_there_are_several() -> None:
     table = table_of(["anna", "mia", "berta"], ["emma", "anna\nberta"], held_out="anna")
     assert "5  sample 3 at 0 = document 2, line 2: berta" in table
     assert "whole documents" in table
     assert table_of("king", "king, king and king").count("line 1 and 2 more: king") == 1
 
 
-def test_what_a_terminal_could_act_on_is_escaped() -> None:
-    """Escape sequences, a bell, a carriage return, C1 codes, reversed text, an odd line end."""
+def test_control_characters_of_a_copy_are_escaped() -> None:
     nasty = "a\x1b[2J\x07\r\x9b\u202e\u2028\x7f\ud800\tb\nc"
     table = table_of(nasty, nasty)
     assert all(character.isprintable() for line in table.split("\n") for character in line)
@@ -370,7 +343,7 @@ def test_what_a_terminal_could_act_on_is_escaped() -> None:
     assert "é 一 \U0001f600" in table_of("é 一 \U0001f600", "é 一 \U0001f600")
 
 
-def test_a_long_copy_is_shown_by_its_start() -> None:
+def test_only_the_start_of_a_long_copy_is_shown() -> None:
     text = random_text(500, "abc", seed=0)
     last = table_of(text, text).splitlines()
     line = next(line for line in last if "500  sample" in line)
@@ -433,7 +406,7 @@ def test_a_run_is_measured_against_its_own_text(result: TrainResult, text_file: 
     assert novelty.held_out.n_characters == 3000 - cut
     pieces = [text[i : i + 200] for i in range(cut, 3000, 200)]
     assert novelty.held_out == overlap(pieces, text[:cut])
-    # What only the validation part has is new.
+    # The validation part is not training text.
     validation = novelty_of_run(result.run, samples=text[cut:], held_out_characters=0)
     assert validation.samples == overlap(text[cut:], text[:cut])
     assert validation.samples.longest < 3000 - cut
@@ -441,7 +414,7 @@ def test_a_run_is_measured_against_its_own_text(result: TrainResult, text_file: 
 
 
 def test_samples_of_a_file_are_those_given(result: TrainResult, tmp_path: Path) -> None:
-    """As `chargpt sample` writes them: a header each, if there are several, and a line end."""
+    """`chargpt sample` writes a header for each of several samples, and a line end."""
     samples = ["the king and\nno!", "Romeo said:\n", "of \u2665 hearts"]
     given = novelty_of_run(result.run, samples=samples)
     file = tmp_path / "samples.txt"
