@@ -34,32 +34,6 @@ _TERMINAL = {
 } | {_UNSCORED: "\x1b[4m"}
 
 
-class _Colour(NamedTuple):
-    background: str
-    text: str
-
-
-_INK = "#1a1a1a"
-_LIGHT_PAGE, _DARK_PAGE = _Colour("#ffffff", _INK), _Colour("#16181d", "#dcdcdc")
-_LIGHT = (  # each darker than the one before
-    _Colour("#fff7cf", _INK),
-    _Colour("#ffeda0", _INK),
-    _Colour("#fed976", _INK),
-    _Colour("#feb24c", _INK),
-    _Colour("#fd8d3c", _INK),
-    _Colour("#fc5a36", "#000000"),
-    _Colour("#b8001f", "#ffffff"),
-)
-_DARK = (  # each brighter than the one before
-    _Colour("#332b14", "#f2f2f2"),
-    _Colour("#4d3c10", "#f2f2f2"),
-    _Colour("#6b4a0a", "#f7f7f7"),
-    _Colour("#8f4f00", "#ffffff"),
-    _Colour("#b34700", "#ffffff"),
-    _Colour("#d13a00", "#ffffff"),
-    _Colour("#ff5545", "#000000"),
-)
-
 _NAMES = {"\n": "newline", "\t": "tab", " ": "space"}
 _CHUNK = 4000  # characters that a browser lays out at a time, approximately
 
@@ -162,7 +136,7 @@ _PAGE = Template("""\
 :root { color-scheme: light dark; }
 body {
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5;
-  font-family: system-ui, sans-serif; background: $light_page; color: $light_ink;
+  font-family: system-ui, sans-serif; background: #ffffff; color: #1a1a1a;
 }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
 main, .legend { font-family: ui-monospace, Menlo, Consolas, monospace; }
@@ -174,10 +148,23 @@ span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 .legend .h0 { padding-left: 0; }
 .n::before { content: "\\21B5"; }
 .u { text-decoration: underline dotted; }
-$light
+/* each darker than the one before; below, each brighter */
+.h1 { background: #fff7cf; color: #1a1a1a; }
+.h2 { background: #ffeda0; color: #1a1a1a; }
+.h3 { background: #fed976; color: #1a1a1a; }
+.h4 { background: #feb24c; color: #1a1a1a; }
+.h5 { background: #fd8d3c; color: #1a1a1a; }
+.h6 { background: #fc5a36; color: #000000; }
+.h7 { background: #b8001f; color: #ffffff; }
 @media (prefers-color-scheme: dark) {
-body { background: $dark_page; color: $dark_ink; }
-$dark
+body { background: #16181d; color: #dcdcdc; }
+.h1 { background: #332b14; color: #f2f2f2; }
+.h2 { background: #4d3c10; color: #f2f2f2; }
+.h3 { background: #6b4a0a; color: #f7f7f7; }
+.h4 { background: #8f4f00; color: #ffffff; }
+.h5 { background: #b34700; color: #ffffff; }
+.h6 { background: #d13a00; color: #ffffff; }
+.h7 { background: #ff5545; color: #000000; }
 }
 </style>
 </head>
@@ -199,19 +186,19 @@ read it.</p>
 def surprise_page(
     text: str, log_probabilities: npt.NDArray[Any], *, title: str = "Surprise"
 ) -> str:
-    """Return a self-contained HTML page: a text, the unexpected on a warm background.
+    """Return a text as a self-contained HTML page, unexpected characters on a warm background.
 
-    A character of at least a bit is a span with its bits and probability as tooltip; what lies
-    below that is joined to one span a run. A page takes some 40 bytes a character. Write it as
-    UTF-8.
+    Each character of at least one bit is a span with its bits and probability as a tooltip; a run
+    of characters below one bit shares a span. A page takes about 40 bytes per character. Write it
+    as UTF-8.
 
     Args:
         text: at least one character.
         log_probabilities: ln p of each character, (len(text),); NaN: not scored.
-        title: of the page.
+        title: title of the page.
 
     Raises:
-        UserError: no text, no score, or not one a character.
+        UserError: no text, no scores, or not one score per character.
     """
     surprise = _examine(text, log_probabilities)
     legend = [f'<span class="h{level}">{label}</span>' for level, label in enumerate(_LABELS)]
@@ -224,19 +211,6 @@ def surprise_page(
         mean=f"{surprise.mean:.2f}",
         legend="".join(legend),
         body=_spans(surprise),
-        light=_style(_LIGHT),
-        dark=_style(_DARK),
-        light_page=_LIGHT_PAGE.background,
-        light_ink=_LIGHT_PAGE.text,
-        dark_page=_DARK_PAGE.background,
-        dark_ink=_DARK_PAGE.text,
-    )
-
-
-def _style(colours: tuple[_Colour, ...]) -> str:
-    return "\n".join(
-        f".h{level} {{ background: {colour.background}; color: {colour.text}; }}"
-        for level, colour in enumerate(colours, start=1)
     )
 
 
