@@ -1,18 +1,18 @@
 """Loss against seconds of training: chargpt, nanoGPT and Hugging Face's GPT-2 on one machine.
 
 Run it from anywhere: ``python benchmarks/curves.py --nanogpt CLONE --seconds 180 --out FOLDER``.
-Each trains on Tiny Shakespeare, one after another, for at most about that long, evaluations apart;
-``FOLDER/curves.json`` holds the points, ``FOLDER/curves.png`` the picture (``--redraw`` makes it
-again from the points).
+They train on Tiny Shakespeare, one after another, each for at most about that time, not counting
+evaluations. ``FOLDER/curves.json`` holds the points, ``FOLDER/curves.png`` the picture
+(``--redraw`` draws it again from the points).
 
-- chargpt's presets keep their own budget where it is shorter.
-- nanoGPT, its README's recipe for a CPU: context 64, batch 12, 2,000 iterations.
-- nanoGPT and Hugging Face's GPT-2 in the shape of the preset tiny: context 128, batch 32, peak
-  learning rate 1e-3, cooled down over the whole time.
+- chargpt's presets keep their own budget if it is shorter.
+- nanoGPT with its README's recipe for a CPU: context 64, batch 12, 2,000 iterations.
+- nanoGPT and Hugging Face's GPT-2 with the shape of the preset tiny: context 128, batch 32, peak
+  learning rate 1e-3, which decays over the whole time.
 
-The last three drop nothing out, as that recipe says of so small a model. nanoGPT's length in
-iterations follows from a trial of its speed; its losses are its own estimates, over random batches
-of as many characters as the validation part has, of what the others measure over all of it.
+The last three train without dropout, as that recipe does for a small model. A trial of nanoGPT's
+speed sets its number of iterations. Its losses are its own estimates, over random batches with as
+many characters as the validation part; the others measure the whole validation part.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from chargpt.training.trainer import Trainer
 
 TEXT = "tiny-shakespeare"
 CURVES, PICTURE = "curves.json", "curves.png"
-N_EVALUATIONS = 20  # of each rival
+N_EVALUATIONS = 20  # of nanoGPT and Hugging Face's GPT-2
 TRIAL_SECONDS = 2.0
-PEAK = 1e-3  # learning rate of the rivals: nanoGPT's for this text
+PEAK = 1e-3  # learning rate of those two: nanoGPT's for this text
 README_SHAPE = GPT2Config(block_size=64, n_layer=4, n_head=4, d_model=128, dropout=0.0)
 README_BATCH, README_ITERATIONS = 12, 2000
 TWIN_BATCH = 32
@@ -60,21 +60,21 @@ PUBLISHED = 1.4697
 
 
 class Point(NamedTuple):
-    """A loss, and the seconds of training until then."""
+    """A loss, and the seconds of training before it."""
 
     seconds: float
     val_loss: float
 
 
 class Curve(NamedTuple):
-    """What one contender learned, and when."""
+    """The losses of one contender over time."""
 
     name: str
     points: list[Point]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train one after another; points and picture are up to date after each."""
+    """Train one after another, and update points and picture after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,7 +111,7 @@ def as_preset(name: str) -> Preset:
 
 
 def measure(presets: dict[str, Preset], clone: Path | None, seconds: float, out: Path) -> None:
-    """Write the curve of each contender as soon as it is there."""
+    """Write the curve of each contender as soon as it is finished."""
     out.mkdir(parents=True, exist_ok=True)
     curves: list[Curve] = []
     for curve in _contenders(presets, clone, seconds, out):
@@ -174,7 +174,7 @@ def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
     """Train a preset into a run folder.
 
     Raises:
-        SystemExit: somebody interrupted it.
+        SystemExit: it was interrupted.
     """
     training = within(chosen, seconds).replace(log_interval=1, sample_length=0)
     summary = train(
@@ -187,7 +187,7 @@ def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
 
 
 def within(chosen: Preset, seconds: float) -> TrainConfig:
-    """Return how a preset trains; where that would take longer than `seconds`, for `seconds`."""
+    """Return how a preset trains, limited to `seconds`."""
     training = chosen.train_config
     if training.minutes is not None:
         return training.replace(minutes=min(training.minutes, seconds / 60))
@@ -205,14 +205,14 @@ _EVALUATION = re.compile(r"^step (\d+): train loss \S+, val loss (\S+)$", re.MUL
 _ITERATION = re.compile(r"^iter (\d+): loss \S+, time ([\d.]+)ms", re.MULTILINE)
 
 
-def parse_nanogpt(said: str) -> list[Point]:
+def parse_nanogpt(output: str) -> list[Point]:
     """Return the learning curve that nanoGPT printed with ``log_interval=1``.
 
-    The time of an iteration that began with an evaluation includes it: such a one counts as the
-    median of the others.
+    The time of an iteration with an evaluation includes the evaluation, so that the median of the
+    other iterations replaces it.
     """
-    losses = {int(step): float(loss) for step, loss in _EVALUATION.findall(said)}
-    seconds = {int(number): float(ms) / 1000 for number, ms in _ITERATION.findall(said)}
+    losses = {int(step): float(loss) for step, loss in _EVALUATION.findall(output)}
+    seconds = {int(number): float(ms) / 1000 for number, ms in _ITERATION.findall(output)}
     typical = statistics.median(s for number, s in seconds.items() if number not in losses)
     own = {number: typical if number in losses else s for number, s in seconds.items()}
     return [
@@ -271,7 +271,7 @@ class TimedHuggingFace(HuggingFace):
         super().__init__(trainer, trainer.precision, compiled=compiled)
 
     def curve(self, seconds: float) -> list[Point]:
-        """Train for `seconds`, evaluations apart."""
+        """Train for `seconds`, not counting evaluations."""
         trainer, spent = self.trainer, 0.0
         points: list[Point] = []
         while spent < seconds:
@@ -294,7 +294,7 @@ class TimedHuggingFace(HuggingFace):
 
 
 class _Logits(nn.Module):
-    """A Hugging Face model as ids (B, T) to logits (B, T, V)."""
+    """A Hugging Face model that maps ids (B, T) to logits (B, T, V)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -307,13 +307,13 @@ class _Logits(nn.Module):
 
 # --- the picture
 
-STYLES = {"chargpt": "-", "nanoGPT": "--", "Hugging": ":"}  # by the first word of the name
+STYLES = {"chargpt": "-", "nanoGPT": "--", "Hugging": ":"}  # by first word of the name
 COLORS = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 def draw(folder: Path) -> Path:
-    """Draw a folder's ``curves.json`` into its ``curves.png``, 1,800 pixels wide for 900 shown.
+    """Draw ``curves.json`` of a folder into its ``curves.png``, at twice the size to be shown.
 
     Returns:
         The picture's path.
@@ -341,8 +341,8 @@ def draw(folder: Path) -> Path:
     ticks = [tick for tick in TICKS if left <= tick <= right]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("seconds of training, evaluations apart", fontsize=14)
-    axes.set_ylabel("validation loss, nats a character", fontsize=14)
+    axes.set_xlabel("seconds of training, without evaluations", fontsize=14)
+    axes.set_ylabel("validation loss, nats per character", fontsize=14)
     axes.tick_params(labelsize=13)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

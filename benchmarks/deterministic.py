@@ -1,4 +1,4 @@
-"""What `--deterministic` costs: the time of a step with it, as a ratio to the time without.
+"""Cost of `--deterministic`: the time of a step with it, divided by the time without.
 
     python benchmarks/deterministic.py [--presets tiny baby] [--rounds 5]
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--presets", nargs="+", default=["tiny"], choices=PRESETS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per turn")
     given = parser.parse_args()
     for name in given.presets:
         for kernels in ("auto", "off"):
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(preset: Preset, rounds: int, seconds: float) -> list[float]:
-    """Return for each round how much longer a deterministic step takes."""
+    """Return the ratio of each round: time of a deterministic step to that of a usual one."""
     trainer = synthetic_trainer(preset.model_config, preset.train_config)
     prepare(trainer, lambda _: None)
     trainer.model.train()
