@@ -6,8 +6,8 @@ an ordinary run in ``FOLDER/seed-N``; the table goes to stdout, all numbers to
 
 Seconds are seconds of training, with compilation and without evaluations. The losses over the
 whole validation part are those of the run. The train loss is the mean of its last 100 steps, with
-dropout. The loss by nanoGPT's protocol is that of the best checkpoint, like nanoGPT's published one. The
-held-out loss is that of the last checkpoint. All are in the run's training precision.
+dropout. The loss by nanoGPT's protocol is that of the best checkpoint, like nanoGPT's published
+one. The held-out loss is that of the last checkpoint. All are in the run's training precision.
 """
 
 from __future__ import annotations

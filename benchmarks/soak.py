@@ -3,7 +3,8 @@
     python benchmarks/soak.py [--minutes 60] [--text TEXT] [--out FILE.json]
 
 Trains the preset `tiny` in its own process and reads that process's memory every few seconds
-(Linux). The slope is that of the least-squares line through the resident memory after the first tenth.
+(Linux). The slope is that of the least-squares line through the resident memory after the first
+tenth of the time.
 """
 
 from __future__ import annotations

@@ -184,7 +184,9 @@ class NgramModel:
         Raises:
             UserError: `ids` is empty, or an id is outside the vocabulary.
         """
-        return _mean(-self.log_probs(ids))
+        if not len(ids):
+            raise UserError("the held-out text is empty: give at least one character")
+        return float(-self.log_probs(ids).mean())
 
 
 def _count_grams(
@@ -253,9 +255,3 @@ def _checked(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
         wrong = checked[(checked < 0) | (checked >= vocab_size)][0]
         raise UserError(f"token id {wrong} is outside the vocabulary of {vocab_size} tokens")
     return checked
-
-
-def _mean(nats: npt.NDArray[np.float64]) -> float:
-    if not len(nats):
-        raise UserError("the held-out text is empty: give at least one character")
-    return float(nats.mean())

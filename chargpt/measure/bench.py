@@ -11,7 +11,6 @@ import random
 import string
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,25 +27,8 @@ from chargpt.compute.device import choose_device, cpu_name, describe_device
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import load_corpus
 from chargpt.data.texts import STANDARD_INPUT
-from chargpt.measure.contenders import (
-    NANOGPT,
-    OWN,
-    Contender,
-    NanoGPT,
-    hugging_face_trainers,
-    own_step,
-    parse_peers,
-    ratio,
-    summary,
-    take_turns,
-)
-from chargpt.measure.timing import (
-    ceiling,
-    forget_peak_memory,
-    median_seconds,
-    peak_memory_bytes,
-    step_parts,
-)
+from chargpt.measure import contenders, timing
+from chargpt.measure.contenders import NANOGPT, OWN, Contender, ratio, summary
 from chargpt.runs.report import read_metrics
 from chargpt.train import train
 from chargpt.training.plan import make_plan
@@ -114,7 +96,7 @@ def bench(
         TrainingError: out of memory, or the loss is NaN or infinite.
     """
     data_config, config = data_config or DataConfig(), config or BenchConfig()
-    clones = parse_peers(config.peers)
+    clones = contenders.parse_peers(config.peers)
     if config.loss is not None and STANDARD_INPUT not in texts:  # it can be read only once
         load_corpus(texts, data_config)  # so that a mistake shows before the measurements
     try:
@@ -170,31 +152,25 @@ def _measure(
 ) -> dict[str, Any]:
     device, n_characters = trainer.device, trainer.tokens_per_step
     report("matrix products")
-    ceilings = {name: ceiling(DTYPES[name], device) for name in _dtypes(device)}
+    dtypes = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
+    ceilings = {name: timing.ceiling(DTYPES[name], device) for name in dtypes}
     choices, compiled = _prepare(trainer, report)
-    forget_peak_memory(device)
-    step = own_step(trainer)
-    guess = median_seconds(step, 0, device)
-    memory = peak_memory_bytes(device)  # before other contenders take memory
-    parts = step_parts(trainer)
-
-    def training(name: str, step: Callable[[], None]) -> Contender:
-        seconds = config.seconds
-        return Contender(name, lambda: n_characters / median_seconds(step, seconds, device))
-
-    with ExitStack() as stack:
-        theirs = hugging_face_trainers(trainer, compiled=compiled)
-        contenders = [training(OWN, step), *(training(peer.name, peer.step) for peer in theirs)]
+    timing.forget_peak_memory(device)
+    guess = timing.median_seconds(contenders.own_step(trainer), 0, device)
+    memory = timing.peak_memory_bytes(device)  # before other contenders take memory
+    parts = timing.step_parts(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        turns = _contenders(trainer, config.seconds, compiled=compiled)
         if clones:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            clone = NanoGPT(clones["nanogpt"], trainer, folder, guess)
-            contenders.append(
-                Contender(NANOGPT, lambda: n_characters / clone.step_seconds(config.seconds))
+            nanogpt = contenders.NanoGPT(clones["nanogpt"], trainer, Path(folder), guess)
+            turns.append(
+                Contender(NANOGPT, lambda: n_characters / nanogpt.step_seconds(config.seconds))
             )
-        rates = take_turns(contenders, config.rounds, report)
-    speeds = {name: _speed(turns, n_characters) for name, turns in rates.items()}
+        rates = contenders.take_turns(turns, config.rounds, report)
+    speeds = {name: _speed(of_name, n_characters) for name, of_name in rates.items()}
     medians = {name: speed["characters_per_second"] for name, speed in speeds.items()}
-    best = max((peer.name for peer in theirs), key=medians.__getitem__, default=None)
+    theirs = [name for name in rates if name not in (OWN, NANOGPT)]
+    best = max(theirs, key=medians.__getitem__, default=None)
     needed = medians[OWN] * training_flops_per_token(trainer.model.config)  # FLOP/s
     return {
         "machine": {
@@ -220,6 +196,21 @@ def _measure(
     }
 
 
+def _contenders(trainer: Trainer, seconds: float, *, compiled: bool) -> list[Contender]:
+    """Return chargpt and Hugging Face's models, which train in this process."""
+
+    def contender(name: str, step: Callable[[], None]) -> Contender:
+        def measure() -> float:
+            step_seconds = timing.median_seconds(step, seconds, trainer.device)
+            return trainer.tokens_per_step / step_seconds
+
+        return Contender(name, measure)
+
+    theirs = contenders.hugging_face_trainers(trainer, compiled=compiled)
+    own = contender(OWN, contenders.own_step(trainer))
+    return [own, *(contender(peer.name, peer.step) for peer in theirs)]
+
+
 # --- the machine
 
 
@@ -232,10 +223,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "chargpt": __version__,
         "torch": torch.__version__,
     }
-
-
-def _dtypes(device: torch.device) -> Sequence[str]:
-    return ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
 
 
 # --- training
@@ -352,7 +339,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _memory(n_bytes: int | None) -> str:
-    return "not reported by this system" if n_bytes is None else f"{human_count(n_bytes)}B at most"
+    return "not reported by this system" if n_bytes is None else f"{human_count(n_bytes)}B at peak"
 
 
 def _reached(loss: dict[str, Any]) -> str:

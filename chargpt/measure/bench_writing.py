@@ -25,19 +25,9 @@ from chargpt.compute.device import choose_device
 from chargpt.config import Device, GPT2Config, OnOffAuto, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.generate import complete, make_decoder
+from chargpt.measure import contenders
 from chargpt.measure.bench import SYMBOLS, BenchConfig, describe_machine
-from chargpt.measure.contenders import (
-    NANOGPT,
-    OWN,
-    Clone,
-    Contender,
-    Rates,
-    hugging_face_model,
-    parse_peers,
-    ratio,
-    summary,
-    take_turns,
-)
+from chargpt.measure.contenders import NANOGPT, OWN, Contender, Rates
 from chargpt.measure.timing import seconds_of
 from chargpt.model import GPT2
 
@@ -77,7 +67,7 @@ def bench_generation(
         UserError: a setting or a peer is wrong.
     """
     config = config or BenchConfig()
-    clones = parse_peers(config.peers)
+    clones = contenders.parse_peers(config.peers)
     chosen = choose_device(device).device
     shape = model_config.replace(vocab_size=len(SYMBOLS))
     with own_random_state(), ExitStack() as stack:
@@ -92,8 +82,9 @@ def bench_generation(
         rows = {}
         for n_texts in BATCHES:
             report(f"texts at a time: {n_texts}")
-            contenders = make_contenders(writers, n_texts, shape.block_size)
-            rows[f"batch_{n_texts}"] = _row(take_turns(contenders, config.rounds, report))
+            turns = make_contenders(writers, n_texts, shape.block_size)
+            rates = contenders.take_turns(turns, config.rounds, report)
+            rows[f"batch_{n_texts}"] = _row(rates)
         decoder = type(make_decoder(model, 1, kernels)).__name__
     return {
         "machine": describe_machine(chosen),
@@ -117,17 +108,17 @@ def make_contenders(writers: dict[str, Write], n_texts: int, block_size: int) ->
     def within(write: Write) -> Callable[[], float]:
         return lambda: n_texts * n_new / write(n_texts, n_new)
 
-    contenders = [Contender(name, within(write)) for name, write in writers.items()]
-    return [*contenders, Contender(PAST, past)]
+    turns = [Contender(name, within(write)) for name, write in writers.items()]
+    return [*turns, Contender(PAST, past)]
 
 
 def _row(rates: Rates) -> dict[str, Any]:
     """Return the row of the report for one number of texts."""
-    row: dict[str, Any] = summary(rates[OWN])
+    row: dict[str, Any] = contenders.summary(rates[OWN])
     row["past_block_size"] = statistics.median(rates[PAST])
     for key, name in (("huggingface", HUGGING_FACE), ("nanogpt", NANOGPT)):
         row[key] = statistics.median(rates[name]) if name in rates else None
-        row[f"vs_{key}"] = ratio(rates, name)
+        row[f"vs_{key}"] = contenders.ratio(rates, name)
     return row
 
 
@@ -135,12 +126,7 @@ def _row(rates: Rates) -> dict[str, Any]:
 
 
 def own_writer(model: GPT2, kernels: OnOffAuto) -> Write:
-    """Return chargpt, writing as `chargpt.complete` does: each job makes a new decoder.
-
-    Args:
-        model: untrained.
-        kernels: see `chargpt.generate.make_decoder`.
-    """
+    """Return chargpt, writing as `chargpt.complete` does: each job makes a new decoder."""
     tokenizer = CharTokenizer(SYMBOLS)
 
     def write(n_texts: int, n_new: int) -> None:
@@ -156,7 +142,7 @@ def hugging_face_writer(shape: GPT2Config, device: torch.device) -> Write:
     Raises:
         ImportError: the package transformers is not installed.
     """
-    model = hugging_face_model(shape, device).eval()
+    model = contenders.hugging_face_model(shape, device).eval()
     options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "use_cache": True}
 
     def write(n_texts: int, n_new: int) -> None:
@@ -200,15 +186,8 @@ print("seconds", time.perf_counter() - start)
 
 
 def nanogpt_writer(clone: Path, shape: GPT2Config, device: torch.device, folder: Path) -> Write:
-    """Return ``generate`` of a clone of nanoGPT, which runs in a process of its own.
-
-    Args:
-        clone: the clone, which stays as it is.
-        shape: shape of the model.
-        device: where to compute.
-        folder: an empty folder to run it in.
-    """
-    copy = Clone(clone, folder)
+    """Return ``generate`` of a clone of nanoGPT, run in an empty folder by another process."""
+    copy = contenders.Clone(clone, folder)
     its_shape = {
         "vocab_size": shape.vocab_size,
         "block_size": shape.block_size,

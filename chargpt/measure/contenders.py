@@ -53,13 +53,7 @@ Rates = dict[str, list[float]]
 def take_turns(
     contenders: Sequence[Contender], rounds: int, report: Callable[[str], None]
 ) -> Rates:
-    """Measure each contender once per round.
-
-    Args:
-        contenders: in the order of their turns.
-        rounds: number of turns each.
-        report: prints a line after each turn.
-    """
+    """Measure each contender once per round, and report a line after each turn."""
     rates: Rates = {contender.name: [] for contender in contenders}
     for number in range(1, rounds + 1):
         for name, measure in contenders:
@@ -79,11 +73,7 @@ def summary(rates: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(rates: Rates, other: str | None) -> float | None:
-    """Return how many times as fast as another chargpt is: the median of the rounds' ratios.
-
-    Returns:
-        None if the other did not take part.
-    """
+    """Return the median of the rounds' ratios of chargpt's speed to another's; None without it."""
     if other is None or other not in rates:
         return None
     return statistics.median(a / b for a, b in zip(rates[OWN], rates[other], strict=True))
@@ -109,11 +99,7 @@ _ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu_squared": "relu2
 
 
 def hugging_face_model(config: GPT2Config, device: torch.device) -> Any:
-    """Return an untrained ``GPT2LMHeadModel``.
-
-    Args:
-        config: the shape, with an activation function that Hugging Face has.
-        device: where to put the model.
+    """Return an untrained ``GPT2LMHeadModel`` of a shape.
 
     Raises:
         ImportError: the package transformers is not installed.
@@ -143,12 +129,7 @@ def hugging_face_model(config: GPT2Config, device: torch.device) -> Any:
 def hugging_face_trainers(trainer: Trainer, *, compiled: bool) -> list[HuggingFace]:
     """Return Hugging Face's GPT-2 in fp32 and in the trainer's precision.
 
-    Args:
-        trainer: gives shape, batches and precision.
-        compiled: also use torch.compile.
-
-    Returns:
-        An empty list if transformers is not installed.
+    The list is empty if the package transformers is not installed.
     """
     fp32 = PrecisionChoice("fp32", "the precision of the weights")
     precisions = {choice.name: choice for choice in (fp32, trainer.precision)}
@@ -246,12 +227,7 @@ def parse_peers(given: Sequence[str]) -> dict[str, Path]:
 
 
 class Clone:
-    """A temporary copy of a clone of nanoGPT; nothing is written to the clone itself.
-
-    Args:
-        source: the clone.
-        folder: an empty folder for the copy.
-    """
+    """A copy of a clone of nanoGPT in an empty folder; nothing is written to the clone itself."""
 
     def __init__(self, source: Path, folder: Path) -> None:
         self.source, self.folder = source, folder
@@ -263,12 +239,8 @@ class Clone:
     def run(self, script: str, arguments: Sequence[str]) -> str:
         """Run Python in the copy, with as many threads as here, and return what it printed.
 
-        Args:
-            script: the file of the clone that does the work, for an error message.
-            arguments: Python's arguments.
-
         Raises:
-            UserError: it failed; the message has its last line.
+            UserError: it failed; the message names the script and has its last line.
         """
         torch.cuda.empty_cache()  # the clone may need the memory; without a GPU this does nothing
         done = subprocess.run(
@@ -335,11 +307,9 @@ class NanoGPT:
         return self._step_seconds
 
     def train(self, max_iters: int, **changes: object) -> str:
-        """Run ``train.py`` and return what it printed, a line for each iteration.
+        """Run ``train.py`` and return its output, which has a line for each iteration.
 
-        Args:
-            max_iters: number of iterations.
-            changes: settings of nanoGPT in place of those that a measurement of speed uses.
+        `changes` replace settings of nanoGPT that a measurement of speed uses.
 
         Raises:
             UserError: the clone does not train.

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,11 +68,9 @@ def _entries(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Return what changes whenever something is saved: inode, time and size of each entry."""
     entries = {}
     for entry in os.scandir(folder):
-        try:
+        with suppress(OSError):  # it was just moved
             stat = entry.stat()
-        except OSError:  # it was just moved
-            continue
-        entries[entry.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            entries[entry.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
     return entries
 
 

@@ -123,7 +123,7 @@ class CopyFinder:
     def _neighbours(self) -> tuple[_Ints, _Ints]:
         """Return the training suffixes just before and just after each suffix of the texts.
 
-        Two arrays in the order of the texts, (m,); −1 where there is none.
+        Two arrays in the order of the texts, (m,); −1 for no such suffix.
         """
         ranks = np.flatnonzero(self._suffixes >= self._n_training)
         # They stand in runs, each between two training suffixes.

@@ -37,10 +37,7 @@ def seconds_of(job: Callable[[], object], device: torch.device) -> float:
 def median_seconds(step: Callable[[], object], seconds: float, device: torch.device) -> float:
     """Return the median seconds of a step, after a warm-up.
 
-    Args:
-        step: what to time.
-        seconds: total time; at least `MIN_STEPS` steps are timed.
-        device: where it computes.
+    The measurement takes about `seconds`, and at least `MIN_STEPS` steps.
     """
     for _ in range(WARM_UP_STEPS):
         step()
@@ -54,9 +51,7 @@ def median_seconds(step: Callable[[], object], seconds: float, device: torch.dev
 def ceiling(dtype: torch.dtype, device: torch.device) -> float:
     """Return the best speed of products of square matrices, in FLOP/s.
 
-    Args:
-        dtype: type of both matrices.
-        device: where to compute: 1024³ on a CPU, 4096³ and 8192³ elsewhere.
+    They are 1024³ on a CPU, 4096³ and 8192³ elsewhere.
     """
     sizes = (1024,) if device.type == "cpu" else (4096, 8192)
     return max(_product_rate(n, dtype, device) for n in sizes)

@@ -173,7 +173,7 @@ def test_compressed_sizes_are_the_compressors_own(method: Method, size: object) 
     assert callable(size)
     training, held_out = prose(30_000, seed=0) + "é€", prose(5000, seed=1) + "ü" * 100
     alone = compressed_bits_per_char(held_out, method=method)
-    assert alone == 8 * size(held_out.encode()) / 5100  # bits a character, not a byte
+    assert alone == 8 * size(held_out.encode()) / 5100  # bits per character, not per byte
     after = compressed_bits_per_char(held_out, training, method=method)
     both = size((training + held_out).encode()) - size(training.encode())
     assert after == 8 * both / 5100
