@@ -2,7 +2,7 @@
 
 Run it from anywhere: ``python benchmarks/attention.py --presets tiny baby``. A number is the
 median milliseconds of one layer with the preset's batch; ``–`` means that the backend does not run
-here, or not on this shape and type.
+on this machine, shape or type.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each number (0.5)")
     arguments = parser.parse_args()
     device = choose_device("auto").device
-    print(f"{describe_device(device)}, torch {torch.__version__}; milliseconds a layer")
+    print(f"{describe_device(device)}, torch {torch.__version__}; milliseconds per layer")
     columns = "".join(f"{backend:>10}" for backend in BACKENDS)
     print(f"{'preset':<8}{'B × H × T × D':<20}{'type':<6}{'dropout':<9}{columns}")
     for name in arguments.presets:
@@ -47,10 +47,10 @@ def main() -> None:
 
 
 def time_backend(backend: Backend, config: GPT2Config, qkv: Tensor, seconds: float) -> str:
-    """Return the median milliseconds of a forward and backward pass; – if it does not run.
+    """Return the median milliseconds of a forward and backward pass; – if the backend does not run.
 
     Args:
-        backend: what to time.
+        backend: the backend to time.
         config: the shape and the dropout.
         qkv: queries, keys and values side by side, (B, T, 3C).
         seconds: how long to measure.
@@ -67,7 +67,7 @@ def time_backend(backend: Backend, config: GPT2Config, qkv: Tensor, seconds: flo
     try:
         width = config.d_model // config.n_head
         if backend == "native" and not native.supports(qkv, widths=(width,)):
-            return "–"  # it would fall back, and show another backend's number
+            return "–"  # it would fall back to another backend
         return f"{1000 * median_seconds(both_ways, seconds, qkv.device):.2f}"
     except (native.KernelsError, torch.OutOfMemoryError):
         return "–"

@@ -1,36 +1,33 @@
 """Loss against seconds of training: chargpt, nanoGPT and Hugging Face's GPT-2 on one machine.
 
 Run it from anywhere: ``python benchmarks/curves.py --nanogpt CLONE --seconds 180 --out FOLDER``.
-Each trains on Tiny Shakespeare, one after another, for at most about that long, evaluations apart;
-``FOLDER/curves.json`` holds the points, ``FOLDER/curves.png`` the picture (``--redraw`` makes it
-again from the points).
+They train on Tiny Shakespeare, one after another, each for at most about that time, not counting
+evaluations. ``FOLDER/curves.json`` holds the points, ``FOLDER/curves.png`` the picture
+(``--redraw`` draws it again from the points).
 
-- chargpt's presets keep their own budget where it is shorter.
-- nanoGPT, its README's recipe for a CPU: context 64, batch 12, 2,000 iterations.
-- nanoGPT and Hugging Face's GPT-2 in the shape of the preset tiny: context 128, batch 32, peak
-  learning rate 1e-3, cooled down over the whole time.
+- chargpt's presets keep their own budget if it is shorter.
+- nanoGPT with its README's recipe for a CPU: context 64, batch 12, 2,000 iterations.
+- nanoGPT and Hugging Face's GPT-2 with the shape of the preset tiny: context 128, batch 32, peak
+  learning rate 1e-3, which decays over the whole time.
 
-The last three drop nothing out, as that recipe says of so small a model. nanoGPT's length in
-iterations follows from a trial of its speed; its losses are its own estimates, over random batches
-of as many characters as the validation part has, of what the others measure over all of it.
+The last three train without dropout, as that recipe does for a small model. A trial of nanoGPT's
+speed sets its number of iterations. Its losses are its own estimates, over random batches with as
+many characters as the validation part; the others measure the whole validation part.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from protocols import learning_curve, whole_loss
@@ -44,16 +41,17 @@ from chargpt.cli.flags import preset
 from chargpt.compute.device import cpu_name, describe_device, synchronize
 from chargpt.compute.optimizers import schedule
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
-from chargpt.measure.peers import HuggingFace, NanoGPT, Own, parse_peers
+from chargpt.measure.contenders import HuggingFace, NanoGPT, own_step, parse_peers
+from chargpt.measure.timing import median_seconds
 from chargpt.train import train
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer
 
 TEXT = "tiny-shakespeare"
 CURVES, PICTURE = "curves.json", "curves.png"
-N_EVALUATIONS = 20  # of each rival
+N_EVALUATIONS = 20  # of nanoGPT and Hugging Face's GPT-2
 TRIAL_SECONDS = 2.0
-PEAK = 1e-3  # learning rate of the rivals: nanoGPT's for this text
+PEAK = 1e-3  # learning rate of those two: nanoGPT's for this text
 README_SHAPE = GPT2Config(block_size=64, n_layer=4, n_head=4, d_model=128, dropout=0.0)
 README_BATCH, README_ITERATIONS = 12, 2000
 TWIN_BATCH = 32
@@ -61,21 +59,21 @@ PUBLISHED = 1.4697
 
 
 class Point(NamedTuple):
-    """A loss, and the seconds of training until then."""
+    """A loss, and the seconds of training before it."""
 
     seconds: float
     val_loss: float
 
 
 class Curve(NamedTuple):
-    """What one contender learned, and when."""
+    """The losses of one contender over time."""
 
     name: str
     points: list[Point]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train one after another; points and picture are up to date after each."""
+    """Train one after another, and update points and picture after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,7 +110,7 @@ def as_preset(name: str) -> Preset:
 
 
 def measure(presets: dict[str, Preset], clone: Path | None, seconds: float, out: Path) -> None:
-    """Write the curve of each contender as soon as it is there."""
+    """Write the curve of each contender as soon as it is finished."""
     out.mkdir(parents=True, exist_ok=True)
     curves: list[Curve] = []
     for curve in _contenders(presets, clone, seconds, out):
@@ -145,13 +143,12 @@ def _contenders(
         name = "nanoGPT, its README's CPU recipe"
         yield nanogpt_curve(name, clone, recipe, seconds, README_ITERATIONS)
         yield nanogpt_curve("nanoGPT, shape of tiny", clone, text_trainer(shape, training), seconds)
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        print("Hugging Face's GPT-2 is left out: pip install transformers", file=sys.stderr)
-        return
     with own_random_state():
-        twin = TimedHuggingFace(text_trainer(shape, training), transformers)
+        try:
+            twin = TimedHuggingFace(text_trainer(shape, training))
+        except ImportError:
+            print("Hugging Face's GPT-2 is left out: pip install transformers", file=sys.stderr)
+            return
         yield Curve(f"{twin.name}, shape of tiny", twin.curve(seconds))
 
 
@@ -176,7 +173,7 @@ def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
     """Train a preset into a run folder.
 
     Raises:
-        SystemExit: somebody interrupted it.
+        SystemExit: it was interrupted.
     """
     training = within(chosen, seconds).replace(log_interval=1, sample_length=0)
     summary = train(
@@ -189,13 +186,14 @@ def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
 
 
 def within(chosen: Preset, seconds: float) -> TrainConfig:
-    """Return how a preset trains; where that would take longer than `seconds`, for `seconds`."""
+    """Return how a preset trains, limited to `seconds`."""
     training = chosen.train_config
     if training.minutes is not None:
         return training.replace(minutes=min(training.minutes, seconds / 60))
     trainer = text_trainer(chosen.model_config, training)
     assert trainer.total_steps is not None
-    needed = trainer.total_steps * Own(trainer).measure(TRIAL_SECONDS)
+    step_seconds = median_seconds(own_step(trainer), TRIAL_SECONDS, trainer.device)
+    needed = trainer.total_steps * step_seconds
     return training if needed <= seconds else training.replace(minutes=seconds / 60)
 
 
@@ -205,14 +203,14 @@ _EVALUATION = re.compile(r"^step (\d+): train loss \S+, val loss (\S+)$", re.MUL
 _ITERATION = re.compile(r"^iter (\d+): loss \S+, time ([\d.]+)ms", re.MULTILINE)
 
 
-def parse_nanogpt(said: str) -> list[Point]:
+def parse_nanogpt(output: str) -> list[Point]:
     """Return the learning curve that nanoGPT printed with ``log_interval=1``.
 
-    The time of an iteration that began with an evaluation includes it: such a one counts as the
-    median of the others.
+    The time of an iteration with an evaluation includes the evaluation, so that the median of the
+    other iterations replaces it.
     """
-    losses = {int(step): float(loss) for step, loss in _EVALUATION.findall(said)}
-    seconds = {int(number): float(ms) / 1000 for number, ms in _ITERATION.findall(said)}
+    losses = {int(step): float(loss) for step, loss in _EVALUATION.findall(output)}
+    seconds = {int(number): float(ms) / 1000 for number, ms in _ITERATION.findall(output)}
     typical = statistics.median(s for number, s in seconds.items() if number not in losses)
     own = {number: typical if number in losses else s for number, s in seconds.items()}
     return [
@@ -221,48 +219,35 @@ def parse_nanogpt(said: str) -> list[Point]:
     ]
 
 
-class TimedNanoGPT(NanoGPT):
-    """A clone of nanoGPT that learns a text and tells how fast; nothing is written to the clone."""
-
-    def curve(self, seconds: float, limit: int | None = None) -> list[Point]:
-        """Train with a schedule that ends after about `seconds`, or after `limit` iterations."""
-        iterations = int(seconds / self.measure(min(seconds, TRIAL_SECONDS)))
-        iterations = max(2, iterations if limit is None else min(iterations, limit))
-        interval = max(2, iterations // N_EVALUATIONS)
-        iterations -= iterations % interval  # so that the last one is evaluated
-        characters = self.trainer.train_config.batch_size * self.trainer.windows.block_size
-        flags = {
-            "learning_rate": PEAK,
-            "warmup_iters": min(100, iterations // 2),
-            "lr_decay_iters": iterations,
-            "eval_interval": interval,
-            "eval_iters": math.ceil(len(self.trainer.validation) / characters),
-        }
-        threads = str(torch.get_num_threads())
-        done = subprocess.run(
-            [*self._command(iterations), *(f"--{name}={value}" for name, value in flags.items())],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        return parse_nanogpt(done.stdout)
-
-    def _write_text(self) -> None:
-        """Write the real validation part, too; for a speed the training part will do."""
-        super()._write_text()
-        validation = self.trainer.validation.astype("uint16")
-        validation.tofile(self.folder / "data" / "shakespeare_char" / "val.bin")
-
-
 def nanogpt_curve(
     name: str, clone: Path, trainer: Trainer, seconds: float, limit: int | None = None
 ) -> Curve:
-    """Train a temporary copy of a clone with the shape, batch and text of a trainer."""
+    """Train a copy of a clone with the shape, batch and text of a trainer.
+
+    Args:
+        name: name of the curve.
+        clone: the clone, to which nothing is written.
+        trainer: gives shape, batch and text.
+        seconds: approximate end of the schedule.
+        limit: at most this many iterations.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        peer = TimedNanoGPT(clone, trainer, Path(folder), guess=0.05)
-        return Curve(name, peer.curve(seconds, limit))
+        validation = trainer.validation
+        nanogpt = NanoGPT(clone, trainer, Path(folder), guess=0.05, validation=validation)
+        iterations = int(seconds / nanogpt.step_seconds(min(seconds, TRIAL_SECONDS)))
+        iterations = max(2, iterations if limit is None else min(iterations, limit))
+        interval = max(2, iterations // N_EVALUATIONS)
+        iterations -= iterations % interval  # so that the last one is evaluated
+        characters = trainer.train_config.batch_size * trainer.windows.block_size
+        output = nanogpt.train(
+            iterations,
+            learning_rate=PEAK,
+            warmup_iters=min(100, iterations // 2),
+            lr_decay_iters=iterations,
+            eval_interval=interval,
+            eval_iters=math.ceil(len(validation) / characters),
+        )
+    return Curve(name, parse_nanogpt(output))
 
 
 # --- Hugging Face
@@ -272,17 +257,19 @@ class TimedHuggingFace(HuggingFace):
     """Hugging Face's GPT-2 in the precision that chargpt picks, on chargpt's schedule.
 
     Args:
-        trainer: whose shape, batches, text, learning rate and schedule to take.
-        transformers: the module.
+        trainer: gives shape, batches, text, learning rate and schedule.
+
+    Raises:
+        ImportError: the package transformers is not installed.
     """
 
-    def __init__(self, trainer: Trainer, transformers: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         torch.manual_seed(trainer.train_config.seed)
         compiled = trainer.device.type == "cuda"
-        super().__init__(trainer, trainer.precision, transformers, compiled=compiled)
+        super().__init__(trainer, trainer.precision, compiled=compiled)
 
     def curve(self, seconds: float) -> list[Point]:
-        """Train for `seconds`, evaluations apart."""
+        """Train for `seconds`, not counting evaluations."""
         trainer, spent = self.trainer, 0.0
         points: list[Point] = []
         while spent < seconds:
@@ -290,7 +277,7 @@ class TimedHuggingFace(HuggingFace):
             start = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = trainer.train_config.learning_rate * share
-            self._step()
+            self.step()
             synchronize(trainer.device)
             spent += time.perf_counter() - start
             if spent >= min(1.0, (len(points) + 1) / N_EVALUATIONS) * seconds:
@@ -305,7 +292,7 @@ class TimedHuggingFace(HuggingFace):
 
 
 class _Logits(nn.Module):
-    """A Hugging Face model as ids (B, T) to logits (B, T, V)."""
+    """A Hugging Face model that maps ids (B, T) to logits (B, T, V)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -318,13 +305,13 @@ class _Logits(nn.Module):
 
 # --- the picture
 
-STYLES = {"chargpt": "-", "nanoGPT": "--", "Hugging": ":"}  # by the first word of the name
+STYLES = {"chargpt": "-", "nanoGPT": "--", "Hugging": ":"}  # by first word of the name
 COLORS = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 def draw(folder: Path) -> Path:
-    """Draw a folder's ``curves.json`` into its ``curves.png``, 1,800 pixels wide for 900 shown.
+    """Draw ``curves.json`` of a folder into its ``curves.png``, at twice the size to be shown.
 
     Returns:
         The picture's path.
@@ -352,8 +339,8 @@ def draw(folder: Path) -> Path:
     ticks = [tick for tick in TICKS if left <= tick <= right]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("seconds of training, evaluations apart", fontsize=14)
-    axes.set_ylabel("validation loss, nats a character", fontsize=14)
+    axes.set_xlabel("seconds of training, without evaluations", fontsize=14)
+    axes.set_ylabel("validation loss, nats per character", fontsize=14)
     axes.tick_params(labelsize=13)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What `--deterministic` costs: the time of a step with it, as a ratio to the time without.
+"""Cost of `--deterministic`: the time of a step with it, divided by the time without.
 
     python benchmarks/deterministic.py [--presets tiny baby] [--rounds 5]
 
@@ -24,12 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--presets", nargs="+", default=["tiny"], choices=PRESETS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per turn")
     given = parser.parse_args()
     for name in given.presets:
         for kernels in ("auto", "off"):
             preset = PRESETS[name]()
-            preset = replace(preset, train=preset.train_config.replace(kernels=kernels))
+            preset = replace(preset, train_config=preset.train_config.replace(kernels=kernels))
             ratios = measure(preset, given.rounds, given.seconds)
             print(
                 f"{name:6} kernels {kernels:4}  {statistics.median(ratios):.3f} times a step "
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(preset: Preset, rounds: int, seconds: float) -> list[float]:
-    """Return for each round how much longer a deterministic step takes."""
+    """Return the ratio of each round: time of a deterministic step to that of a usual one."""
     trainer = synthetic_trainer(preset.model_config, preset.train_config)
     trainer.model.train()
     turn(trainer, seconds, wanted=False)  # to warm up

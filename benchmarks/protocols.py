@@ -1,12 +1,12 @@
 """How a model is scored and timed, the same way in every script here.
 
-Three ways to score, all in nats a character:
+Three ways to score, all in nats per character:
 
 - `whole_loss`: over the whole validation part, in disjoint blocks; what `chargpt train` reports.
 - `nanogpt_loss`: over random windows, as nanoGPT's ``estimate_loss`` does for its 1.4697.
 - `half_losses`: 90/5/5; the last half of the validation part is a held-out test.
 
-`learning_curve` tells when a run had which loss.
+`learning_curve` returns when a run had which loss.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def whole_loss(
 
 
 class Estimate(NamedTuple):
-    """A mean over random batches, and how far off it may be."""
+    """A mean over random batches, and its standard error."""
 
     loss: float
     standard_error: float
@@ -60,16 +60,16 @@ def nanogpt_loss(
 ) -> Estimate:
     """Return the mean loss over random batches of windows, as nanoGPT estimates it.
 
-    The windows depend on the seed, the sizes and the number of tokens alone, so that two models
-    are asked the same.
+    The windows depend only on the seed, the sizes and the number of tokens, so that all models are
+    scored on the same windows.
 
     Args:
-        model: maps ids (B, T) to logits (B, T, V); left in the mode it was in.
+        model: maps ids (B, T) to logits (B, T, V); its mode is restored.
         tokens: the validation part, (n,).
-        block_size: T, tokens a window.
+        block_size: T, tokens per window.
         n_batches: at least 2.
-        batch_size: B, windows a batch.
-        seed: of the windows' starts.
+        batch_size: B, windows per batch.
+        seed: seed of the windows' starts.
         autocast: context for each forward pass.
 
     Raises:
@@ -101,8 +101,8 @@ class Halves(NamedTuple):
 
     first: float
     last: float
-    """The held-out test. Clean only for a checkpoint that was not chosen by validation loss, which
-    looks at both halves: for "last", not for "best"."""
+    """The held-out test. It is valid only for a checkpoint that was not chosen by validation loss,
+    which covers both halves: for "last", not for "best"."""
 
 
 def half_losses(
@@ -127,7 +127,7 @@ class Evaluation(NamedTuple):
 
     step: int
     seconds: float
-    """Of training until then: compilation included, evaluations apart."""
+    """Seconds of training before it, with compilation and without evaluations."""
     val_loss: float
 
 

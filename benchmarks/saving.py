@@ -1,10 +1,10 @@
-"""What a save costs: seconds and bytes of a checkpoint, and its share of the training around it.
+"""Cost of a save: seconds and bytes of a checkpoint, and its share of the training time.
 
     python benchmarks/saving.py [--presets tiny baby] [--repeats 5] [--out FOLDER]
 
 A save writes weights, optimizer state and manifest, flushes them to disk and moves them into place.
-The share is what saving at every evaluation takes of the training between two of them, at the speed
-that a few steps were measured to have.
+The share compares a save at every evaluation with the training between two evaluations, at the
+speed measured over a few steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--presets", nargs="+", default=["tiny", "baby"], choices=PRESETS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, help="in place of the preset's")
+    parser.add_argument("--batch-size", type=int, help="instead of the preset's")
     parser.add_argument("--out", type=Path, help="where to save (a temporary folder)")
     given = parser.parse_args()
     print("preset     bytes     save, s (median, slowest)   step, s   share of training")

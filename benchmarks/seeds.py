@@ -1,13 +1,13 @@
-"""Train a preset with several seeds, one after another: how soon, how good, how sure?
+"""Train a preset with several seeds, one after another, and report time, loss and spread.
 
 Run it from anywhere: ``python benchmarks/seeds.py --preset speedrun --out FOLDER``. Each seed is
 an ordinary run in ``FOLDER/seed-N``; the table goes to stdout, all numbers to
-``FOLDER/results.json``. The same command goes on after an interruption.
+``FOLDER/results.json``. The same command resumes after an interruption.
 
-Seconds are of training, compilation included and evaluations apart. The losses over the whole
-validation part are the run's own; the train loss is the mean of its last 100 steps, with dropout;
-the loss by nanoGPT's protocol is of the best checkpoint, as nanoGPT's published one is; the
-held-out loss is of the last checkpoint. All are in the precision that the run was trained in.
+Seconds are seconds of training, with compilation and without evaluations. The losses over the
+whole validation part are those of the run. The train loss is the mean of its last 100 steps, with
+dropout. The loss by nanoGPT's protocol is that of the best checkpoint, like nanoGPT's published
+one. The held-out loss is that of the last checkpoint. All are in the run's training precision.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ COLUMNS = {  # result: heading, format
     "held_out_loss": ("held-out loss", ".4f"),
 }
 Row = dict[str, Any]
-"""Results of a seed by name; None where there is none."""
+"""Results of a seed by name; None for a missing one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is missing, write the results, print the table."""
+    """Train the missing runs, write the results, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_seeds(given: argparse.Namespace) -> None:
-    """Train and score each seed in turn; the results are up to date after each.
+    """Train and score each seed in turn, and update the results after each.
 
     Raises:
         UserError: a wrong setting, or a folder with a run of other settings.
@@ -91,7 +91,7 @@ def run_seeds(given: argparse.Namespace) -> None:
     rows: list[Row] = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         run = given.out / f"seed-{seed}"
-        # The clock at every step, and no time for samples.
+        # Log the time of every step; write no samples.
         training = configs["train_config"].replace(seed=seed, log_interval=1, sample_length=0)
         train_seed(run, given.text, configs | {"train_config": training})
         rows.append(score_run(run, validation, given.target) | {"seed": seed})
@@ -135,11 +135,11 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
 
 
 def train_seed(run: Path, texts: Sequence[str], configs: Mapping[str, Any]) -> None:
-    """Train a run, or what is missing of it.
+    """Train a run, or the rest of it.
 
     Raises:
         UserError: the folder holds a run of other settings.
-        SystemExit: somebody interrupted it.
+        SystemExit: it was interrupted.
     """
     if _is_finished(run):
         old, sources = saved(run)
@@ -149,11 +149,11 @@ def train_seed(run: Path, texts: Sequence[str], configs: Mapping[str, Any]) -> N
         return
     result = train(texts, **configs, out=run, resume="auto", quiet=True)
     if result.summary.stop_reason in ("interrupted", "terminated"):
-        raise SystemExit(f"{result.summary.stop_reason} in {run}: the same command goes on")
+        raise SystemExit(f"{result.summary.stop_reason} in {run}: the same command resumes it")
 
 
 def _is_finished(run: Path) -> bool:
-    """Return whether a run ended by itself; an interrupted one has a summary, too."""
+    """Return whether a run finished; an interrupted one has a summary, too."""
     if not (run / SUMMARY).exists():
         return False
     return _summary(run)["stop_reason"] in ("budget", "patience")
@@ -165,7 +165,7 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def score_run(run: Path, validation: Any, target: float) -> Row:
-    """Return what the table shows of a finished run, and more.
+    """Return the results of a finished run.
 
     Args:
         run: the folder.
@@ -205,7 +205,7 @@ def score_run(run: Path, validation: Any, target: float) -> Row:
 def summed_up(rows: Sequence[Row]) -> dict[str, Row]:
     """Return ``mean`` and ``standard_error`` of each result over the seeds.
 
-    None stands for what some seed lacks, and for the error of a single seed.
+    None stands for a result that some seed lacks, and for the error of a single seed.
     """
     values = {name: [row[name] for row in rows] for name in rows[0] if name != "seed"}
     whole = {name: None not in column for name, column in values.items()}
@@ -225,7 +225,7 @@ def table(results: Mapping[str, Any]) -> str:
     mean = _cells(results["mean"] | {"seed": "mean"})
     if results["mean"]["seconds_to_target"] is None:
         mean[list(COLUMNS).index("seconds_to_target")] = "not reached by all"
-    # Its own error over windows has no place in the rows over seeds.
+    # The rows over all seeds leave out its standard error over windows.
     lines += [mean, _cells(results["standard_error"] | {"seed": "standard error"})]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -241,7 +241,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _machine(run: Path) -> dict[str, Any]:
-    environment: dict[str, Any] = run_folder.read_config(run)["environment"]
+    environment: dict[str, Any] = run_folder.read_config(run).environment
     return environment | {"cpu": cpu_name(), "chargpt": chargpt.__version__}
 
 

@@ -1,9 +1,10 @@
-"""Memory and open files of a long run that saves, evaluates and writes samples all the time.
+"""Memory and open files of a long run that often saves, evaluates and writes samples.
 
     python benchmarks/soak.py [--minutes 60] [--text TEXT] [--out FILE.json]
 
-Trains the preset `tiny` in a process of its own and looks at it every few seconds (Linux). The
-slope is the least-squares line through the resident memory after the first tenth.
+Trains the preset `tiny` in its own process and reads that process's memory every few seconds
+(Linux). The slope is that of the least-squares line through the resident memory after the first
+tenth of the time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ INTERVALS = ("--eval-interval", "100", "--save-interval", "25", "--sample-length
 
 
 def main() -> None:
-    """Soak and print what was seen."""
+    """Run the test and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--text", default="tiny-shakespeare")
-    parser.add_argument("--out", type=Path, help="where to write all looks, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file for all readings")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def soak(run: Path, text: str, minutes: float) -> list[dict[str, float]]:
-    """Train for so long in another process; return what was seen of it."""
+    """Train in another process; return its readings over time."""
     command = [
         *(sys.executable, "-m", "chargpt", "train", text, "--preset", "tiny", *INTERVALS),
         *("--minutes", str(minutes), "--patience", "0", "--device", "cpu", "--out", str(run)),
@@ -55,10 +56,10 @@ def soak(run: Path, text: str, minutes: float) -> list[dict[str, float]]:
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     looks: list[dict[str, float]] = []
-    # Evaluations come on top of the minutes; the clock here ends it all.
+    # The run does not count evaluations in its minutes; this clock does.
     while process.poll() is None and time.monotonic() - start < 60 * minutes:
         time.sleep(LOOK_SECONDS)
-        if (run / "last").exists():  # it has begun
+        if (run / "last").exists():  # the run has begun
             looks.append({"seconds": time.monotonic() - start, **look_at(process.pid)})
     process.terminate()
     if process.wait() not in (0, 143):
@@ -67,7 +68,7 @@ def soak(run: Path, text: str, minutes: float) -> list[dict[str, float]]:
 
 
 def look_at(pid: int) -> dict[str, float]:
-    """Return a process's resident memory in MiB, and how many files it has open."""
+    """Return a process's resident memory in MiB and its number of open files."""
     status = Path(f"/proc/{pid}/status").read_text()
     rss = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return {
@@ -77,7 +78,7 @@ def look_at(pid: int) -> dict[str, float]:
 
 
 def describe(looks: list[dict[str, Any]]) -> str:
-    """Return the slope and the spread, in words."""
+    """Return slope and range as JSON."""
     minutes = [look["seconds"] / 60 for look in looks]
     memory = [look["rss_mib"] for look in looks]
     files = [look["open_files"] for look in looks]

@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/: what they compute, never how fast something is."""
+"""The scripts in benchmarks/: what they compute, never their speed."""
 
 import json
 import sys
@@ -57,7 +57,7 @@ def test_nanogpt_loss_is_the_mean_over_the_windows_drawn(model: GPT2) -> None:
     assert estimate.standard_error == pytest.approx(np.std(means, ddof=1) / 5**0.5, rel=1e-3)
 
 
-def test_nanogpt_loss_tends_to_the_mean_over_every_window(model: GPT2) -> None:
+def test_nanogpt_loss_approaches_the_mean_over_every_window(model: GPT2) -> None:
     tokens = some_tokens(40)
     ids = torch.from_numpy(tokens.astype(np.int64))
     expected = loss_of(model, ids.unfold(0, T + 1, 1)).mean().item()
@@ -91,7 +91,7 @@ def test_whole_and_halves_count_each_character_once(model: GPT2) -> None:
     assert halves.last == pytest.approx(by_hand(ids[middle:]), rel=1e-5)
 
 
-def test_the_learning_curve_is_what_the_run_wrote(result: TrainResult) -> None:
+def test_the_learning_curve_is_that_of_metrics_jsonl(result: TrainResult) -> None:
     curve = protocols.learning_curve(result.run)
     assert [point.step for point in curve] == [5, 10, 12]
     assert min(point.val_loss for point in curve) == result.summary.val_loss
@@ -123,16 +123,16 @@ def test_seeds_from_the_text_to_the_table(
     halves = (one["first_half_loss"] + one["held_out_loss"]) / 2
     assert halves == pytest.approx(one["final_val_loss"], abs=0.05)
     curve = protocols.learning_curve(tmp_path / "out" / "seed-1337")
-    assert one["seconds_to_target"] == curve[0].seconds  # 99 is reached at once
+    assert one["seconds_to_target"] == curve[0].seconds  # 99 is reached immediately
     held_out = [one["held_out_loss"], two["held_out_loss"]]
     assert results["mean"]["held_out_loss"] == pytest.approx(np.mean(held_out))
-    spread = abs(held_out[0] - held_out[1]) / 2  # what the formula is for two
+    spread = abs(held_out[0] - held_out[1]) / 2  # the formula for two values
     assert results["standard_error"]["held_out_loss"] == pytest.approx(spread)
     assert heads[0] == "seed" and heads[1] == "s to 99"
     assert first[0] == "1337" and "±" in first[heads.index("nanoGPT's protocol")]
     assert mean[0] == "mean" and error[0] == "standard error"
 
-    # Again, with a loss out of reach: nothing is trained, and the table says so.
+    # The same with an unreachable target: nothing is trained, and the table says so.
     monkeypatch.setattr(seeds, "train", None)
     seeds.main([*command.replace("99", "0.1").split(), *TINY])
     lines = capsys.readouterr().out.splitlines()
@@ -143,8 +143,8 @@ def test_seeds_from_the_text_to_the_table(
     assert "was trained with other settings" in capsys.readouterr().err
 
 
-def test_an_interrupted_seed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that Ctrl-C stopped has a summary, too, and is not finished."""
+def test_an_interrupted_seed_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that Ctrl-C stopped has a summary, too, but is not finished."""
     (tmp_path / "summary.json").write_text('{"stop_reason": "interrupted"}')
     seen: list[dict[str, object]] = []
 
@@ -173,7 +173,7 @@ def test_settings_are_read_as_toml() -> None:
 
 # --- curves
 
-SAID = """\
+OUTPUT = """\
 number of parameters: 0.80M
 step 0: train loss 4.1660, val loss 4.1652
 iter 0: loss 4.1743, time 5000.00ms, mfu -100.00%
@@ -202,8 +202,8 @@ for i in range(n + 1):
 
 
 def test_nanogpt_lines_become_a_curve() -> None:
-    """The evaluating iterations 0, 2 and 4 count as the median of 10, 20 and 40 ms."""
-    points = curves.parse_nanogpt(SAID)
+    """The iterations 0, 2 and 4, with evaluations, count as the median of 10, 20 and 40 ms."""
+    points = curves.parse_nanogpt(OUTPUT)
     assert [point.val_loss for point in points] == [4.1652, 3.1, 2.25]
     assert [point.seconds for point in points] == pytest.approx([0, 0.03, 0.07])
 
@@ -212,7 +212,7 @@ def test_nanogpt_lines_become_a_curve() -> None:
 def test_a_clone_trains_on_the_real_text(
     tmp_path: Path, text_file: Path, limit: int | None, last: int
 ) -> None:
-    """One second of steps of 10 ms, or the recipe's own length."""
+    """One second of steps of 10 ms, or a limit of iterations."""
     clone = tmp_path / "clone"
     (clone / "config").mkdir(parents=True)
     (clone / "train.py").write_text(FAKE)
@@ -225,9 +225,9 @@ def test_a_clone_trains_on_the_real_text(
 
 
 def test_hugging_face_learns(text_file: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     trainer = curves.text_trainer(SMALL, QUICK, str(text_file))
-    twin = curves.TimedHuggingFace(trainer, transformers)
+    twin = curves.TimedHuggingFace(trainer)
     before = twin._val_loss()
     assert before == pytest.approx(np.log(trainer.model.config.vocab_size), abs=0.2)
     points = twin.curve(0.3)
@@ -235,7 +235,7 @@ def test_hugging_face_learns(text_file: Path) -> None:
     assert points[-1].val_loss < before
 
 
-def test_a_preset_keeps_its_budget_where_it_is_short_enough(
+def test_a_preset_keeps_a_budget_that_is_short_enough(
     text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = curves.text_trainer
@@ -252,7 +252,7 @@ def test_a_preset_keeps_its_budget_where_it_is_short_enough(
         assert curves.within(chosen, seconds) == training.replace(**expected)
 
 
-def test_a_picture_from_the_points(tmp_path: Path) -> None:
+def test_redraw_makes_a_picture_of_the_points(tmp_path: Path) -> None:
     points = [[0, 4.2], [1.0, 2.5], [10.0, 1.9]]
     names = ["chargpt, preset tiny", "nanoGPT, shape of tiny", "Hugging Face GPT-2, bf16"]
     report = {"curves": [{"name": name, "points": points} for name in names]}

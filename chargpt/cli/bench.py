@@ -71,7 +71,7 @@ def run(command: Any) -> int:
             device=training.device,
             kernels=training.kernels,
             config=config,
-            tell=_tell,
+            report=_tell,
         )
         print(json.dumps(report) if command.json else generation_table(report))
         return 0
@@ -81,7 +81,7 @@ def run(command: Any) -> int:
         train_config=training,
         data_config=configs["data_config"],
         config=config,
-        tell=_tell,
+        report=_tell,
     )
     print(json.dumps(report) if command.json else table(report))
     return 0

@@ -1,4 +1,4 @@
-"""Measuring a model, a run or this machine: scores, baselines, novelty, surprise, speed.
+"""Measurements of a model, a run or this machine: scores, baselines, novelty, surprise, speed.
 
 May import: everything but `chargpt.cli`.
 """

@@ -1,7 +1,7 @@
-"""What cheap methods reach on the text a model is judged by.
+"""Bits per character that cheap methods reach, to compare a model with.
 
-A model's bits per character say little alone. Here are four to set beside them: guessing letters by
-their frequency, an n-gram model, and the compressors bz2 and xz. All see the same training text.
+They are letter frequencies, an n-gram model, and the compressors bz2 and xz. All see the same
+training text.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from chargpt.training.summary import unigram_nats
 
 Ids = npt.NDArray[np.integer[Any]]
 
-# Bytes that a compressor can look back on. bz2 sorts blocks of 900 kB and forgets everything
-# between them; its first step lengthens a run of just four equal bytes, hence the margin. 64 MiB
-# is xz's own largest preset: more costs gigabytes of memory.
+# Bytes that a compressor can refer back to. bz2 sorts blocks of 900 kB independently; its first
+# step lengthens a run of four equal bytes, hence the margin. 64 MiB is xz's largest preset: more
+# would take gigabytes of memory.
 _WINDOW_BYTES = {"bz2": 850_000, "xz": 64 << 20}
 
 
 class Baseline(NamedTuple):
-    """One line of the comparison."""
+    """A row of the comparison."""
 
     name: str
     bits_per_char: float
@@ -44,26 +44,26 @@ def baselines(
 ) -> list[Baseline]:
     """Score the held-out text by each cheap method, in bits per character.
 
-    End-of-text tokens are scored by the first two methods, and are no text to the compressors.
+    The first two methods score end-of-text tokens; the compressors do not see them.
 
     Args:
-        training_ids: what the model was trained on, shape (n,).
-        held_out_ids: what it is judged by, shape (m,).
-        tokenizer: gives the size of the vocabulary, and the text for the compressors.
-        order: characters that the n-gram model looks back on.
-        training_chars: the methods see this many of the last training characters. 10 million take
-            about a minute and 1 GB of memory; more training text makes them better.
+        training_ids: the text that the model was trained on, (n,).
+        held_out_ids: the text to score, (m,).
+        tokenizer: gives the vocabulary.
+        order: context of the n-gram model, in characters.
+        training_chars: use this many characters, from the end of the training text. 10 million take
+            about a minute and 1 GB of memory; more would improve the scores.
 
     Returns:
-        Letters by frequency, n-gram, bz2, xz.
+        In order: letters by frequency, n-gram, bz2, xz.
 
     Raises:
         UserError: the held-out text is empty, or an id is outside the vocabulary.
     """
     training_ids = training_ids[max(len(training_ids) - training_chars, 0) :]
     size = tokenizer.vocab_size
-    unigram = unigram_nats(_checked(training_ids, size), _checked(held_out_ids, size), size)
-    ngram = NgramModel.fit(training_ids, size, order=order).nats_per_char(held_out_ids)
+    ngram = NgramModel.fit(training_ids, size, order=order).nats_per_char(held_out_ids)  # checks
+    unigram = unigram_nats(training_ids, held_out_ids, size)
     training, held_out = tokenizer.decode(training_ids), tokenizer.decode(held_out_ids)
     return [
         Baseline("letters by frequency", unigram / math.log(2)),
@@ -78,14 +78,14 @@ def compressed_bits_per_char(
 ) -> float:
     """Return what the held-out text adds to the compressed training text, in bits per character.
 
-    That is 8 · (size(training + held_out) − size(training)) / len(held_out), sizes in bytes of
-    UTF-8. Without a training text it is the plain compressed size, file header included.
+    That is 8 · (size(training + held_out) − size(training)) / len(held_out), with sizes in bytes of
+    UTF-8. Without a training text it is the compressed size, file header included.
 
-    The formula as it stands would be unfair to bz2, which sorts a text in blocks of 900 kB: the
-    held-out text would share a block with only the odd end of a long training text. So the held-out
-    text is taken in pieces of at most half a block, each after as much of the text before it as
-    fits the same block, and the differences are added up. The same is done for xz with its 64 MiB,
-    so that a usual held-out text is one piece.
+    The plain formula would be unfair to bz2, which sorts a text in blocks of 900 kB: the held-out
+    text would share a block with only a small end of a long training text. Therefore the held-out
+    text is cut into pieces of at most half a block. Each piece follows as much of the text before
+    it as fits into the block, and the differences are added. xz is treated alike, with 64 MiB, so
+    that a typical held-out text is one piece.
 
     Raises:
         UserError: the held-out text is empty.
@@ -109,21 +109,21 @@ def compressed_bits_per_char(
 def _compressed_bytes(data: bytes, method: Literal["xz", "bz2"]) -> int:
     if method == "bz2":
         return len(bz2.compress(data))
-    # Preset 9 is preset 6 with a larger dictionary; one of the data's size is as good and lighter.
+    # Preset 9 is preset 6 with a larger dictionary; one of the data's size takes less memory.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": max(len(data), 4096)}]
     return len(lzma.compress(data, filters=filters))
 
 
 class _Level(NamedTuple):
-    """The grams of one length: a context and the token after it.
+    """The G grams of one length, each a context and the token after it.
 
-    A gram's id is its place in `keys`, and contexts have the ids of the level below. The arrays of
-    floats have one more entry, which index −1 finds: that of an unseen gram or context.
+    A gram's id is its index in `keys`; a context's id is that of the level below. Index −1 of the
+    float arrays, one more entry, stands for an unseen gram or context.
     """
 
     keys: npt.NDArray[np.int64]  # (G,) context id · vocab_size + token, ascending
-    share: npt.NDArray[np.float64]  # (G + 1,) of its context's probability, less the discount
-    backoff: npt.NDArray[np.float64]  # (C + 1,) probability that a context leaves to shorter ones
+    share: npt.NDArray[np.float64]  # (G + 1,) discounted p of the token in its context
+    backoff: npt.NDArray[np.float64]  # (C + 1,) p that a context leaves to shorter ones
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,7 +133,7 @@ class NgramModel:
     The smoothing is interpolated modified Kneser-Ney (Chen & Goodman 1999, "An empirical study of
     smoothing techniques for language modeling", section 3; Kneser & Ney 1995), down to the uniform
     distribution, so that every token has a positive probability after every context. Memory and
-    time grow with the length of the text times the order, whatever the vocabulary.
+    time are proportional to the length of the text times the order.
     """
 
     vocab_size: int
@@ -144,15 +144,15 @@ class NgramModel:
         """Count the grams of a text.
 
         Args:
-            ids: the training text, shape (n,); of an empty one comes the uniform distribution.
+            ids: the training text, (n,); an empty one gives the uniform distribution.
             vocab_size: number of tokens.
-            order: length of the longest context, in tokens; 0 takes no context into account.
+            order: length of the longest context, in tokens; 0: no context.
 
         Raises:
             UserError: an id is outside the vocabulary, or the order is negative.
         """
         if order < 0:
-            raise UserError(f"an n-gram model of order {order} is none: give 0 or more")
+            raise UserError(f"the n-gram order is {order}: give 0 or more")
         levels: list[_Level] = []
         for keys, counts in _count_grams(_checked(ids, vocab_size), vocab_size, order):
             contexts = len(levels[-1].keys) if levels else 1
@@ -162,7 +162,7 @@ class NgramModel:
     def log_probs(self, ids: Ids) -> npt.NDArray[np.float64]:
         """Return ln p of each token given those before it, shape (len(ids),).
 
-        The first token is predicted from nothing, the next ones from a growing context.
+        The first token has no context, and the context of the next ones grows.
 
         Raises:
             UserError: an id is outside the vocabulary.
@@ -184,7 +184,9 @@ class NgramModel:
         Raises:
             UserError: `ids` is empty, or an id is outside the vocabulary.
         """
-        return _mean(-self.log_probs(ids))
+        if not len(ids):
+            raise UserError("the held-out text is empty: give at least one character")
+        return float(-self.log_probs(ids).mean())
 
 
 def _count_grams(
@@ -192,13 +194,13 @@ def _count_grams(
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Return the keys and the counts of the grams of 1 to order + 1 tokens.
 
-    Only the longest are counted by their occurrences. A shorter one serves when a longer context
-    is new, so it counts the distinct tokens before it, the start of the text among them: a word
-    like "Francisco", frequent but only after "San", is unlikely after anything new.
+    Only the longest are counted by their occurrences. A shorter one is used after a new longer
+    context, so its count is that of the distinct tokens before it, the start of the text included:
+    "Francisco", frequent but only after "San", is unlikely in a new context.
     """
     levels: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
     context = np.zeros(len(ids), dtype=np.int64)
-    shorter = np.zeros(0, dtype=np.int64)  # id of the gram at each place, one level below
+    shorter = np.zeros(0, dtype=np.int64)  # id of each position's gram, one level below
     for length in range(min(order + 1, len(ids))):
         keys, gram, counts = np.unique(
             context * vocab_size + ids[length:], return_inverse=True, return_counts=True
@@ -220,11 +222,11 @@ def _discount(
     context: npt.NDArray[np.int64],
     contexts: int,
 ) -> _Level:
-    """Take a discount of each count and leave the sum to the shorter contexts."""
+    """Subtract a discount from each count and give the sum to the shorter contexts."""
     discount = _discounts(counts)[np.minimum(counts, 3) - 1]
     total = np.bincount(context, weights=counts, minlength=contexts)
     taken = np.bincount(context, weights=discount, minlength=contexts)
-    # A context seen only at the very end of the text has nothing after it.
+    # A context that occurs only at the very end of the text has no next token.
     backoff = np.divide(taken, total, out=np.ones(contexts), where=total > 0)
     share = (counts - discount) / total[context]
     return _Level(keys, np.append(share, 0.0), np.append(backoff, 1.0))
@@ -232,30 +234,24 @@ def _discount(
 
 def _discounts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the discounts of counts 1, 2, and 3 or more (Chen & Goodman 1999, section 3)."""
-    # One more gram of each count keeps a tiny or a periodic text from a division by zero.
+    # One more gram of each count avoids a division by zero for a tiny or a periodic text.
     n1, n2, n3, n4 = np.bincount(np.minimum(counts, 5), minlength=6)[1:5] + 1
     y = n1 / (n1 + 2 * n2)
     estimates = np.array([y, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    # Odd texts give negative estimates; discounts that do not fall stay between 0 and the count.
+    # Unusual texts give negative estimates; discounts that never fall stay in 0 … count.
     return np.maximum.accumulate(estimates)
 
 
 def _find(keys: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the place of each wanted key, −1 where there is none; keys are ascending."""
+    """Return the index of each wanted key in ascending `keys`, −1 if it is missing."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, place, -1)
 
 
 def _checked(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
-    # Of int64, which holds a key: a gram's id, below the text's length, times the vocabulary.
+    # int64 holds a key: a gram's id, less than the text's length, times the vocabulary size.
     checked = np.asarray(ids, dtype=np.int64)
     if checked.size and not 0 <= checked.min() <= checked.max() < vocab_size:
         wrong = checked[(checked < 0) | (checked >= vocab_size)][0]
         raise UserError(f"token id {wrong} is outside the vocabulary of {vocab_size} tokens")
     return checked
-
-
-def _mean(nats: npt.NDArray[np.float64]) -> float:
-    if not len(nats):
-        raise UserError("the held-out text is empty: give at least one character")
-    return float(nats.mean())

@@ -1,9 +1,12 @@
-"""Is a run folder whole? ``chargpt check`` in Python."""
+"""Is a run folder intact? ``chargpt check`` in Python."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +28,12 @@ from chargpt.runs.weights import check_model_file, read_tensors
 from chargpt.training.summary import SUMMARY
 from chargpt.training.trainer import TrainState
 
-LONGEST_LINE = 2**16  # of metrics.jsonl, in characters; ours have some hundred
+LONGEST_LINE = 2**16  # characters per line of metrics.jsonl; ours have a few hundred
+LOOKS, PAUSE_SECONDS = 5, 0.02  # while another process saves into the folder
 
 
 class Finding(NamedTuple):
-    """What was found about a part of a run."""
+    """The state of one part of a run."""
 
     part: str
     good: bool
@@ -37,16 +41,40 @@ class Finding(NamedTuple):
 
 
 def inspect_run(run: str | Path) -> list[Finding]:
-    """Look at every file of a run that the package reads; nothing is changed.
+    """Check every file of a run that the package reads; nothing is changed.
 
-    A checkpoint that was being written when the machine stopped is no fault.
+    An unfinished checkpoint, left when the machine stopped during a save, is not a fault. If
+    another process saves into the folder during the check, the check is repeated.
 
     Raises:
         UserError: not a run folder.
     """
     folder = Path(run)
     if not (folder / CONFIG).is_file():
-        read_config(folder)  # says what is wrong
+        read_config(folder)  # raises an error that says what is wrong
+    findings: list[Finding] = []
+    for look in range(LOOKS):
+        if look:
+            time.sleep(PAUSE_SECONDS)
+        before = _entries(folder)
+        findings = _inspect(folder)
+        saving = any(name.endswith(".new") for name in before) or _entries(folder) != before
+        if not saving or all(finding.good for finding in findings):
+            break
+    return findings
+
+
+def _entries(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Return what changes whenever something is saved: inode, time and size of each entry."""
+    entries = {}
+    for entry in os.scandir(folder):
+        with suppress(OSError):  # it was just moved
+            stat = entry.stat()
+            entries[entry.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return entries
+
+
+def _inspect(folder: Path) -> list[Finding]:
     findings = [
         _look(CONFIG, lambda: _config(folder)),
         _look(TOKENIZER, lambda: _tokenizer(folder)),
@@ -58,7 +86,7 @@ def inspect_run(run: str | Path) -> list[Finding]:
         for checkpoint in (c for c in folders if not c.name.endswith(".new")):
             findings.append(_checkpoint(checkpoint, model))
         if which == "last" and not folders:
-            findings.append(Finding(which, False, "there is none"))
+            findings.append(Finding(which, False, "it is missing"))
     if (folder / METRICS).exists():
         findings.append(_look(METRICS, lambda: _metrics(folder / METRICS)))
     if (folder / SUMMARY).exists():
@@ -77,7 +105,7 @@ def _model_config(folder: Path) -> GPT2Config | None:
     try:
         return read_config(folder).model_config
     except UserError:
-        return None  # reported as such
+        return None  # config.json has its own finding
 
 
 def _config(folder: Path) -> str:
@@ -88,7 +116,7 @@ def _config(folder: Path) -> str:
 def _tokenizer(folder: Path) -> str:
     tokenizer, model = read_tokenizer(folder), _model_config(folder)
     if model is not None and tokenizer.vocab_size != model.vocab_size:
-        raise UserError(f"{tokenizer.vocab_size} tokens, and the model has {model.vocab_size}")
+        raise UserError(f"{tokenizer.vocab_size} tokens, but the model has {model.vocab_size}")
     return f"{tokenizer.vocab_size} tokens"
 
 
@@ -105,12 +133,12 @@ def _checkpoint(folder: Path, model: GPT2Config | None) -> Finding:
             from_dict(TrainState, state)
     except UserError as error:
         return Finding(folder.name, False, str(error))
-    return Finding(folder.name, True, f"step {state.get('step')}, all SHA-256 sums are right")
+    return Finding(folder.name, True, f"step {state.get('step')}, all SHA-256 sums match")
 
 
 def _metrics(path: Path) -> str:
     if not path.is_file():
-        raise UserError("it is no plain file")
+        raise UserError("it is not a regular file")
     number = 0
     with path.open(encoding="utf-8", errors="replace") as file:
         lines = iter(lambda: file.readline(LONGEST_LINE), "")

@@ -1,15 +1,16 @@
-"""Is it new? How much of a text stands word for word in the training text, and where.
+"""How much of a text stands word for word in the training text, and where.
 
-A small model that is trained long on a small text learns it by heart, and its loss does not say
-so. Here the copies are counted, beside those in real text that the model has not seen: people
-repeat themselves, too.
+A small model that trains for long on a small text memorises it, and its loss does not show that.
+This module counts the copies, beside those in real text that the model has not seen: people repeat
+themselves, too.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,207 +19,172 @@ import numpy as np
 import numpy.typing as npt
 
 from chargpt.base.errors import UserError
-from chargpt.data.corpus import Corpus, encode_documents, split_documents
+from chargpt.base.terminal import visible
+from chargpt.data.corpus import encode_documents, split_documents
 from chargpt.data.texts import decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.measure.scorecard import training_corpus
-from chargpt.runs.folder import RunConfig, read_config
+from chargpt.runs.folder import read_config
 
 THRESHOLDS = (20, 40, 80)
-_CHUNK = 1 << 20  # characters handled at a time where a temporary array would be the largest
 _EXCERPT = 60  # characters of a copy that the table shows
-_ROUGH = 5000  # characters below which a single copy moves the shares by percents
-_LEAST_PIECE = 100  # characters of a piece of held-out text, however short the samples are
-_HEADER = re.compile(r"^--- sample \d+\n", re.MULTILINE)  # what `chargpt sample` writes
+_ROUGH = 5000  # with fewer characters, a single copy changes the shares by percents
+_LEAST_PIECE = 100  # characters per piece of held-out text, however short the samples are
+_HEADER = re.compile(r"^--- sample \d+\n", re.MULTILINE)  # `chargpt sample` writes these
 
 _Ints = npt.NDArray[np.integer[Any]]
 
 
-# --- the index
+# --- finding copies
+
+
+class TrainingText(NamedTuple):
+    """The text that copies may come from."""
+
+    ids: _Ints
+    """Token ids, (n,); end-of-text ends a document."""
+    tokenizer: CharTokenizer
+
+    @classmethod
+    def of(cls, texts: str | Sequence[str]) -> Self:
+        """Encode one text or several documents.
+
+        Raises:
+            UserError: there are no characters.
+        """
+        documents = [texts] if isinstance(texts, str) else list(texts)
+        tokenizer = CharTokenizer.fit(documents, end_of_text=len(documents) > 1)
+        return cls(encode_documents(documents, tokenizer), tokenizer)
 
 
 class Place(NamedTuple):
     """Where a copy stands in the training text."""
 
     document: int
-    """Counted from 0, as `CopyIndex` was given them."""
+    """Document number, from 0."""
     offset: int
-    """In characters from the start of the document, counted from 0."""
+    """Characters from the start of the document, from 0."""
     line: int
-    """Of the document, counted from 1."""
+    """Line of the document, from 1."""
     occurrences: int
-    """How often it stands in the training text; this is the first place."""
+    """How often the training text contains the copy; this is the first place."""
 
 
-class _Matches(NamedTuple):
-    """For each character of a text, the longest copy that begins there; shapes (m,)."""
+class CopyFinder:
+    """Finds the longest copy from a training text that begins at each character of some texts.
 
-    lengths: _Ints
-    first: _Ints
-    """The suffixes of the training text that begin with the copy: `first` … `last` − 1, sorted."""
-    last: _Ints
+    One suffix array holds the suffixes of both (Manber & Myers 1993, "Suffix arrays: a new method
+    for on-line string searches"). The longest copy at a character is its common prefix with the
+    nearest training suffix before or after it in that order. The common prefix at the next
+    character is at most one shorter (Kasai et al. 2001, "Linear-time longest-common-prefix
+    computation"), so that m characters take O(m) comparisons after the sort. Copies cross neither
+    the border of a training document nor that of a text.
 
-
-class CopyIndex:
-    """Finds for each place of a text the longest copy from a training text that begins there.
-
-    That is a suffix array (Manber & Myers 1993, "Suffix arrays: a new method for on-line string
-    searches") and its inverse. With both, the suffixes that begin with `ab` are found from those
-    that begin with `a` and those that begin with `b` by halving an interval, without a look at the
-    text; so copies double in length at each step, and a text of m characters whose longest copy has
-    L takes about m · log L · log n steps, however often the text repeats itself.
-
-    Memory, beside the text itself: 9 bytes a character and 10 while it is built; with more than 256
-    distinct tokens 12 and 28, with more than 65,536 twice as much while it is built. From 2³¹ bytes
-    of ids on, positions take 8 bytes and not 4. A search takes 8 bytes · m · log₂ L.
+    Memory, beside the training ids: 5 bytes per character, 6 while it is built; with more than 254
+    distinct tokens 8 and 17, with more than 65,536 8 and 37. From 2³¹ bytes of ids on, positions
+    take 8 bytes instead of 4.
 
     Args:
-        ids: the training text as token ids, shape (n,); end-of-text ends a document, and no copy
-            runs across it.
-        tokenizer: gives the characters of the ids.
+        training: at least one token.
+        texts: where to look for copies.
 
     Raises:
-        UserError: the text is empty, or the package pydivsufsort is not installed.
+        UserError: the training text is empty, or the package pydivsufsort is not installed.
     """
 
-    def __init__(self, ids: _Ints, tokenizer: CharTokenizer) -> None:
+    lengths: list[npt.NDArray[np.int64]]
+    """For each text, (len(text),): the length of the longest copy that begins at each character,
+    0 where the training text lacks the character. Chang & Lawler 1994 ("Sublinear approximate
+    string matching and biological applications") call them matching statistics."""
+
+    def __init__(self, training: TrainingText, texts: Sequence[str]) -> None:
+        ids, tokenizer = training
         if not len(ids):
             raise UserError("the training text is empty: give at least one character")
         self.end_id = tokenizer.end_of_text_id
-        # One end-of-text more, before the first document, gives all documents the same borders.
-        border = np.array([] if self.end_id is None else [self.end_id], dtype=tokenizer.dtype)
-        self.ids = np.concatenate([border, ids.astype(tokenizer.dtype, copy=False)])
         self._id_of = {character: i for i, character in enumerate(tokenizer.characters)}
-        self._suffixes = _suffix_array(self.ids)
-        # The empty suffix is before all others.
-        self._ranks = np.full(len(self.ids) + 1, -1, dtype=self._suffixes.dtype)
-        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-        for start in range(0, len(self.ids), _CHUNK):
-            piece = self._suffixes[start : start + _CHUNK]
-            self._ranks[piece] = np.arange(start, start + len(piece))
-            counts += np.bincount(self.ids[start : start + _CHUNK], minlength=len(counts))
-        # Suffixes that begin with token i: bounds[i] … bounds[i + 1] − 1.
-        self._bounds = np.append(0, np.cumsum(counts)).astype(self._suffixes.dtype)
+        # Two more ids, which match nothing: one ends the training text, the other ends each text
+        # and stands for characters that the training text lacks.
+        border, other = tokenizer.vocab_size, tokenizer.vocab_size + 1
+        dtype = np.uint8 if other < 256 else np.uint32
+        # End-of-text before the first document, so that each document stands between two.
+        lead = [] if self.end_id is None else [self.end_id]
+        encoded = [self._id_of.get(c, other) for text in texts for c in (*text, "")]
+        parts = (np.array(part, dtype=dtype) for part in (lead, ids, [border], encoded))
+        self._tokens = np.concatenate(list(parts))
+        self._n_training = len(lead) + len(ids) + 1
+        self._starts = self._n_training + np.cumsum([0, *(len(text) + 1 for text in texts)])
+        self._suffixes = _suffix_array(self._tokens)
+        before, after = self._neighbours()
+        lengths = np.maximum(self._common_prefixes(before), self._common_prefixes(after))
+        pieces = np.split(lengths, self._starts[1:-1] - self._n_training)
+        self.lengths = [piece[:-1] for piece in pieces]
 
-    @classmethod
-    def of(cls, texts: str | Sequence[str]) -> Self:
-        """Build the index of a text or of several documents.
+    def _neighbours(self) -> tuple[_Ints, _Ints]:
+        """Return the training suffixes just before and just after each suffix of the texts.
 
-        Raises:
-            UserError: there is no character, or the package pydivsufsort is not installed.
+        Two arrays in the order of the texts, (m,); −1 for no such suffix.
         """
-        documents = [texts] if isinstance(texts, str) else list(texts)
-        tokenizer = CharTokenizer.fit(documents, end_of_text=len(documents) > 1)
-        return cls(encode_documents(documents, tokenizer), tokenizer)
+        ranks = np.flatnonzero(self._suffixes >= self._n_training)
+        # They stand in runs, each between two training suffixes.
+        starts = np.diff(ranks, prepend=-2) > 1
+        ends = np.append(starts[1:], True)
+        first, last, size = ranks[starts] - 1, ranks[ends] + 1, len(self._suffixes)
+        left = np.where(first < 0, -1, self._suffixes[first])
+        right = np.where(last == size, -1, self._suffixes[last % size])
+        run, where = np.cumsum(starts) - 1, self._suffixes[ranks] - self._n_training
+        before, after = np.empty_like(where), np.empty_like(where)
+        before[where], after[where] = left[run], right[run]
+        return before, after
 
-    def match_lengths(self, text: str) -> npt.NDArray[np.int64]:
-        """Return the length of the longest copy that begins at each character, (len(text),).
+    def _common_prefixes(self, neighbours: _Ints) -> npt.NDArray[np.int64]:
+        """Return the length of the common prefix of each suffix and its neighbour, (m,)."""
+        tokens, lengths, length = self._tokens.data, [], 0
+        for position, neighbour in enumerate(neighbours.tolist(), start=self._n_training):
+            length = max(length - 1, 0) if neighbour >= 0 else 0
+            if neighbour >= 0:
+                while tokens[neighbour + length] == tokens[position + length]:
+                    length += 1
+            lengths.append(length)
+        return np.array(lengths, dtype=np.int64)
 
-        These are the "matching statistics" of Chang & Lawler 1994, "Sublinear approximate string
-        matching and biological applications". A character that the training text lacks has 0.
-        """
-        return self._match(self._encode([text])).lengths[:-1].astype(np.int64)
-
-    def find(self, text: str) -> Place | None:
-        """Return the first place where the training text has `text`; None: nowhere, or it is ''."""
-        lengths, first, last = self._match(self._encode([text]))
-        if not text or lengths[0] < len(text):
-            return None
-        return self._place(int(first[0]), int(last[0]))
-
-    def _encode(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Return the ids of all texts, each followed by −1, which also stands for the unknown."""
-        joined = "\0".join([*texts, ""])
-        points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        distinct, inverse = np.unique(points, return_inverse=True)
-        known = [self._id_of.get(chr(point), -1) for point in distinct]
-        ids = np.array(known, dtype=np.int64)[inverse]
-        ids[np.cumsum([len(text) + 1 for text in texts]) - 1] = -1
-        return ids
-
-    def _match(self, ids: npt.NDArray[np.int64]) -> _Matches:
-        """Return the longest copy from each place of `ids`, (m,), which ends with −1."""
-        powers = self._intervals_of_powers(ids)
-        lengths = np.zeros(len(ids), dtype=np.int64)
-        first = np.zeros(len(ids), dtype=self._bounds.dtype)
-        last = np.full(len(ids), len(self.ids), dtype=self._bounds.dtype)
-        for power in reversed(range(len(powers))):
-            lo, hi = powers[power]
-            at = np.arange(len(ids)) + lengths  # where to go on
-            here = np.flatnonzero(hi[at] > lo[at])
-            after = at[here]
-            longer = self._narrow(first[here], last[here], lengths[here], lo[after], hi[after])
-            found = longer[1] > longer[0]
-            lengths[here[found]] += 1 << power
-            first[here[found]], last[here[found]] = longer[0][found], longer[1][found]
-        return _Matches(lengths, first, last)
-
-    def _intervals_of_powers(self, ids: npt.NDArray[np.int64]) -> list[tuple[_Ints, _Ints]]:
-        """Return, for 1, 2, 4, … tokens from each place, the suffixes that begin with them.
-
-        As `lo` and `hi`, (m,): the suffixes `lo` … `hi` − 1, none where `hi` is not above `lo`. The
-        list ends with the last power that any place has a copy of.
-        """
-        lo, hi = self._bounds[ids], self._bounds[ids + 1]  # n and 0, which is nothing, of −1
-        powers = []
-        while (hi > lo).any():
-            powers.append((lo, hi))
-            step = 1 << (len(powers) - 1)
-            here = np.flatnonzero((hi[:-step] > lo[:-step]) & (hi[step:] > lo[step:]))
-            after, depth = here + step, np.full(len(here), step)
-            longer = self._narrow(lo[here], hi[here], depth, lo[after], hi[after])
-            lo, hi = np.zeros_like(lo), np.zeros_like(hi)
-            lo[here], hi[here] = longer
-        return powers
-
-    def _narrow(
-        self, lo: _Ints, hi: _Ints, depth: _Ints, then_lo: _Ints, then_hi: _Ints
-    ) -> tuple[_Ints, _Ints]:
-        """Keep of each interval the suffixes that go on, after `depth` tokens, as another does."""
-        first = self._bisect(lo, hi, depth, then_lo)
-        return first, self._bisect(first, hi, depth, then_hi)
-
-    def _bisect(self, lo: _Ints, hi: _Ints, depth: _Ints, rank: _Ints) -> _Ints:
-        """Return the first suffix of each interval whose rest after `depth` has `rank` or more.
-
-        All suffixes of an interval begin with the same `depth` tokens, so that the order of their
-        rests is their own.
-        """
-        lo, hi = lo.copy(), hi.copy()
-        open_ = np.flatnonzero(lo < hi)
-        while len(open_):
-            middle = lo[open_] + (hi[open_] - lo[open_]) // 2  # a sum could overflow
-            below = self._ranks[self._suffixes[middle] + depth[open_]] < rank[open_]
-            lo[open_[below]] = middle[below] + 1
-            hi[open_[~below]] = middle[~below]
-            open_ = open_[lo[open_] < hi[open_]]
-        return lo
-
-    def _place(self, first: int, last: int) -> Place:
-        """Return where the first of some suffixes stands."""
-        at = int(self._suffixes[first:last].min())
-        document, start = 0, 0
+    def place(self, text: int, offset: int, length: int) -> Place:
+        """Return where the training text has the copy of `length` that begins at a character."""
+        start = int(self._starts[text]) + offset
+        places = self._occurrences(self._tokens[start : start + length])
+        first, document, begin = int(places.min()), 0, 0
         if self.end_id is not None:
-            borders = np.flatnonzero(self.ids[:at] == self.end_id)
-            document, start = len(borders) - 1, int(borders[-1]) + 1
+            borders = np.flatnonzero(self._tokens[:first] == self.end_id)
+            document, begin = len(borders) - 1, int(borders[-1]) + 1
         newline = self._id_of.get("\n", -1)
-        lines = np.count_nonzero(self.ids[start:at] == newline)
-        return Place(document, at - start, int(lines) + 1, last - first)
+        lines = np.count_nonzero(self._tokens[begin:first] == newline)
+        return Place(document, first - begin, int(lines) + 1, len(places))
 
-    def _are_documents(self, matches: _Matches, starts: _Ints, sizes: _Ints) -> int:
-        """Return how many of the texts at `starts` are a whole document of the training text."""
-        assert self.end_id is not None
-        end_lo, end_hi = self._bounds[self.end_id], self._bounds[self.end_id + 1]
-        copied = (matches.lengths[starts] == sizes) & (sizes > 0)
-        at, sizes = starts[copied], sizes[copied]
-        ends = np.full(len(at), end_lo), np.full(len(at), end_hi)
-        begun = self._narrow(*ends, np.ones_like(sizes), matches.first[at], matches.last[at])
-        first, last = self._narrow(*begun, sizes + 1, *ends)
-        return int(np.count_nonzero(last > first))
+    def is_document(self, text: int) -> bool:
+        """Return whether a text is a whole document of the training text."""
+        start, size = int(self._starts[text]), len(self.lengths[text])
+        if self.end_id is None or not size or self.lengths[text][0] < size:
+            return False
+        end = np.array([self.end_id], dtype=self._tokens.dtype)
+        whole = np.concatenate([end, self._tokens[start : start + size], end])
+        return len(self._occurrences(whole)) > 0
+
+    def _occurrences(self, tokens: _Ints) -> _Ints:
+        """Return where the training text has some tokens, in no order."""
+        size, order = len(tokens), tokens.dtype.newbyteorder(">")  # whose bytes sort as the numbers
+
+        def begin(suffix: int) -> bytes:
+            return self._tokens[suffix : suffix + size].astype(order).tobytes()
+
+        wanted = tokens.astype(order).tobytes()
+        first = bisect_left(self._suffixes, wanted, key=begin)
+        last = bisect_right(self._suffixes, wanted, lo=first, key=begin)
+        found = self._suffixes[first:last]
+        return found[found < self._n_training]
 
 
 def _suffix_array(ids: _Ints) -> _Ints:
-    """Return where the suffixes of `ids` start, in their order, (n,), int32 or int64."""
+    """Return the starts of the suffixes of `ids` in sorted order, (n,), int32 or int64."""
     try:
         library = importlib.import_module("pydivsufsort")
     except ImportError as error:
@@ -238,42 +204,42 @@ class Overlap:
 
     n_characters: int
     longest_text: int
-    """Characters of the longest of the texts, which no copy exceeds."""
+    """Characters of the longest text: no copy is longer."""
     shares: tuple[float, ...]
-    """Of the characters that lie in a copy of at least so many characters, one a threshold."""
+    """For each threshold, the share of characters that lie in a copy of at least that length."""
     mean: float
-    """Of the length of the longest copy that begins at a character, over all characters."""
+    """Mean length of the longest copy that begins at a character, over all characters."""
     median: float
     longest: int
-    """The longest copy of all, in characters."""
+    """Characters of the longest copy."""
     whole: float | None
     """Share of the texts that are a whole training document; None: there is only one document."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
-    """A piece of a sample that stands in the training text and cannot be made longer."""
+    """A part of a sample that stands in the training text and cannot be extended."""
 
     text: str
     sample: int
-    """Which sample, counted from 0."""
+    """Sample number, from 0."""
     offset: int
-    """Where in the sample it begins, in characters from 0."""
+    """Start in the sample, in characters from 0."""
     place: Place
-    """Where in the training text."""
+    """Where it stands in the training text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Novelty:
-    """What samples share with the training text, and what real text does."""
+    """What samples share with the training text, and what real text shares with it."""
 
     thresholds: tuple[int, ...]
-    """Lengths from which on a copy counts, in characters."""
+    """Lengths from which a copy counts, in characters."""
     samples: Overlap
     held_out: Overlap | None
-    """The same of real text that was not trained on; None: none was given."""
+    """The same for real text that was not trained on; None: no such text was given."""
     copies: tuple[Copy, ...]
-    """The longest, longest first; none overlaps another or has the same text."""
+    """The longest copies, longest first; no two overlap or have the same text."""
 
     @property
     def verdict(self) -> str:
@@ -281,7 +247,8 @@ class Novelty:
         sentences = [*self._verdict_on_stretches(), *self._verdict_on_documents()]
         if self.samples.n_characters < _ROUGH:
             sentences.append(
-                f"That is rough: the samples have {self.samples.n_characters:,} characters."
+                f"This is a rough figure: the samples have {self.samples.n_characters:,} "
+                "characters."
             )
         return " ".join(sentences)
 
@@ -289,7 +256,7 @@ class Novelty:
         middle = len(self.thresholds) // 2
         share, length = self.samples.shares[middle], self.thresholds[middle]
         if self.samples.longest_text < length:
-            return [f"No sample is as long as the {length} characters from which on copies count."]
+            return [f"Every sample is shorter than {length} characters, the least that counts."]
         fact = (
             f"{share:.1%} of the text stands word for word in the training text in stretches of "
             f"{length} characters or more"
@@ -309,7 +276,7 @@ class Novelty:
 
 
 def _judge(share: float, usual: float) -> str:
-    """Say what a share means; the limits are ours, wide enough for the chance of a few copies."""
+    """Describe a share; our own limits, wide enough that a few chance copies do not matter."""
     if share <= usual + 0.01:
         return "the model copies no more than real text does"
     if share <= 2 * usual + 0.05:
@@ -319,7 +286,7 @@ def _judge(share: float, usual: float) -> str:
 
 def measure_novelty(
     samples: str | Sequence[str],
-    index: CopyIndex,
+    training: TrainingText,
     held_out: str | Sequence[str] = (),
     *,
     thresholds: Sequence[int] = THRESHOLDS,
@@ -327,55 +294,46 @@ def measure_novelty(
 ) -> Novelty:
     """Measure how much of some samples is copied from the training text.
 
-    A copy ends where its sample ends, so that short samples have short copies: the yardstick is
-    fair if its texts are about as long as the samples.
+    A copy ends where its sample ends, so short samples have short copies. For a fair comparison the
+    held-out texts should be about as long as the samples.
 
     Args:
         samples: what a model wrote.
-        index: of the text that it was trained on.
-        held_out: real text of the same kind that it was not trained on, as the yardstick.
-        thresholds: lengths from which on a copy counts, in characters.
-        n_copies: how many of the longest copies to show.
+        training: the text that the model was trained on.
+        held_out: real text of the same kind that the model was not trained on, for comparison.
+        thresholds: lengths from which a copy counts, in characters.
+        n_copies: how many of the longest copies to return.
 
     Raises:
-        UserError: the samples hold no character, or a threshold is below 1.
+        UserError: the samples or the training text have no characters, a threshold is below 1, or
+            the package pydivsufsort is not installed.
     """
     texts = [samples] if isinstance(samples, str) else list(samples)
     real = [held_out] if isinstance(held_out, str) else list(held_out)
     if not any(texts):
         raise UserError("the samples are empty: give at least one character")
     if not thresholds or min(thresholds) < 1:
-        raise UserError(f"thresholds are {tuple(thresholds)}: give one or more lengths from 1 on")
-    matches = index._match(index._encode(texts))
-    yardstick = None
-    if any(real):
-        yardstick = _overlap(real, index, index._match(index._encode(real)), thresholds)
+        raise UserError(f"thresholds are {tuple(thresholds)}: give one or more, each at least 1")
+    finder = CopyFinder(training, [*texts, *real])
+    of_samples, of_real = range(len(texts)), range(len(texts), len(texts) + len(real))
     return Novelty(
         thresholds=tuple(thresholds),
-        samples=_overlap(texts, index, matches, thresholds),
-        held_out=yardstick,
-        copies=_longest_copies(texts, index, matches, n_copies),
+        samples=_overlap(finder, of_samples, thresholds),
+        held_out=_overlap(finder, of_real, thresholds) if any(real) else None,
+        copies=_longest_copies(texts, finder, n_copies),
     )
 
 
-def _starts(texts: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return where each text starts among the ids of all, and where a next one would."""
-    return np.cumsum([0, *(len(text) + 1 for text in texts)], dtype=np.int64)
-
-
-def _overlap(
-    texts: Sequence[str], index: CopyIndex, matches: _Matches, thresholds: Sequence[int]
-) -> Overlap:
-    starts = _starts(texts)
-    lengths = np.delete(matches.lengths, starts[1:] - 1)  # of the characters alone
+def _overlap(finder: CopyFinder, texts: Sequence[int], thresholds: Sequence[int]) -> Overlap:
+    pieces = [finder.lengths[text] for text in texts]
+    lengths = np.concatenate(pieces)  # a copy ends within its text, so that they can be joined
     whole = None
-    if index.end_id is not None:
-        n_whole = index._are_documents(matches, starts[:-1], np.diff(starts) - 1)
-        whole = n_whole / sum(map(bool, texts))
+    if finder.end_id is not None:
+        whole = sum(map(finder.is_document, texts)) / sum(len(piece) > 0 for piece in pieces)
     return Overlap(
         n_characters=len(lengths),
-        longest_text=max(map(len, texts)),
-        shares=tuple(_n_copied(matches.lengths, least) / len(lengths) for least in thresholds),
+        longest_text=max(map(len, pieces)),
+        shares=tuple(_n_copied(lengths, least) / len(lengths) for least in thresholds),
         mean=float(lengths.mean()),
         median=float(np.median(lengths)),
         longest=int(lengths.max()),
@@ -385,33 +343,32 @@ def _overlap(
 
 def _n_copied(lengths: _Ints, least: int) -> int:
     """Return how many characters lie in a copy of `least` or more."""
-    begins = np.flatnonzero(lengths >= least)
+    starts = np.flatnonzero(lengths >= least)
     opened = np.zeros(len(lengths) + 1, dtype=np.int64)
-    opened[begins] = 1
-    opened -= np.bincount(begins + lengths[begins], minlength=len(opened))
+    opened[starts] = 1
+    opened -= np.bincount(starts + lengths[starts], minlength=len(opened))
     return int(np.count_nonzero(np.cumsum(opened)))
 
 
-def _longest_copies(
-    texts: Sequence[str], index: CopyIndex, matches: _Matches, n_copies: int
-) -> tuple[Copy, ...]:
-    lengths, starts = matches.lengths, _starts(texts)
-    # A copy that is one shorter than that of the character before is the rest of it.
+def _longest_copies(texts: Sequence[str], finder: CopyFinder, n_copies: int) -> tuple[Copy, ...]:
+    lengths = np.concatenate(finder.lengths[: len(texts)])
+    starts = np.cumsum([0, *map(len, texts)])
+    # A copy one shorter than that of the character before is the rest of that copy.
     begins = np.flatnonzero((lengths > 0) & (lengths >= np.append(0, lengths[:-1])))
     copies: dict[str, Copy] = {}
     taken: list[tuple[int, int]] = []
     for at in begins[np.argsort(-lengths[begins], kind="stable")].tolist():
         if len(copies) >= n_copies:
             break
-        end = at + int(lengths[at])
-        if any(at < other_end and start < end for start, other_end in taken):
+        size = int(lengths[at])
+        if any(at < end and start < at + size for start, end in taken):
             continue
-        taken.append((at, end))
+        taken.append((at, at + size))
         sample = int(np.searchsorted(starts, at, side="right")) - 1
         offset = at - int(starts[sample])
-        text = texts[sample][offset : offset + end - at]
+        text = texts[sample][offset : offset + size]
         if text not in copies:
-            place = index._place(int(matches.first[at]), int(matches.last[at]))
+            place = finder.place(sample, offset, size)
             copies[text] = Copy(text=text, sample=sample, offset=offset, place=place)
     return tuple(copies.values())
 
@@ -422,7 +379,7 @@ def _longest_copies(
 def novelty_table(novelty: Novelty) -> str:
     """Return the figures, the longest copies and the verdict as text for a terminal.
 
-    The copies are shown on one line each; whatever is not printable is escaped.
+    Each copy is shown on one line, with control characters escaped.
     """
     columns = [novelty.samples] + ([novelty.held_out] if novelty.held_out else [])
     rows = [("", ["samples", "unseen text"][: len(columns)])]
@@ -458,11 +415,8 @@ def _copy_lines(novelty: Novelty) -> list[str]:
 
 
 def _excerpt(text: str) -> str:
-    """Return the start of a text on one line; what a terminal could act on is escaped."""
-    shown = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text[:_EXCERPT]
-    )
+    """Return the start of a text on one line, with control characters escaped."""
+    shown = visible(text[:_EXCERPT]).replace("\n", r"\n").replace("\t", r"\t")
     return shown[:_EXCERPT] + ("…" if len(shown) > _EXCERPT or len(text) > _EXCERPT else "")
 
 
@@ -478,26 +432,28 @@ def novelty_of_run(
     held_out_characters: int = 100_000,
     thresholds: Sequence[int] = THRESHOLDS,
     n_copies: int = 5,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Novelty:
     """Measure how much a trained model copies from the text that it was trained on.
 
-    The yardstick is the validation part of that text, in pieces about as long as the samples.
+    The validation part of that text serves for comparison, in pieces about as long as the samples.
 
     Args:
-        run: its run folder.
-        samples_file: what it wrote: a file, perhaps of `chargpt sample`, a folder with a
-            file a sample, or ``-`` for standard input. If the run has a document separator, it
+        run: the run folder. Its config.json names the text, which is opened and read.
+        samples_file: what the model wrote: a file, perhaps of `chargpt sample`, a folder with one
+            file per sample, or ``-`` for standard input. If the run has a document separator, it
             separates samples, too.
-        samples: what it wrote, if there is no file.
-        encoding: of the file.
-        held_out_characters: take at most so many characters of the validation part, evenly from all
-            of it; 0: no yardstick.
-        thresholds: lengths from which on a copy counts, in characters.
-        n_copies: how many of the longest copies to show.
+        samples: what the model wrote, in addition to the file.
+        encoding: encoding of the file.
+        held_out_characters: at most this many characters of the validation part, evenly from all
+            of it; 0: no comparison.
+        thresholds: lengths from which a copy counts, in characters.
+        n_copies: how many of the longest copies to return.
+        report: prints which files of the training text are read.
 
     Raises:
-        UserError: no such run, its text is gone or has changed, the samples are missing or empty,
-            or the package pydivsufsort is not installed.
+        UserError: no such run, its text is missing or has changed, the samples are missing or
+            empty, or the package pydivsufsort is not installed.
     """
     if held_out_characters < 0:
         raise UserError(f"held_out_characters is {held_out_characters}: give 0 or more")
@@ -508,28 +464,23 @@ def novelty_of_run(
     texts = [text for text in texts if text]
     if not texts:
         raise UserError("there are no samples: give what the model wrote, a file or a text")
-    corpus = _corpus_of(config)
+    try:
+        corpus = training_corpus(config, report)
+    except UserError as error:
+        remedy = "novelty needs the text that the run was trained on"
+        raise UserError(f"{error}: {remedy}") from error
     typical = max(sum(map(len, texts)) // len(texts), _LEAST_PIECE)
     return measure_novelty(
         texts,
-        CopyIndex(corpus.train, corpus.tokenizer),
-        _held_out_pieces(corpus, held_out_characters, typical),
+        TrainingText(corpus.train, corpus.tokenizer),
+        _held_out_pieces(corpus.validation, corpus.tokenizer, held_out_characters, typical),
         thresholds=thresholds,
         n_copies=n_copies,
     )
 
 
-def _corpus_of(config: RunConfig) -> Corpus:
-    """Read the text of a run again."""
-    try:
-        return training_corpus(config)
-    except UserError as error:
-        remedy = "novelty needs the text that the run was trained on"
-        raise UserError(f"{error}: {remedy}") from error
-
-
 def _read_samples(file: str, encoding: str, separator: str) -> list[str]:
-    """Return the samples of a file; the last line end is not the model's, but of who wrote it."""
+    """Return the samples of a file; its last line end was added by the writer of the file."""
     return [
         sample
         for raw in read_sources([file])
@@ -538,12 +489,13 @@ def _read_samples(file: str, encoding: str, separator: str) -> list[str]:
     ]
 
 
-def _held_out_pieces(corpus: Corpus, n_characters: int, length: int) -> list[str]:
-    """Return pieces of at most `length` evenly from the validation part, `n_characters` in all."""
+def _held_out_pieces(
+    ids: _Ints, tokenizer: CharTokenizer, n_characters: int, length: int
+) -> list[str]:
+    """Return pieces of at most `length`, evenly from all of `ids`, `n_characters` in total."""
     if not n_characters:
         return []
-    length = min(length, n_characters)
-    ids, end = corpus.validation, corpus.tokenizer.end_of_text_id
+    length, end = min(length, n_characters), tokenizer.end_of_text_id
     borders = np.flatnonzero(ids == end) if end is not None else np.array([], dtype=np.int64)
     spans = [
         (start, min(start + length, stop))
@@ -556,4 +508,4 @@ def _held_out_pieces(corpus: Corpus, n_characters: int, length: int) -> list[str
         spans = [spans[i * len(spans) // keep] for i in range(keep)]
         while sum(stop - start for start, stop in spans) > n_characters:
             spans.pop()
-    return [corpus.tokenizer.decode(ids[start:stop]) for start, stop in spans]
+    return [tokenizer.decode(ids[start:stop]) for start, stop in spans]

@@ -1,43 +1,48 @@
-"""How good is this model? Its loss on a text, beside what cheap methods reach on the same text."""
+"""How good is a model? Its loss on a text, beside what cheap methods reach on the same text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.device import choose_device
 from chargpt.config import CheckpointName, Device, Unknown
-from chargpt.data.corpus import Corpus, encode_documents, load_corpus, split_documents
-from chargpt.data.texts import STANDARD_INPUT, decode, read_sources
+from chargpt.data import datasets
+from chargpt.data.corpus import Corpus, load_corpus, split_documents
+from chargpt.data.texts import STANDARD_INPUT, _find_files, decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.engine.scoring import log_probabilities, mean_nats
+from chargpt.engine.scoring import mean_nats, token_log_probabilities
 from chargpt.measure.baselines import Baseline, baselines
 from chargpt.runs.folder import RunConfig, load, read_config, text_sources
 
 Split = Literal["validation", "train"]
 
+_MOST_BYTES = 4  # per character: UTF-8, UTF-16 and UTF-32 need no more
+_MOST_SEPARATORS = 100  # per document: empty documents are dropped, and not counted by the run
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorecard:
-    """A model's loss on a text, in nats a character, and the baselines', in bits."""
+    """A model's loss on a text, and the baselines' bits per character."""
 
     text: str
-    """What was read."""
+    """Name of the text."""
     n_tokens: int
     stride: int
-    """Tokens that the model's window moved; 0: block_size."""
+    """Tokens that the model's window moves; 0: block_size."""
     nats_per_char: float
     bits_per_char: float
     perplexity: float
     baselines: tuple[Baseline, ...]
     note: str
-    """Why the baselines could not be computed; empty if they were, or were not wanted."""
+    """Why there are no baselines; empty if there are, or if they were not wanted."""
 
 
 def score_run(
@@ -51,35 +56,42 @@ def score_run(
     unknown: Unknown = "error",
     stride: int = 0,
     with_baselines: bool = True,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Scorecard:
-    """Evaluate a trained model over a whole text, in fp32.
+    """Evaluate a trained model on a whole text, in fp32.
+
+    The run's config.json names the training text. It is opened only if no files are given, or if
+    baselines are wanted.
 
     Args:
-        run: its run folder.
-        files: texts to evaluate on (see `chargpt.data.texts.read_sources`); none: a split of the text
-            that the run was trained on, read again from where it was.
-        split: which one.
+        run: the run folder.
+        files: texts to evaluate on (see `chargpt.data.texts.read_sources`); none: a split of the
+            training text, read again from where it was.
+        split: the split to evaluate on if no files are given.
         which: the checkpoint.
         device: where to compute.
-        encoding: of the files; default: as in training.
+        encoding: encoding of the files; default: as in training.
         unknown: what to do with characters that the model has never seen.
-        stride: tokens that the model's window moves (see `chargpt.engine.scoring`); 0: block_size, as in
-            training. Smaller gives more context, and takes longer.
-        with_baselines: compute what cheap methods reach.
+        stride: tokens that the model's window moves (see `chargpt.engine.scoring`); 0: block_size,
+            as in training. A smaller stride gives more context and takes longer.
+        with_baselines: compute what cheap methods reach. They learn from the training part, so the
+            split "train" has no baselines.
+        report: prints which files of the training text are read.
 
     Raises:
-        UserError: no such run, the text is gone or has changed, a character is unknown, or a
-            stride outside 0 … block_size.
+        UserError: no such run, the text is missing or has changed, a character is unknown, or the
+            stride is outside 0 … block_size.
     """
     config = read_config(Path(run))
     model, tokenizer = load(run, which=which, device=choose_device(device).device)
     note, corpus = "", None
-    try:
-        corpus = training_corpus(config)
-    except UserError as error:
-        if not files:
-            raise UserError(f"{error}: name a file to evaluate on") from error
-        note = f"no baselines: {error}"
+    if with_baselines or not files:
+        try:
+            corpus = training_corpus(config, report)
+        except UserError as error:
+            if not files:
+                raise UserError(f"{error}: name a file to evaluate on") from error
+            note = f"no baselines: {error}"
     if files:
         tokens = _read_tokens(
             files,
@@ -93,8 +105,10 @@ def score_run(
         assert corpus is not None
         tokens = corpus.validation if split == "validation" else corpus.train
         name = f"{split} part of {', '.join(corpus.sources)}"
-    loss = mean_nats(log_probabilities(model, tokens, stride=stride))
-    rows = _baselines(corpus, tokens, split if not files else None) if with_baselines else ()
+    loss = mean_nats(token_log_probabilities(model, tokens, stride=stride))
+    rows: Sequence[Baseline] = ()
+    if with_baselines and corpus is not None and (files or split == "validation"):
+        rows = baselines(corpus.train, tokens, corpus.tokenizer)
     return Scorecard(
         text=name,
         n_tokens=len(tokens),
@@ -102,28 +116,9 @@ def score_run(
         nats_per_char=loss,
         bits_per_char=bits_per_char(loss),
         perplexity=perplexity(loss),
-        baselines=rows,
+        baselines=tuple(rows),
         note=note,
     )
-
-
-def training_corpus(config: RunConfig) -> Corpus:
-    """Read the text of a run again.
-
-    Raises:
-        UserError: it is gone, came from standard input, or has changed; what to do about it is the
-            caller's to say.
-    """
-    sources = text_sources(config)
-    if STANDARD_INPUT in sources:
-        raise UserError("the run read its text from standard input")
-    try:
-        corpus = load_corpus(sources, config.data_config)
-    except UserError as error:
-        raise UserError(f"the run's text cannot be read again: {error}") from error
-    if corpus.facts.sha256 != config.text.sha256:
-        raise UserError(f"{', '.join(sources)} has changed since the run")
-    return corpus
 
 
 def _read_tokens(
@@ -133,24 +128,70 @@ def _read_tokens(
     encoding: str,
     unknown: Unknown,
 ) -> npt.NDArray[Any]:
-    documents: list[str] = []
+    """Return the token ids of all documents, each ended by end-of-text where the model has one."""
+    end = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
+    pieces: list[npt.NDArray[Any]] = []
     for raw in read_sources(files):
         for text in split_documents(decode(raw, encoding), separator):
             try:
-                known = tokenizer.encode(text, unknown=unknown)
+                pieces.append(tokenizer.encode(text, unknown=unknown))
             except UserError as error:
                 raise UserError(f"{raw.name}: {error}") from error
-            documents.append(tokenizer.decode(known))
-    tokens = encode_documents(documents, tokenizer)
+            pieces.append(np.array(end, dtype=tokenizer.dtype))
+    tokens = np.concatenate(pieces) if pieces else np.array([])
     if len(tokens) < 2:
-        raise UserError(f"{', '.join(files)}: less than two known characters: give a longer text")
+        raise UserError(f"{', '.join(files)}: fewer than two known characters: give a longer text")
     return tokens
 
 
-def _baselines(
-    corpus: Corpus | None, tokens: npt.NDArray[Any], split: Split | None
-) -> tuple[Baseline, ...]:
-    """Return what cheap methods make of `tokens`, where these are not what they learn from."""
-    if corpus is None or split == "train":
-        return ()
-    return tuple(baselines(corpus.train, tokens, corpus.tokenizer))
+# --- the training text
+
+
+def training_corpus(config: RunConfig, report: Callable[[str], None]) -> Corpus:
+    """Read the training text of a run again.
+
+    Args:
+        config: names the text. It may come from a stranger: only regular files are opened, and none
+            of them if their total size cannot be that of the run's text.
+        report: prints which files are read.
+
+    Raises:
+        UserError: the text is missing, came from standard input, or has changed; the caller adds
+            the remedy.
+    """
+    sources = text_sources(config)
+    if STANDARD_INPUT in sources:
+        raise UserError("the run read its text from standard input")
+    try:
+        _check_size(sources, config, report)
+        corpus = load_corpus(sources, config.data_config)
+    except UserError as error:
+        raise UserError(f"the run's text cannot be read again: {error}") from error
+    if corpus.facts.sha256 != config.text.sha256:
+        raise UserError(f"{', '.join(sources)} has changed since the run")
+    return corpus
+
+
+def _check_size(sources: Sequence[str], config: RunConfig, report: Callable[[str], None]) -> None:
+    """Report the files of a text, unless their size does not fit the run's number of characters.
+
+    Raises:
+        UserError: the text is missing, or cannot be the text of this run.
+    """
+    named = [source for source in sources if source in datasets.DATASETS]
+    try:
+        files = [file for source in sources if source not in named for file in _find_files(source)]
+        size = sum(file.stat().st_size for file in files)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{', '.join(sources):.200}: cannot be looked up ({error})") from error
+    size += sum(datasets.DATASETS[source].size for source in named)
+    names = ", ".join([*named, *map(str, files)])
+    text, separator = config.text, config.data_config.document_separator
+    most = text.n_characters + len(files)  # one byte-order mark per file
+    most += _MOST_SEPARATORS * len(separator) * text.n_documents
+    if not text.n_characters <= size <= _MOST_BYTES * most:
+        raise UserError(
+            f"{names:.200} is not the text of this run (its size differs): {size:,} bytes for "
+            f"{text.n_characters:,} characters"
+        )
+    report(f"reading the run's text: {names}")

@@ -1,9 +1,8 @@
-r"""A text coloured by how unexpected each of its characters was, for a terminal and as a web page.
+r"""Show a text coloured by how unexpected each character was, in a terminal or on a web page.
 
-Surprise is -log2 p, in bits: a character of 1 bit was as likely as heads, one of 6 bits as one of
-64 sides. It takes a text and ln p of each of its characters, as `chargpt.engine.scoring.score` gives them.
-What a page or a terminal would obey or hide (escape sequences, carriage returns, marks that turn
-the direction of the text) is shown as Python writes it, such as ``\x1b``.
+The surprise of a character is -log2 p, in bits: 1 bit is a coin flip, 6 bits one of 64 equally
+likely choices. Control characters and other marks that a terminal or a browser would obey or hide
+are shown as Python escapes, such as ``\x1b``.
 """
 
 from __future__ import annotations
@@ -22,51 +21,25 @@ from chargpt.base.errors import UserError
 from chargpt.base.terminal import visible
 
 HEAT_BITS = (1, 2, 3, 4, 6, 8, 10)
-"""Where each colour begins, in bits; what is below the first has none."""
+"""Least bits of each colour; characters with fewer than the first have no colour."""
 _LABELS = ("under 1", "1", "2", "3", "4", "6", "8", "10 or more")
 _UNSCORED = -1  # in place of a level: the character has no score
 
 _RESET = "\x1b[0m"
-# Black on a background, both of those among the 256 colours that no theme changes, so that it reads
-# on a dark and on a light terminal; they grow darker, for those who cannot tell the hues.
+# Black on backgrounds that no theme of a terminal changes, so that dark and light ones show them.
+# They get darker with the bits, for people who cannot tell the hues apart.
 _TERMINAL = {
     level: f"\x1b[38;5;16;48;5;{background}m"
     for level, background in enumerate((230, 228, 220, 214, 208, 202, 196), start=1)
 } | {_UNSCORED: "\x1b[4m"}
 
 
-class _Colour(NamedTuple):
-    background: str
-    text: str
-
-
-_INK = "#1a1a1a"
-_LIGHT_PAGE, _DARK_PAGE = _Colour("#ffffff", _INK), _Colour("#16181d", "#dcdcdc")
-_LIGHT = (  # from the page's white away, always darker
-    _Colour("#fff7cf", _INK),
-    _Colour("#ffeda0", _INK),
-    _Colour("#fed976", _INK),
-    _Colour("#feb24c", _INK),
-    _Colour("#fd8d3c", _INK),
-    _Colour("#fc5a36", "#000000"),
-    _Colour("#b8001f", "#ffffff"),
-)
-_DARK = (  # from the page's black away, always brighter
-    _Colour("#332b14", "#f2f2f2"),
-    _Colour("#4d3c10", "#f2f2f2"),
-    _Colour("#6b4a0a", "#f7f7f7"),
-    _Colour("#8f4f00", "#ffffff"),
-    _Colour("#b34700", "#ffffff"),
-    _Colour("#d13a00", "#ffffff"),
-    _Colour("#ff5545", "#000000"),
-)
-
 _NAMES = {"\n": "newline", "\t": "tab", " ": "space"}
-_CHUNK = 4000  # characters that a browser lays out at a time, more or less
+_CHUNK = 4000  # characters that a browser lays out at a time, approximately
 
 
 class _Surprise(NamedTuple):
-    """A text with what was found out about it."""
+    """A text with its scores."""
 
     text: str
     bits: npt.NDArray[np.float64]
@@ -74,26 +47,27 @@ class _Surprise(NamedTuple):
     levels: npt.NDArray[np.int64]
     """(len(text),): 0 for calm, up to len(HEAT_BITS), or _UNSCORED."""
     mean: float
-    """Bits a character, of those that have a score."""
+    """Mean bits of the characters that have a score."""
     visible: dict[str, str]
-    """How to write each distinct character."""
+    """Each distinct character with its escaped form."""
 
 
 # --- for a terminal
 
 
 def surprise_ansi(text: str, log_probabilities: npt.NDArray[Any], *, colour: bool = True) -> str:
-    """Return a text for a terminal, the unexpected on a warm background, and a legend below.
+    """Return a text for a terminal, with unexpected characters on a warm background and a legend.
 
-    Line ends and tabs stay, and colours end with their line; a line end shows no colour.
+    Line ends and tabs are kept; a line end shows no colour.
 
     Args:
         text: at least one character.
-        log_probabilities: ln p of each character, (len(text),); NaN: not scored.
-        colour: with 256 colours; False: below each line stands one of digits, whole bits up to 9.
+        log_probabilities: ln p of each character, (len(text),), as `chargpt.engine.scoring.score`
+            returns them; NaN: not scored.
+        colour: use 256 colours; False: print a line of digits below each line, whole bits up to 9.
 
     Raises:
-        UserError: no text, no score, or not one a character.
+        UserError: no text, no scores, or not one score per character.
     """
     surprise = _examine(text, log_probabilities)
     body = _coloured(surprise) if colour else _marked(surprise)
@@ -101,7 +75,7 @@ def surprise_ansi(text: str, log_probabilities: npt.NDArray[Any], *, colour: boo
         body += "\n"
     mean = f"mean {surprise.mean:.2f} bits over {len(text):,} characters"
     if not colour:
-        marks = "bits per character below each line: blank under 1, 9 from 9 on, ? not scored"
+        marks = "bits per character below each line: blank under 1, 9 for 9 or more, ? not scored"
         return f"{body}{marks}; {mean}"
     labels = [
         f"{_TERMINAL[level]} {label} {_RESET}" if level else label
@@ -125,14 +99,14 @@ def _coloured(surprise: _Surprise) -> str:
 
 
 def _marked(surprise: _Surprise) -> str:
-    """Return each line and, below it, a line of digits; a newline's stands after the line."""
+    """Return each line with a line of digits below; that of the newline stands at the end."""
     lines: list[str] = []
     start = 0
     for line in surprise.text.removesuffix("\n").split("\n"):
         written = [surprise.visible[character] for character in line]
-        bits = surprise.bits[start : start + len(line) + 1].tolist()  # with the newline's
+        bits = surprise.bits[start : start + len(line) + 1].tolist()  # with those of the newline
         marks = [
-            # A mark for a tab would move what comes after it.
+            # A digit for a tab would shift the marks after it.
             "\t" if seen == "\t" else _mark(b).ljust(cell_len(seen))[: cell_len(seen)]
             for seen, b in zip(written, bits, strict=False)
         ]
@@ -162,7 +136,7 @@ _PAGE = Template("""\
 :root { color-scheme: light dark; }
 body {
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5;
-  font-family: system-ui, sans-serif; background: $light_page; color: $light_ink;
+  font-family: system-ui, sans-serif; background: #ffffff; color: #1a1a1a;
 }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
 main, .legend { font-family: ui-monospace, Menlo, Consolas, monospace; }
@@ -174,10 +148,23 @@ span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 .legend .h0 { padding-left: 0; }
 .n::before { content: "\\21B5"; }
 .u { text-decoration: underline dotted; }
-$light
+/* each darker than the one before; below, each brighter */
+.h1 { background: #fff7cf; color: #1a1a1a; }
+.h2 { background: #ffeda0; color: #1a1a1a; }
+.h3 { background: #fed976; color: #1a1a1a; }
+.h4 { background: #feb24c; color: #1a1a1a; }
+.h5 { background: #fd8d3c; color: #1a1a1a; }
+.h6 { background: #fc5a36; color: #000000; }
+.h7 { background: #b8001f; color: #ffffff; }
 @media (prefers-color-scheme: dark) {
-body { background: $dark_page; color: $dark_ink; }
-$dark
+body { background: #16181d; color: #dcdcdc; }
+.h1 { background: #332b14; color: #f2f2f2; }
+.h2 { background: #4d3c10; color: #f2f2f2; }
+.h3 { background: #6b4a0a; color: #f7f7f7; }
+.h4 { background: #8f4f00; color: #ffffff; }
+.h5 { background: #b34700; color: #ffffff; }
+.h6 { background: #d13a00; color: #ffffff; }
+.h7 { background: #ff5545; color: #000000; }
 }
 </style>
 </head>
@@ -199,19 +186,19 @@ read it.</p>
 def surprise_page(
     text: str, log_probabilities: npt.NDArray[Any], *, title: str = "Surprise"
 ) -> str:
-    """Return a self-contained HTML page: a text, the unexpected on a warm background.
+    """Return a text as a self-contained HTML page, unexpected characters on a warm background.
 
-    A character of at least a bit is a span with its bits and probability as tooltip; what lies
-    below that is joined to one span a run. A page takes some 40 bytes a character. Write it as
-    UTF-8.
+    Each character of at least one bit is a span with its bits and probability as a tooltip; a run
+    of characters below one bit shares a span. A page takes about 40 bytes per character. Write it
+    as UTF-8.
 
     Args:
         text: at least one character.
         log_probabilities: ln p of each character, (len(text),); NaN: not scored.
-        title: of the page.
+        title: title of the page.
 
     Raises:
-        UserError: no text, no score, or not one a character.
+        UserError: no text, no scores, or not one score per character.
     """
     surprise = _examine(text, log_probabilities)
     legend = [f'<span class="h{level}">{label}</span>' for level, label in enumerate(_LABELS)]
@@ -224,19 +211,6 @@ def surprise_page(
         mean=f"{surprise.mean:.2f}",
         legend="".join(legend),
         body=_spans(surprise),
-        light=_style(_LIGHT),
-        dark=_style(_DARK),
-        light_page=_LIGHT_PAGE.background,
-        light_ink=_LIGHT_PAGE.text,
-        dark_page=_DARK_PAGE.background,
-        dark_ink=_DARK_PAGE.text,
-    )
-
-
-def _style(colours: tuple[_Colour, ...]) -> str:
-    return "\n".join(
-        f".h{level} {{ background: {colour.background}; color: {colour.text}; }}"
-        for level, colour in enumerate(colours, start=1)
     )
 
 
@@ -247,7 +221,7 @@ def _spans(surprise: _Surprise) -> str:
     table = str.maketrans(escaped)
     chunks = _chunk_starts(text)
     is_start = np.ones(len(text), dtype=bool)
-    is_start[1:] = (levels[1:] != levels[:-1]) | (levels[1:] > 0)  # a hot one stands alone
+    is_start[1:] = (levels[1:] != levels[:-1]) | (levels[1:] > 0)  # a coloured one is a span
     is_start[chunks] = True
     starts = [*np.flatnonzero(is_start).tolist(), len(text)]
     total = np.append(np.add.reduceat(np.nan_to_num(bits), starts[:-1]), 0.0).tolist()
@@ -264,14 +238,14 @@ def _spans(surprise: _Surprise) -> str:
             about = f"{names[character]}: {sum_of_bits:.1f} bits, p = {2.0**-sum_of_bits:.2g}"
         kind = f" class=h{level}" if level > 0 else " class=u" if level == _UNSCORED else ""
         if level > 0 and character == "\n":
-            kind = f' class="h{level} n"'  # a colour needs something to stand on
+            kind = f' class="h{level} n"'  # a sign that can show the colour
         written = text[start:end].translate(table)
         pieces.append(f'<span{kind} title="{about}">{written}</span>')
     return "".join([*pieces, "</div>"])
 
 
 def _chunk_starts(text: str) -> list[int]:
-    """Return where to cut a long text, always after a newline: a block ends the line anyway."""
+    """Return where to cut a long text: after newlines, since a block ends the line anyway."""
     starts = [0]
     while (end := text.find("\n", starts[-1] + _CHUNK)) >= 0 and end + 1 < len(text):
         starts.append(end + 1)
@@ -287,9 +261,9 @@ def _examine(text: str, log_probabilities: npt.NDArray[Any]) -> _Surprise:
         raise UserError("the text to colour is empty: give at least one character")
     if scores.shape != (len(text),):
         raise UserError(
-            f"{len(text)} characters have scores of shape {scores.shape}: give one a character"
+            f"{len(text)} characters have scores of shape {scores.shape}: give one per character"
         )
-    bits = np.maximum(-scores / math.log(2), 0.0)  # rounding leaves some ln p above 0
+    bits = np.maximum(-scores / math.log(2), 0.0)  # rounding can make ln p positive
     scored = ~np.isnan(bits)
     if not scored.any():
         raise UserError("no character of the text has a score: give a text that the model knows")

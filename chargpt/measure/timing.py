@@ -1,4 +1,4 @@
-"""Clocks and gauges of `chargpt bench`: seconds of a step and of its parts, FLOP/s, bytes."""
+"""Measurements of `chargpt bench`: seconds per step and per part of a step, FLOP/s, bytes."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ PART_STEPS = 10
 CEILING_SECONDS = 0.3
 
 
+def seconds_of(job: Callable[[], object], device: torch.device) -> float:
+    """Return how long a job takes on a device."""
+    synchronize(device)
+    start = time.perf_counter()
+    job()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def median_seconds(step: Callable[[], object], seconds: float, device: torch.device) -> float:
     """Return the median seconds of a step, after a warm-up.
 
-    Args:
-        step: what to time.
-        seconds: how long to go on; at least `MIN_STEPS` steps are timed.
-        device: where it computes.
+    The measurement takes about `seconds`, and at least `MIN_STEPS` steps.
     """
     for _ in range(WARM_UP_STEPS):
         step()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < MIN_STEPS or time.perf_counter() < end:
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(seconds_of(step, device))
     return statistics.median(times)
 
 
 def ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure products of square matrices, in FLOP/s, at best.
+    """Return the best speed of products of square matrices, in FLOP/s.
 
-    Args:
-        dtype: of both factors.
-        device: where; 1024³ on a CPU, 4096³ and 8192³ elsewhere.
+    They are 1024³ on a CPU, 4096³ and 8192³ elsewhere.
     """
     sizes = (1024,) if device.type == "cpu" else (4096, 8192)
     return max(matmul_flops(dtype, device, (n, n, n), CEILING_SECONDS) for n in sizes)
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Start counting anew, where `peak_memory_bytes` can: on CUDA."""
+    """Reset `peak_memory_bytes`, which is possible on CUDA only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory this process has held: of the GPU, or else of the whole process.
+    """Return the peak memory of this process, in bytes: on the GPU, or else in total.
 
     Returns:
-        Bytes; None where the system does not tell.
+        None where the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -76,7 +76,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def step_parts(trainer: Trainer) -> dict[str, float]:
-    """Return the median milliseconds of each part of a step, over at least ten steps."""
+    """Return the median milliseconds of each of `PARTS`, over ten steps."""
     trainer.model.train()
     rows: list[dict[str, float]] = []
     for _ in range(PART_STEPS):

@@ -1,8 +1,7 @@
-"""`chargpt bench`: what it reports and how that hangs together; never how fast something is."""
+"""`chargpt bench`: what it reports and whether its figures agree; never how fast something is."""
 
 import json
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,17 @@ from chargpt.config import DataConfig
 from chargpt.measure import bench as module
 from chargpt.measure import timing
 from chargpt.measure.bench import BenchConfig, bench, seconds_to_loss, synthetic_trainer, table
-from chargpt.measure.peers import NanoGPT, hugging_face, parse_peers
-from chargpt.measure.timing import PARTS, timed_step
-from chargpt.train import train_step
+from chargpt.measure.contenders import (
+    Contender,
+    NanoGPT,
+    hugging_face_trainers,
+    parse_peers,
+    ratio,
+    summary,
+    take_turns,
+)
+from chargpt.measure.timing import median_seconds, step_parts
+from chargpt.train import PARTS, train_step
 
 SHAPE = "--n-layer 1 --n-head 2 --d-model 16 --block-size 16 --batch-size 4 --device cpu".split()
 QUICKLY = ["--rounds", "1", "--seconds", "0.001"]
@@ -87,7 +94,7 @@ def report(clone: Path) -> dict[str, Any]:
 # --- the report
 
 
-def test_the_report_survives_json_and_has_what_it_promises(report: dict[str, Any]) -> None:
+def test_the_report_is_json_with_all_its_keys(report: dict[str, Any]) -> None:
     assert json.loads(json.dumps(report)) == report
     assert set(report) == {
         *("machine", "choices", "ceilings_gflops", "train", "model"),
@@ -103,7 +110,7 @@ def test_the_report_survives_json_and_has_what_it_promises(report: dict[str, Any
     assert report["choices"]["compile"].startswith("off (")
     assert train["characters_per_step"] == 4 * 16
     assert isinstance(train["peak_memory_bytes"], int)
-    assert 10e6 < train["peak_memory_bytes"] < 1e12  # torch alone is more than 10 MB
+    assert 10e6 < train["peak_memory_bytes"] < 1e12  # torch alone takes more than 10 MB
     assert report["loss"] is None
     numbers = [*report["ceilings_gflops"].values(), *report["parts_milliseconds"].values()]
     for speed in (train, report["huggingface"], report["nanogpt"]):
@@ -118,13 +125,14 @@ def test_speeds_and_ratios_agree(report: dict[str, Any]) -> None:
         seconds = speed["milliseconds_per_step"] / 1000
         assert speed["characters_per_second"] * seconds == pytest.approx(64)
     for peer in ("huggingface", "nanogpt"):
-        ratio = train["characters_per_second"] / report[peer]["characters_per_second"]
-        assert train[f"vs_{peer}"] == pytest.approx(ratio)  # of one round
-    assert report["nanogpt"]["milliseconds_per_step"] == 2.0  # of 1, 2, 3; the first five were 900
+        times = train["characters_per_second"] / report[peer]["characters_per_second"]
+        assert train[f"vs_{peer}"] == pytest.approx(times)
+    # The median of 1, 2 and 3 ms; the first five took 900 ms.
+    assert report["nanogpt"]["milliseconds_per_step"] == 2.0
 
 
-def test_the_share_of_the_ceiling_by_the_papers_formula(report: dict[str, Any]) -> None:
-    """6 N + 12 L H Q T FLOP a token, PaLM's appendix B: N counts what multiplies a token."""
+def test_the_share_of_the_ceiling_follows_palm(report: dict[str, Any]) -> None:
+    """PaLM, appendix B: 6 N + 12 L H Q T FLOP per token; N counts the matrices' weights."""
     model = synthetic_trainer(SMALL, QUICK).model
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]  # tied: once
     products = sum(matrix.numel() for matrix in matrices) - model.position_embedding.weight.numel()
@@ -134,40 +142,33 @@ def test_the_share_of_the_ceiling_by_the_papers_formula(report: dict[str, Any]) 
     assert report["train"]["ceiling_share"] == pytest.approx(share)
 
 
-def test_several_rounds_are_summed_up_by_medians() -> None:
-    class Fake:
-        def __init__(self, name: str, *seconds: float) -> None:
-            self.name, self.seconds = name, iter(seconds)
+def test_contenders_take_turns_and_medians_sum_up_the_rounds() -> None:
+    def fake(name: str, *rates: float) -> Contender:
+        left = iter(rates)
 
-        def measure(self, seconds: float) -> float:
-            order.append(self.name)
-            return next(self.seconds)
+        def measure() -> float:
+            order.append(name)
+            return next(left)
+
+        return Contender(name, measure)
 
     order: list[str] = []
-    turns = [Fake("own", 1.0, 2.0, 4.0), Fake("other", 3.0, 4.0, 4.0)]
-    seconds = module._take_turns(turns, BenchConfig(), 12, lambda line: None)
-    assert order == ["own", "other"] * 3
-    assert module._ratio(seconds, "own", "other") == 2.0  # of 3, 2 and 1
-    assert module._ratio(seconds, "own", None) is None
-    assert module._speed(seconds["own"], 12) == {
+    contenders = [fake("chargpt", 12.0, 6.0, 3.0), fake("other", 4.0, 3.0, 3.0)]
+    rates = take_turns(contenders, 3, lambda line: None)
+    assert order == ["chargpt", "other"] * 3
+    assert ratio(rates, "other") == 2.0  # median of 3, 2 and 1
+    assert ratio(rates, "missing") is None
+    assert summary(rates["chargpt"]) == {
         "characters_per_second": 6.0,
         "characters_per_second_min": 3.0,
         "characters_per_second_max": 12.0,
-        "milliseconds_per_step": 2000.0,
     }
 
 
 def test_the_table_names_everything(report: dict[str, Any]) -> None:
     lines = table(report).splitlines()
-    for start in (
-        "device",
-        "precision",
-        "compile  ",
-        "ceiling bf16",
-        "training",
-        "a step",
-        "memory",
-    ):
+    starts = ("device", "precision", "compile  ", "ceiling bf16", "training", "a step", "memory")
+    for start in starts:
         assert any(line.startswith(start) for line in lines), start
     assert [line.split()[0] for line in lines[-3:]] == ["chargpt", "Hugging", "nanoGPT"]
     assert all("chargpt is" in line for line in lines[-2:])
@@ -176,22 +177,16 @@ def test_the_table_names_everything(report: dict[str, Any]) -> None:
 # --- the parts of a step
 
 
-def test_the_step_in_parts_is_the_step_of_training() -> None:
-    """A step that is timed in parts but does something else would time something else."""
+def test_timing_the_parts_of_a_step_leaves_the_update_unchanged() -> None:
     training = QUICK.replace(gradient_accumulation_steps=2, grad_clip=0.1)
-    whole, parts = (synthetic_trainer(SMALL, training) for _ in range(2))
-    for trainer in (whole, parts):
-        trainer.model.train()
-    for step in range(3):
-        whole.state.step = parts.state.step = step
-        train_step(whole)
-        for ours, theirs in zip(
-            parts.optimizer.param_groups, whole.optimizer.param_groups, strict=True
-        ):
-            ours["lr"] = theirs["lr"]
-        assert set(timed_step(parts)) == set(PARTS)
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, parts.model.state_dict()[name]), name
+    timed, plain = (synthetic_trainer(SMALL, training) for _ in range(2))
+    assert set(step_parts(timed)) == set(PARTS)
+    plain.model.train()
+    for step in range(timing.PART_STEPS):
+        plain.state.step = step
+        train_step(plain)
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(weight, timed.model.state_dict()[name]), name
 
 
 # --- peers
@@ -200,15 +195,15 @@ def test_the_step_in_parts_is_the_step_of_training() -> None:
 def test_hugging_faces_model_has_the_same_parameters() -> None:
     pytest.importorskip("transformers")
     trainer = synthetic_trainer(SMALL.replace(d_ff=40), QUICK.replace(precision="bf16"))
-    runners: Any = hugging_face(trainer, compiled=False)
+    peers = hugging_face_trainers(trainer, compiled=False)
     names = [f"Hugging Face GPT-2, {precision}" for precision in ("fp32", "bf16")]
-    assert [runner.name for runner in runners] == names
-    for runner in runners:
-        assert count_parameters(runner.model) == count_parameters(trainer.model)
-        assert runner.model.config.attn_pdrop == SMALL.dropout
-        before = runner.model.transformer.wte.weight.clone()
-        assert runner.measure(0) > 0
-        assert not torch.equal(before, runner.model.transformer.wte.weight)
+    assert [peer.name for peer in peers] == names
+    for peer in peers:
+        assert count_parameters(peer.model) == count_parameters(trainer.model)
+        assert peer.model.config.attn_pdrop == SMALL.dropout
+        before = peer.model.transformer.wte.weight.clone()
+        assert median_seconds(peer.step, 0, trainer.device) > 0
+        assert not torch.equal(before, peer.model.transformer.wte.weight)
 
 
 def test_without_transformers_there_is_a_remedy(
@@ -232,7 +227,7 @@ def test_a_clone_is_run_in_a_copy(clone: Path, tmp_path: Path) -> None:
     before = sorted(clone.rglob("*"))
     trainer = synthetic_trainer(SMALL, QUICK)
     peer = NanoGPT(clone, trainer, tmp_path, guess=0.1)
-    assert peer.measure(1) == 0.002
+    assert peer.step_seconds(1) == 0.002
     assert sorted(clone.rglob("*")) == before
     assert (tmp_path / "trace").exists()
     data = tmp_path / "data" / "shakespeare_char"
@@ -240,15 +235,15 @@ def test_a_clone_is_run_in_a_copy(clone: Path, tmp_path: Path) -> None:
     assert pickle.loads((data / "meta.pkl").read_bytes()) == {"vocab_size": 65}
 
 
-def test_a_clone_that_fails_is_named_with_its_last_word(tmp_path: Path) -> None:
+def test_a_clone_that_fails_is_named_with_its_last_line(tmp_path: Path) -> None:
     clone = clone_in(tmp_path / "broken", "raise RuntimeError('no such luck')")
     (tmp_path / "work").mkdir()
     peer = NanoGPT(clone, synthetic_trainer(SMALL, QUICK), tmp_path / "work", guess=1.0)
     with pytest.raises(UserError, match=r"train\.py failed \(RuntimeError: no such luck\)"):
-        peer.measure(0.1)
+        peer.step_seconds(0.1)
 
 
-def test_a_home_folder_may_be_written_short(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_stands_for_the_home_folder(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(clone.parent))
     assert parse_peers(["nanogpt=~/nanoGPT"]) == {"nanogpt": clone}
 
@@ -292,7 +287,7 @@ MISTAKES = [
     (["--rounds", "0"], "rounds is 0: give a whole number of at least 1 (--rounds)"),
     (["--seconds", "0"], "seconds is 0.0: give a positive number (--seconds)"),
     (["--seconds", "nan"], "seconds is nan: give a positive number"),
-    (["--loss", "-1"], "loss is -1.0: give a positive number, nats a character (--loss)"),
+    (["--loss", "-1"], "loss is -1.0: give a positive number, in nats per character (--loss)"),
     (["text.txt"], "text.txt is only read to reach a loss: give --loss, too"),
     (["text.txt", "--loss", "2"], "there is no file text.txt"),
     (["--n-head", "3"], "n_head is 3, which does not divide d_model 128"),
@@ -311,7 +306,7 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("no mistake here")
+        pytest.skip("this machine has CUDA")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", *arguments])
@@ -323,10 +318,10 @@ def test_a_mistake_is_one_line(
 def test_a_preset_and_a_file_set_what_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
+    given: dict[str, Any] = {}
 
     def record(*texts: Any, **settings: Any) -> dict[str, Any]:
-        asked.update(settings)
+        given.update(settings)
         return {}
 
     monkeypatch.setattr(module, "bench", record)
@@ -334,24 +329,12 @@ def test_a_preset_and_a_file_set_what_is_measured(
     file.write_text('preset = "baby"\nn_layer = 2\nbatch_size = 8')
     with pytest.raises(SystemExit):
         cli.main(["bench", "--config", str(file), "--batch-size", "3", "--json"])
-    assert (asked["model_config"].d_model, asked["model_config"].n_layer) == (384, 2)
-    assert asked["train_config"].batch_size == 3
-    assert asked["config"] == BenchConfig()
+    assert (given["model_config"].d_model, given["model_config"].n_layer) == (384, 2)
+    assert given["train_config"].batch_size == 3
+    assert given["config"] == BenchConfig()
 
 
-def test_help_needs_no_torch_and_shows_the_preset() -> None:
-    code = (
-        "import sys; sys.argv = ['chargpt', 'bench', '--preset', 'baby', '--help']\n"
-        "import chargpt.cli.main as c\n"
-        "try: c.main()\nexcept SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "--peer nanogpt=FOLDER" in done.stdout
-    assert "Transformer blocks. (6)" in done.stdout
-
-
-def test_the_synthetic_text_is_a_function_of_the_seed() -> None:
+def test_the_synthetic_text_depends_on_the_seed() -> None:
     one, same, other = (
         synthetic_trainer(SMALL, QUICK.replace(seed=seed)).windows.tokens for seed in (1, 1, 2)
     )

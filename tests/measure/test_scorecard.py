@@ -1,0 +1,136 @@
+"""`chargpt eval`: which files it opens, and that it encodes each text once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import QUICK, SMALL, words
+
+from chargpt.base.errors import UserError
+from chargpt.config import DataConfig
+from chargpt.data import texts
+from chargpt.engine.scoring import evaluate
+from chargpt.measure.novelty import novelty_of_run
+from chargpt.measure.scorecard import score_run
+from chargpt.runs.folder import load
+from chargpt.train import TrainResult, train
+
+
+def train_on(run: Path, text: Path, data_config: DataConfig | None = None) -> Path:
+    training = QUICK.replace(steps=1)
+    train(
+        str(text), model_config=SMALL, train_config=training, data_config=data_config, out=run,
+        quiet=True,
+    )  # fmt: skip
+    return run
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the texts that are opened from here on."""
+    names: list[str] = []
+    read = texts._read_file
+
+    def record(path: Path) -> bytes:
+        names.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(texts, "_read_file", record)
+    return names
+
+
+def test_without_baselines_only_the_given_file_is_opened(
+    result: TrainResult, tmp_path: Path, opened: list[str]
+) -> None:
+    file = tmp_path / "other.txt"
+    file.write_text(words(400, seed=1), encoding="utf-8")
+    lines: list[str] = []
+    alone = score_run(result.run, [str(file)], with_baselines=False, report=lines.append)
+    assert (opened, lines, alone.baselines, alone.note) == (["other.txt"], [], (), "")
+    beside = score_run(result.run, [str(file)], report=lines.append)
+    assert opened == ["other.txt", "hearts.txt", "other.txt"]
+    assert lines[0].startswith("reading the run's text: ") and "hearts.txt" in lines[0]
+    assert beside.nats_per_char == alone.nats_per_char
+    assert len(beside.baselines) == 4
+
+
+def test_without_files_the_files_of_the_run_are_reported(
+    result: TrainResult, opened: list[str]
+) -> None:
+    lines: list[str] = []
+    card = score_run(result.run, split="train", report=lines.append)
+    novelty_of_run(result.run, samples="a king", report=lines.append)
+    assert card.baselines == ()
+    assert opened == ["hearts.txt"] * 2
+    assert len(lines) == 2 and lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("size", [2999, 4 * 3001 + 1])
+def test_a_file_of_another_size_is_refused_unread(
+    tmp_path: Path, opened: list[str], size: int
+) -> None:
+    text = tmp_path / "hearts.txt"
+    text.write_text(words(3000), encoding="utf-8")
+    run = train_on(tmp_path / "run", text)
+    opened.clear()
+    text.write_bytes(b"x" * size)
+    lines: list[str] = []
+    message = rf"hearts\.txt is not the text of this run \(its size differs\): {size:,} bytes"
+    with pytest.raises(UserError, match=message):
+        score_run(run, report=lines.append)
+    with pytest.raises(UserError, match=message):
+        novelty_of_run(run, samples="a", report=lines.append)
+    assert (opened, lines) == ([], [])
+    card = score_run(run, [str(tmp_path / "run" / "config.json")], unknown="skip")
+    assert "no baselines: " in card.note and "size differs" in card.note
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize("separator", ["", "\n"])
+def test_the_size_of_the_runs_own_text_is_accepted(
+    tmp_path: Path, encoding: str, separator: str
+) -> None:
+    """Byte-order marks, wide characters and empty documents, in two files."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(2):
+        text = words(400, seed=number).replace("\n", "\n\n\né")
+        (folder / f"{number}.txt").write_bytes(text.encode(encoding))
+    data_config = DataConfig(encoding=encoding, document_separator=separator)
+    run = train_on(tmp_path / "run", folder, data_config)
+    assert score_run(run, with_baselines=False).n_tokens > 0
+
+
+@pytest.mark.parametrize("separator", ["", "\n"])
+@pytest.mark.parametrize("unknown", ["skip", "replace"])
+def test_tokens_of_a_file_are_those_of_its_documents(
+    tmp_path: Path, separator: str, unknown: str
+) -> None:
+    """A document without known characters stays a document."""
+    text, file = tmp_path / "hearts.txt", tmp_path / "other.txt"
+    text.write_text(words(3000), encoding="utf-8")
+    run = train_on(tmp_path / "run", text, DataConfig(document_separator=separator))
+    file.write_text("the king\n\nZZZ\nof hearts", encoding="utf-8")
+    model, tokenizer = load(run)
+    end = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
+    documents = ["the king", "ZZZ", "of hearts"] if separator else [file.read_text()]
+    expected = [
+        id_
+        for document in documents
+        for id_ in [*tokenizer.encode(document, unknown=unknown).tolist(), *end]  # type: ignore[arg-type]
+    ]
+    card = score_run(run, [str(file)], unknown=unknown, with_baselines=False)  # type: ignore[arg-type]
+    assert card.n_tokens == len(expected)
+    assert card.nats_per_char == evaluate(model, np.array(expected), SMALL.block_size)
+
+
+def test_an_unknown_character_and_too_short_a_text_are_named(
+    result: TrainResult, tmp_path: Path
+) -> None:
+    file = tmp_path / "other.txt"
+    file.write_text("the €", encoding="utf-8")
+    with pytest.raises(UserError, match=r"other\.txt: the model has never seen '€'"):
+        score_run(result.run, [str(file)], with_baselines=False)
+    file.write_text("€k", encoding="utf-8")
+    with pytest.raises(UserError, match=r"other\.txt: fewer than two known characters: give a"):
+        score_run(result.run, [str(file)], unknown="skip", with_baselines=False)
