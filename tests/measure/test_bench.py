@@ -293,7 +293,7 @@ MISTAKES = [
     (["--seconds", "0"], "seconds is 0.0: give a positive number (--seconds)"),
     (["--seconds", "nan"], "seconds is nan: give a positive number"),
     (["--loss", "-1"], "loss is -1.0: give a positive number, nats a character (--loss)"),
-    (["text.txt"], "text.txt is only read to reach a loss: give --loss, too"),
+    (["text.txt"], "text.txt is read only for --loss: give --loss, too"),
     (["text.txt", "--loss", "2"], "text.txt: no such file"),
     (["--n-head", "3"], "n_head is 3, which does not divide d_model 128"),
     (["--vocab-size", "7"], "vocab_size is 7, but the text has 65 distinct tokens"),
