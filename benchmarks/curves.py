@@ -48,7 +48,6 @@ from chargpt.measure.peers import HuggingFace, NanoGPT, Own, parse_peers
 from chargpt.measure.timing import synchronize
 from chargpt.train import train
 from chargpt.training.plan import make_plan
-from chargpt.training.speed import prepare
 from chargpt.training.trainer import Trainer
 
 TEXT = "tiny-shakespeare"
@@ -196,7 +195,6 @@ def within(chosen: Preset, seconds: float) -> TrainConfig:
     if training.minutes is not None:
         return training.replace(minutes=min(training.minutes, seconds / 60))
     trainer = text_trainer(chosen.model_config, training)
-    prepare(trainer, lambda _: None)
     assert trainer.total_steps is not None
     needed = trainer.total_steps * Own(trainer).measure(TRIAL_SECONDS)
     return training if needed <= seconds else training.replace(minutes=seconds / 60)

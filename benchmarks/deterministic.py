@@ -17,7 +17,6 @@ from chargpt.config import PRESETS, Preset
 from chargpt.measure.bench import synthetic_trainer
 from chargpt.measure.timing import synchronize
 from chargpt.train import train_step
-from chargpt.training.speed import prepare
 from chargpt.training.trainer import Trainer
 
 
@@ -43,7 +42,6 @@ def main() -> None:
 def measure(preset: Preset, rounds: int, seconds: float) -> list[float]:
     """Return for each round how much longer a deterministic step takes."""
     trainer = synthetic_trainer(preset.model_config, preset.train_config)
-    prepare(trainer, lambda _: None)
     trainer.model.train()
     turn(trainer, seconds, wanted=False)  # to warm up
     return [

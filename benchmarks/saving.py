@@ -20,7 +20,6 @@ from chargpt.config import PRESETS
 from chargpt.measure.bench import synthetic_trainer
 from chargpt.train import train_step
 from chargpt.training.saving import save_last
-from chargpt.training.speed import prepare
 
 STEPS = 3
 
@@ -46,7 +45,6 @@ def measure(name: str, folder: Path, repeats: int, batch_size: int | None) -> st
     if batch_size:
         training = training.replace(batch_size=batch_size)
     trainer = synthetic_trainer(preset.model_config, training)
-    prepare(trainer, lambda line: None)
     trainer.out = folder
     trainer.model.train()
     steps = [timed(lambda: train_step(trainer)) for _ in range(STEPS)]

@@ -16,7 +16,6 @@ from chargpt.base.errors import TrainingError, UserError
 from chargpt.config import DataConfig
 from chargpt.model import GPT2
 from chargpt.runs.report import Reporter, read_metrics
-from chargpt.runs.reserve import free_folder
 from chargpt.train import TrainResult, train
 from chargpt.training.summary import verdict
 from chargpt.training.trainer import TrainState
@@ -56,19 +55,6 @@ def test_the_learned_part_is_the_first_and_the_rest_validates(text_file: Path) -
     assert plan.corpus.tokenizer.decode(plan.corpus.validation) == text[2250:]
 
 
-def test_free_folders_are_named_after_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert free_folder(["a/b/my poem.txt"]) == Path("runs/my-poem")
-    Path("runs/my-poem").mkdir(parents=True)
-    assert free_folder(["my poem.txt"]) == Path("runs/my-poem-2")
-    assert free_folder(["-"]) == Path("runs/text")
-    assert free_folder(["*.txt"]) == Path("runs/text")
-    assert free_folder(["a", "b"]) == Path("runs/texts")
-    assert free_folder(["tiny-shakespeare"]) == Path("runs/tiny-shakespeare")
-
-
 def test_running_out_of_memory_names_the_knobs_and_leaves_nothing(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,8 +92,8 @@ def test_a_model_that_does_not_compile_is_trained_without(
     config = QUICK.replace(compile="on")
     compiled = train(str(text_file), model_config=SMALL, train_config=config, out=tmp_path / "a")
     said = capsys.readouterr().err
-    assert said.count("going on without") == 1
-    assert "failed, going on without (RuntimeError: InvalidCxxCompiler: No working C++" in said
+    assert said.count("continuing without") == 1
+    assert "failed, continuing without (RuntimeError: InvalidCxxCompiler: No working C++" in said
     assert "long story" not in said
     assert compiled.summary.compile_seconds > 0
     eager = train(
@@ -162,7 +148,7 @@ def state(best: float, last: float, step: int = 100, best_step: int = 100) -> Tr
 @pytest.mark.parametrize(
     ("run_state", "reason", "expected"),
     [
-        (state(1.467, 1.467), "budget", "still improving when its time was up: a longer budget"),
+        (state(1.467, 1.467), "budget", "still improving when the budget ended: a longer one"),
         (state(1.467, 1.7, 300, 175), "budget", "overfitting since step 175: best kept; more text"),
         (state(1.467, 1.47, 300, 175), "patience", "no longer improving"),
         (state(1.467, 1.47, 300, 275), "budget", "no longer improving"),
@@ -177,7 +163,7 @@ def test_the_verdict_says_how_good_and_what_next(
     assert expected in said
     assert "\n" not in said
     if run_state.best_val_loss == 1.467:
-        assert said.startswith("val 1.467 nats/char = 2.12 bits/char; as unsure as between 4.3 ")
+        assert said.startswith("val 1.467 nats/char = 2.12 bits/char; like choosing among 4.3 ")
 
 
 # --- trackers

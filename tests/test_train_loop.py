@@ -16,14 +16,12 @@ import chargpt
 import chargpt.train
 import chargpt.train as training
 from chargpt.base.errors import TrainingError
-from chargpt.compute.device import PrecisionChoice
 from chargpt.compute.optimizers import schedule
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.runs.checkpoint import read_state
 from chargpt.runs.report import Reporter, read_metrics
 from chargpt.runs.weights import model_tensors
 from chargpt.train import NonFiniteError, TrainResult, fit, train, train_step
-from chargpt.training import plan as planning
 from chargpt.training import speed
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer
@@ -215,23 +213,36 @@ def test_one_schedule_moves_both_rates_and_adamws_is_logged(
     config = QUICK.replace(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.04)
     trainer = trainer_for(text_file, tmp_path / "run", config)
     trainer.state.step = 8
-    share = schedule(9 / 12, config)
+    share = schedule(8 / 12, config)
     assert 0.1 < share < 1
     assert train_step(trainer).learning_rate == pytest.approx(0.01 * share)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates == pytest.approx([0.04 * share, 0.01 * share])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_no_step_has_rate_zero(text_file: Path, tmp_path: Path, steps: int) -> None:
+    """With a floor of 0 the last step learned nothing, and a run of one step not at all."""
+    config = QUICK.replace(steps=steps, learning_rate_floor=0.0, warmup_fraction=0.02)
+    trainer = trainer_for(text_file, tmp_path / "run", config)
+    rates = []
+    for trainer.state.step in range(steps):
+        rates.append(train_step(trainer).learning_rate)
+    assert min(rates) > 0
+    assert rates[0] == config.learning_rate  # warm-up is shorter than a step
+    assert rates == sorted(rates, reverse=True)
+
+
 @pytest.mark.parametrize(
-    ("device", "precision", "dtype"),
-    [("cpu", "fp32", "float32"), ("cpu", "bf16", "bfloat16"), ("cuda", "fp32", "bfloat16"),
-     ("mps", "fp32", "float32")],
-)  # fmt: skip
-def test_muon_orthogonalizes_in_bf16_where_that_is_fast(
-    device: str, precision: Any, dtype: str
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_muon_orthogonalizes_in_the_precision_of_the_products(
+    text_file: Path, tmp_path: Path, precision: Any, dtype: torch.dtype
 ) -> None:
-    choice = PrecisionChoice(precision, "asked for")
-    assert planning._muon_dtype(torch.device(device), choice) == getattr(torch, dtype)
+    config = QUICK.replace(optimizer="muon", precision=precision)
+    assert (
+        trainer_for(text_file, tmp_path / "run", config).optimizer.param_groups[0]["dtype"] == dtype
+    )
 
 
 def test_training_leaves_torchs_random_state_and_the_configuration_alone(
@@ -335,7 +346,7 @@ def test_minutes_end_the_run_and_its_schedule(
     assert summary["eval_seconds"] == 6  # of which the budget takes no notice
     rates = [row["learning_rate"] for row in read_metrics(run) if row["split"] == "train"]
     assert max(rates) == pytest.approx(config.learning_rate, rel=0.01)
-    assert rates[-1] == pytest.approx(0.1 * config.learning_rate, rel=0.01)
+    assert rates[-1] == pytest.approx(0.1 * config.learning_rate, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +418,19 @@ def test_steps_that_overflow_fp16_are_skipped_and_counted(text_file: Path, tmp_p
     rows = {row["step"]: row for row in read_metrics(trainer.out) if row["split"] == "train"}
     assert [step for step, row in rows.items() if row["loss"] is None] == [3, 4, 7]
     assert all(torch.isfinite(t).all() for t in weights(trainer.out).values())
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_not_a_skipped_step(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler looks at the gradient alone: it makes this update, and the step must count."""
+    trainer = with_scaler(trainer_for(text_file, tmp_path / "run"))
+    loss = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda *arguments: loss(*arguments) + torch.inf)
+    before = trainer.model.token_embedding.weight.detach().clone()
+    result = train_step(trainer)
+    assert not torch.equal(trainer.model.token_embedding.weight, before)
+    assert (result.loss, result.skipped) == (torch.inf, False)
 
 
 def test_scaled_steps_are_the_unscaled_ones(text_file: Path, tmp_path: Path) -> None:

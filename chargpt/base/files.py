@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from chargpt.base.errors import UserError
 
 SEAL = "sha256"
 """Name of the field that holds the sum of all others in a sealed file."""
+RENAME_ATTEMPTS = 20
 MAX_JSON_BYTES = 2**20  # of a file of settings
 
 
@@ -142,3 +144,15 @@ def check_seal(value: dict[str, Any], name: str) -> None:
 
 
 REMEDY = "take it from a backup, or train again"
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a folder; on Windows, try again while a virus scanner has it open."""
+    for attempt in range(RENAME_ATTEMPTS if os.name == "nt" else 1):
+        try:
+            source.rename(target)
+            return
+        except PermissionError:
+            if attempt + 1 == RENAME_ATTEMPTS or os.name != "nt":
+                raise
+            time.sleep(0.1)

@@ -34,7 +34,6 @@ from chargpt.measure.timing import ceiling, forget_peak_memory, peak_memory_byte
 from chargpt.runs.report import read_metrics
 from chargpt.train import train
 from chargpt.training.plan import make_plan
-from chargpt.training.speed import prepare
 from chargpt.training.trainer import Trainer
 
 N_CHARACTERS = 200_000
@@ -105,7 +104,9 @@ def bench(
         load_corpus(texts, data_config)
     try:
         with own_random_state():
-            report = _measure(synthetic_trainer(model_config, train_config), clones, config, tell)
+            lines: list[str] = []
+            trainer = synthetic_trainer(model_config, train_config, lines.append)
+            report = _measure(trainer, _choices(lines, tell), clones, config, tell)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -127,7 +128,9 @@ def bench(
     return report
 
 
-def synthetic_trainer(model_config: GPT2Config, train_config: TrainConfig) -> Trainer:
+def synthetic_trainer(
+    model_config: GPT2Config, train_config: TrainConfig, report: Tell = lambda line: None
+) -> Trainer:
     """Return a trainer, as `chargpt train` makes it, for random characters over 65 symbols.
 
     Raises:
@@ -144,16 +147,21 @@ def synthetic_trainer(model_config: GPT2Config, train_config: TrainConfig) -> Tr
             data_config=DataConfig(),
             out=Path(folder, "run"),
             resuming=False,
+            report=report,
         ).trainer
 
 
 def _measure(
-    trainer: Trainer, clones: dict[str, Path], config: BenchConfig, tell: Tell
+    trainer: Trainer,
+    choices: dict[str, str],
+    clones: dict[str, Path],
+    config: BenchConfig,
+    tell: Tell,
 ) -> dict[str, Any]:
     tell("matrix products")
     ceilings = {name: ceiling(DTYPES[name], trainer.device) for name in _dtypes(trainer.device)}
     own = Own(trainer)
-    choices, compiled = _prepare(trainer, tell)
+    compiled = trainer.forward is not trainer.model
     forget_peak_memory(trainer.device)
     guess = own.measure(0)
     memory = peak_memory_bytes(trainer.device)  # before a peer takes its own
@@ -214,18 +222,13 @@ def _dtypes(device: torch.device) -> Sequence[str]:
 # --- training
 
 
-def _prepare(trainer: Trainer, tell: Tell) -> tuple[dict[str, str], bool]:
-    """Make a trainer as fast as `chargpt train` does; return what was chosen, and if it compiles.
-
-    A choice is its name and a line that says why.
-    """
-    lines: list[str] = []
-    eager = trainer.forward
-    prepare(trainer, lines.append)
-    for line in lines:
-        tell(line)
+def _choices(lines: Sequence[str], tell: Tell) -> dict[str, str]:
+    """Return how the trainer was made fast: each choice by name, with its reason."""
     choices = {name: why.strip() for name, _, why in (line.partition(" ") for line in lines)}
-    return choices, trainer.forward is not eager
+    choices = {name: choices[name] for name in ("kernels", "attention", "compile")}
+    for name, why in choices.items():
+        tell(f"{name:<11}{why}")
+    return choices
 
 
 def _take_turns(

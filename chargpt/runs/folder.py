@@ -1,4 +1,4 @@
-"""The run folder: everything a run leaves, readable without this package, and never half-written.
+"""The run folder: all that a run leaves. Others can read it, and no file is ever half-written.
 
     config.json       format version, configurations, texts, environment
     tokenizer.json    the vocabulary
@@ -6,8 +6,9 @@
     metrics.jsonl  summary.json  samples.txt  loss.png
     .lock             held by the process that trains
 
-There is no pickle anywhere, and nothing in a file makes this package read or write outside the
-folder, run code, or take memory beyond what the files themselves have.
+There is no pickle. Loading a model reads nothing outside the folder, runs no code from it, and takes
+no more memory than its files have bytes. Only resuming, ``eval`` and ``novelty`` open the texts that
+config.json names.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class RunConfig:
 
 
 class Loaded(NamedTuple):
-    """A model ready to use, and the alphabet it speaks."""
+    """A model ready to use, with its tokenizer."""
 
     model: GPT2
     tokenizer: CharTokenizer
@@ -82,7 +83,7 @@ def load(
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: not a run folder, a missing or damaged checkpoint, or a newer format.
+        UserError: not a run folder, a missing or damaged checkpoint, or another format.
     """
     folder = Path(run)
     config = read_config(folder).model_config
@@ -110,9 +111,9 @@ def read_config(run: Path) -> RunConfig:
     """
     path = run / CONFIG
     if not path.is_file():
-        what = "holds no config.json" if run.is_dir() else "does not exist"
+        what = "has no config.json" if run.is_dir() else "does not exist"
         raise UserError(
-            f"{run} {what}, so it is no run: give the folder that `chargpt train` named"
+            f"{run} {what}, so it is not a run: give the folder that `chargpt train` named"
         )
     values = read_json(path)
     version = values.pop("format", None)
@@ -123,7 +124,7 @@ def read_config(run: Path) -> RunConfig:
     del values[SEAL]
     try:
         return _parse_config(values)
-    except UserError as error:
+    except (UserError, TypeError) as error:  # TypeError: a field is missing
         raise UserError(f"{path}: {error}: the run is damaged") from error
 
 
@@ -150,7 +151,7 @@ def text_sources(config: RunConfig) -> tuple[str, ...]:
     """Return the texts that a run names, to read them again.
 
     Raises:
-        UserError: one is a device or a pipe, which may never end; the user may still name it.
+        UserError: one is a device or a pipe, which may never end; a user may still give it by name.
     """
     for source in config.sources:
         try:
@@ -159,7 +160,9 @@ def text_sources(config: RunConfig) -> tuple[str, ...]:
         except (OSError, RuntimeError, ValueError):
             continue  # reading it will say what is wrong
         if endless:
-            raise UserError(f"{source}, which the run names as its text, is no file: name the text")
+            raise UserError(
+                f"{source}, which the run names as its text, is not a file: name the text"
+            )
     return config.sources
 
 
@@ -177,7 +180,7 @@ def read_tokenizer(run: Path) -> CharTokenizer:
     path = run / TOKENIZER
     text = read_text(path, max_bytes=MAX_TOKENIZER_BYTES)
     if text.count("[") + text.count("{") > 4:  # lists of lists take forty times their size
-        raise UserError(f"{path} is no vocabulary: the run is damaged")
+        raise UserError(f"{path} is not a vocabulary: the run is damaged")
     fields = parse_json(text, str(path))
     check_seal(fields, str(path))
     return CharTokenizer.from_json(text)
@@ -190,10 +193,10 @@ def write_tokenizer(run: Path, tokenizer: CharTokenizer) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Be the only process that trains into a run folder; a lock dies with its process.
+    """Be the only process that trains into a run folder; the lock ends with its process.
 
     Raises:
-        UserError: another one does.
+        UserError: another process trains into it.
     """
     lock = filelock.FileLock(run / LOCK)
     try:

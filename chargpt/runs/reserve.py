@@ -1,51 +1,88 @@
-"""Reserving a run folder: it is free, or holds the run to resume, and one process trains into it."""
+"""Who may train into a run folder, and whether a run is started or resumed: decided here, once."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, get_args
 
-from chargpt.base.errors import UserError
+from chargpt.base.errors import UserError, warn
 from chargpt.config import CheckpointName, Tracker
-from chargpt.runs.checkpoint import has_checkpoint
-from chargpt.runs.folder import (
-    CONFIG,
-    CONFIG_PART,
-    LOCK,
-    locked,
-    read_config,
-)
+from chargpt.runs.checkpoint import FormatError, has_checkpoint, recover
+from chargpt.runs.folder import CONFIG, CONFIG_PART, LOCK, locked, read_config
+
+Resume = bool | Literal["auto"]
+"""True: resume the run or fail; ``auto``: resume it, or start it; False: start it or fail."""
 
 
 def free_folder(sources: Sequence[str]) -> Path:
-    """Return a run folder named after the text, that does not exist yet."""
+    """Return a run folder named after the text that does not exist yet."""
     name = Path(sources[0]).stem if len(sources) == 1 else "texts"
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)[:60].strip(".-") or "text"
     candidates = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in range(1, 1_000_000))
     return next(path for path in candidates if not path.exists())
 
 
-def _check_folder(folder: Path, resume: bool | Literal["auto"]) -> None:
+@contextmanager
+def reserved(folder: Path, resume: Resume) -> Iterator[bool]:
+    """Hold a run folder for this process, and find out whether a run is resumed.
+
+    The folder is made if needed. If an exception ends the block before anything was learned, the
+    folder is left as it was found.
+
+    Yields:
+        Whether to resume from ``last/``, which is then whole.
+
+    Raises:
+        UserError: the folder is taken, is not writable, or holds nothing that `resume` needs.
+    """
+    try:
+        _check_folder(folder, resume)
+        missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+        is_new = _is_free(folder)
+        _refuse_links([folder / LOCK])
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder)
+        lock.__enter__()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be a run folder ({error.strerror}): give another --out"
+        ) from error
+    failed = True
+    try:
+        _refuse_links(_own_paths(folder))
+        yield _is_resumed(folder, resume)
+        failed = False
+    finally:
+        learned = any(has_checkpoint(folder, name) for name in get_args(CheckpointName))
+        undo = failed and is_new and not learned and folder.exists()
+        if undo:
+            _clear(folder)
+        lock.__exit__(None, None, None)
+        if undo:
+            with suppress(OSError):  # another run may have come into a folder above
+                for path in missing:
+                    path.rmdir()
+
+
+def _check_folder(folder: Path, resume: Resume) -> None:
     """Refuse a run folder that cannot be used.
 
     Raises:
-        UserError: the folder is taken, has no run to go on with, or cannot be written.
+        UserError: the folder is taken, has no run to resume, or cannot be written.
     """
     has_run = (folder / CONFIG).exists()
     if resume is True and not has_run:
         raise UserError(
-            f"{folder} holds no run to go on with: check --out, or give --resume auto to begin one"
+            f"{folder} has no run to resume: check --out, or give --resume auto to start one"
         )
     if has_run:
         read_config(folder)  # others have files of this name, too
     if has_run and not resume:
-        raise UserError(
-            f"{folder} already holds a run: give another --out, or --resume to go on with it"
-        )
+        raise UserError(f"{folder} already has a run: give another --out, or --resume")
     if not has_run and not _is_free(folder):
         raise UserError(f"{folder} is in use by something else: give another --out")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -53,50 +90,41 @@ def _check_folder(folder: Path, resume: bool | Literal["auto"]) -> None:
         raise UserError(f"{existing} is not writable: give another --out")
 
 
+def _is_resumed(folder: Path, resume: Resume) -> bool:
+    """Return whether there is a checkpoint to resume from; a save that was cut off is finished.
+
+    Raises:
+        UserError: there is none and `resume` is True, or only ``best/`` is left.
+    """
+    if (folder / CONFIG).exists() and recover(folder, "last"):
+        try:
+            recover(folder, "best")
+        except FormatError:
+            raise
+        except UserError as error:  # training will find another best one
+            warn(str(error))
+        return True
+    if has_checkpoint(folder, "best"):
+        raise UserError(
+            f"{folder} has a best checkpoint but no last one to resume from: take last/ from a "
+            "backup, or train again with another --out"
+        )
+    if resume is True:
+        raise UserError(
+            f"{folder} has no checkpoint to resume from: give --resume auto to start from step 0"
+        )
+    return False
+
+
 def _is_free(folder: Path) -> bool:
-    """Whether a folder holds nothing, or only what a run leaves that was killed as it began."""
+    """Return whether a folder holds nothing but what a run leaves that was killed as it started."""
     if not folder.exists():
         return True
     return folder.is_dir() and all(path.name in (LOCK, CONFIG_PART) for path in folder.iterdir())
 
 
-# --- the run itself
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Make a run folder and be the only one to train into it; if nothing is learned, undo that.
-
-    Raises:
-        UserError: it cannot be made, or another process trains into it.
-    """
-    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    is_ours = _is_free(folder)  # nobody's work is in it
-    try:
-        _refuse_links([folder / LOCK])
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = ExitStack()
-        lock.enter_context(locked(folder))
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made a run ({error.strerror}): give another --out"
-        ) from error
-    with lock:
-        try:
-            _refuse_links(_own_paths(folder))
-            yield
-        except BaseException:
-            learned = any(has_checkpoint(folder, which) for which in get_args(CheckpointName))
-            if is_ours and not learned and folder.exists():
-                _clear(folder)
-                with suppress(OSError):  # another run may have come into a folder above
-                    for path in missing:
-                        path.rmdir()
-            raise
-
-
 def _own_paths(folder: Path) -> Iterator[Path]:
-    """Yield everything in a run folder but what trackers keep there."""
+    """Yield everything in a run folder except what trackers keep there."""
     for path in folder.iterdir():
         if path.name not in get_args(Tracker):
             yield path
@@ -104,10 +132,10 @@ def _own_paths(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_links(paths: Iterable[Path]) -> None:
-    """Refuse files that are elsewhere: writing to them would change what is there.
+    """Refuse links and pipes: a write would change something outside the folder.
 
     Raises:
-        UserError: naming the link.
+        UserError: names the path.
     """
     for path in paths:
         if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
@@ -115,9 +143,10 @@ def _refuse_links(paths: Iterable[Path]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Empty a folder."""
+    """Empty a folder; on Windows the lock file stays until it is released."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink()
+            with suppress(PermissionError):
+                path.unlink()

@@ -1,9 +1,9 @@
-"""Everything decided before the first step, and the lines that tell the user why."""
+"""Everything decided before the first step, each with its reason. Nothing is written here."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,27 +30,22 @@ from chargpt.data.corpus import Corpus, load_corpus
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.windows import Windows
 from chargpt.model import GPT2
-from chargpt.runs.checkpoint import MODEL, find_checkpoint
+from chargpt.runs.checkpoint import MODEL
 from chargpt.runs.folder import RunConfig, read_config
 from chargpt.runs.weights import check_model_file
 from chargpt.training.saving import restore_last
+from chargpt.training.speed import SpeedChoices, accelerate
 from chargpt.training.trainer import Trainer
 
-# What may differ when a run goes on: how long, how often, and on what; nothing that it learns.
 FREE_ON_RESUME = {
     *BUDGETS,
-    *("eval_interval", "save_interval", "patience", "log_interval", "sample_length"),
-    *(
-        "deterministic",
-        "device",
-        "precision",
-        "kernels",
-        "attention",
-        "compile",
-        "parallel",
-        "track",
-    ),
+    *("eval_interval", "save_interval", "patience", "log_interval", "sample_length", "track"),
+    *("device", "precision", "kernels", "attention", "compile", "parallel", "deterministic"),
 }
+"""Settings that may change on resume: budget, intervals, hardware; nothing that affects learning."""
+
+
+AnyConfig = GPT2Config | TrainConfig | DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +54,9 @@ class Plan:
 
     trainer: Trainer
     corpus: Corpus
-    config: RunConfig
+    run_config: RunConfig
     """What config.json will hold."""
-    environment_before: dict[str, Any]
-    """Of the run that is gone on with; empty: it begins."""
-    lines: list[str]
-    """For the user: what was found, what was decided, and why."""
+    speed: SpeedChoices
 
 
 def make_plan(
@@ -75,8 +67,9 @@ def make_plan(
     data_config: DataConfig,
     out: Path,
     resuming: bool,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Read the text, choose the hardware and build the trainer; nothing is written.
+    """Read the text, choose the hardware and build the trainer.
 
     Args:
         sources: see `chargpt.data.corpus.load_corpus`.
@@ -84,57 +77,65 @@ def make_plan(
         train_config: how to train.
         data_config: how to read and split.
         out: the run folder.
-        resuming: put the trainer where the run in `out` stopped.
+        resuming: put the trainer where the run in `out` stopped; its ``last/`` must be whole.
+        report: gets a line for each thing that was found or decided, with its reason.
 
     Raises:
-        UserError: anything that cannot work, found before the first step.
+        UserError: anything that cannot work.
     """
-    device, why_device = choose_device(train_config.device)
-    saved = read_config(out) if resuming else None
+    device, device_reason = choose_device(train_config.device)
+    before = read_config(out) if resuming else None
     precision = choose_precision(train_config.precision, device)
-    if saved and train_config.precision == "auto":
-        precision = _precision_as_before(saved.environment, device) or precision
+    if before and train_config.precision == "auto":
+        precision = _same_precision(before.environment, device) or precision
     parallel = choose_parallel(train_config.parallel, device, train_config.batch_size)
     corpus = load_corpus(sources, data_config)
     model_config = _with_vocabulary(model_config, corpus.tokenizer)
-    if saved is not None:  # before memory is taken for what a file asks for
-        check_model_file(find_checkpoint(out, "last") / MODEL, saved.model_config)
+    if before:  # before memory is taken for what a file asks for
+        check_model_file(out / "last" / MODEL, before.model_config)
     torch.manual_seed(derive_seed(train_config.seed, INIT))
-    gpt2 = GPT2(model_config).to(device)
-    trainer = _make_trainer(
-        gpt2, train_config, corpus, precision=precision, parallel=parallel, out=out
-    )
-    config = _run_config(trainer, corpus, data_config)
-    lines = _describe(trainer, corpus, data_config, why_device)
-    if saved is not None:
-        _refuse_changes(saved, config)
+    model = GPT2(model_config).to(device)
+    trainer = _make_trainer(model, train_config, corpus, precision, parallel, out)
+    if before:
+        _refuse_changes(before, trainer, data_config, corpus)
         restore_last(trainer)
-        lines.append(f"resuming   after step {trainer.state.step:,}")
-    return Plan(
-        trainer=trainer,
-        corpus=corpus,
-        config=config,
-        environment_before=saved.environment if saved else {},
-        lines=lines,
+    for line in _describe(trainer, corpus, data_config, device_reason):
+        report(line)
+    if before:
+        report(f"resuming   after step {trainer.state.step:,}")
+    speed = accelerate(trainer, report)
+    environment = _environment(trainer, speed)
+    for line in _environment_changes(before.environment if before else {}, environment):
+        report(line)
+    run_config = RunConfig(
+        model_config=model.config,
+        train_config=train_config,
+        data_config=data_config,
+        sources=corpus.sources,
+        text=corpus.facts,
+        environment=environment,
     )
+    return Plan(trainer=trainer, corpus=corpus, run_config=run_config, speed=speed)
 
 
 def _make_trainer(
-    gpt2: GPT2,
+    model: GPT2,
     train_config: TrainConfig,
     corpus: Corpus,
-    *,
     precision: PrecisionChoice,
     parallel: ParallelChoice,
     out: Path,
 ) -> Trainer:
-    device = gpt2.token_embedding.weight.device
+    device = model.token_embedding.weight.device
+    # bf16 is precise enough for Muon's orthogonalisation, where it is not slower.
+    fast_bf16 = device.type == "cuda" or precision.name == "bf16"
+    muon_dtype = torch.bfloat16 if fast_bf16 else torch.float32
     return Trainer(
-        model=gpt2,
-        forward=parallelize(gpt2, parallel, precision),
-        optimizer=make_optimizer(gpt2, train_config, muon_dtype=_muon_dtype(device, precision)),
+        model=model,
+        forward=parallelize(model, parallel, precision),
+        optimizer=make_optimizer(model, train_config, muon_dtype=muon_dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
-        windows=Windows(corpus.train, gpt2.config.block_size, train_config.seed),
+        windows=Windows(corpus.train, model.config.block_size, train_config.seed),
         validation=corpus.validation,
         train_config=train_config,
         precision=precision,
@@ -143,79 +144,74 @@ def _make_trainer(
     )
 
 
-def _precision_as_before(
-    environment: dict[str, Any], device: torch.device
-) -> PrecisionChoice | None:
-    """Return the precision that the run began with, if the device is the same."""
+def _with_vocabulary(model_config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config:
+    if model_config.vocab_size not in (0, tokenizer.vocab_size):
+        raise UserError(
+            f"vocab_size is {model_config.vocab_size}, but the text has {tokenizer.vocab_size} "
+            "distinct tokens: leave out --vocab-size"
+        )
+    return model_config.replace(vocab_size=tokenizer.vocab_size)
+
+
+# --- resuming
+
+
+def _same_precision(environment: dict[str, Any], device: torch.device) -> PrecisionChoice | None:
+    """Return the precision that the run started with, if the device is the same."""
     known = environment.get("precision") in ("fp32", "bf16", "fp16")
     if not known or environment.get("device") != describe_device(device):
         return None
-    choose_precision(environment["precision"], device)  # refuses what cannot be here
-    return PrecisionChoice(environment["precision"], "as the run began")
+    choose_precision(environment["precision"], device)  # refuses what this device cannot do
+    return PrecisionChoice(environment["precision"], "as the run started")
 
 
-def _muon_dtype(device: torch.device, precision: PrecisionChoice) -> torch.dtype:
-    """Return what Muon orthogonalises in: bf16 is enough, where it is not slower."""
-    fast = device.type == "cuda" or precision.name == "bf16"
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _with_vocabulary(config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config:
-    if config.vocab_size not in (0, tokenizer.vocab_size):
-        raise UserError(
-            f"vocab_size is {config.vocab_size}, but the text has {tokenizer.vocab_size} distinct "
-            "tokens: leave out --vocab-size"
-        )
-    return config.replace(vocab_size=tokenizer.vocab_size)
-
-
-def _run_config(trainer: Trainer, corpus: Corpus, data_config: DataConfig) -> RunConfig:
-    return RunConfig(
-        model_config=trainer.model.config,
-        train_config=trainer.train_config,
-        data_config=data_config,
-        sources=corpus.sources,
-        text=corpus.facts,
-        environment={
-            "chargpt": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "processor": cpu_name(),
-            "device": describe_device(trainer.device),
-            "devices": max(1, len(trainer.parallel.device_ids)),
-            "precision": trainer.precision.name,
-            "threads": torch.get_num_threads(),
-        },
-    )
-
-
-def _refuse_changes(before: RunConfig, now: RunConfig) -> None:
-    """Refuse to resume a run with settings or texts that change what it learns.
+def _refuse_changes(
+    before: RunConfig, trainer: Trainer, data_config: DataConfig, corpus: Corpus
+) -> None:
+    """Refuse to resume a run with settings or texts that would change what it learns.
 
     Raises:
-        UserError: a difference in the model, the data, or how it learns.
+        UserError: a difference in the model, the data, or the training.
     """
-    for part in ("data_config", "model_config", "train_config"):
-        was, wish = asdict(getattr(before, part)), asdict(getattr(now, part))
-        for name in [name for name in was if name not in FREE_ON_RESUME]:
-            if name == "vocab_size" and before.text != now.text:
-                continue  # another text explains another vocabulary; see below
-            if was[name] != wish[name]:
-                raise UserError(
-                    f"{name} was {was[name]!r} in this run and cannot become {wish[name]!r}: leave "
-                    "it as it was, or train anew with another --out"
-                )
-    if before.text != now.text:
+    _refuse_change(before.data_config, data_config)
+    if before.text != corpus.facts:
         raise UserError(
-            f"{', '.join(now.sources)}: not the text this run learned from (its SHA-256 differs): "
-            "give that text, or train anew with another --out"
+            f"{', '.join(corpus.sources)}: not the text this run learned from (its SHA-256 "
+            "differs): give that text, or train again with another --out"
         )
+    _refuse_change(before.model_config, trainer.model.config)
+    _refuse_change(before.train_config, trainer.train_config)
 
 
-def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each condition under which a run is gone on with that is not as it was."""
+def _refuse_change(before: AnyConfig, now: AnyConfig) -> None:
+    for name, was in asdict(before).items():
+        wanted = getattr(now, name)
+        if was != wanted and name not in FREE_ON_RESUME:
+            raise UserError(
+                f"{name} was {was!r} in this run and cannot become {wanted!r}: leave it as it was, "
+                "or train again with another --out"
+            )
+
+
+def _environment(trainer: Trainer, speed: SpeedChoices) -> dict[str, Any]:
+    """Return what may change how numbers are rounded."""
+    return {
+        "chargpt": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": cpu_name(),
+        "device": describe_device(trainer.device),
+        "devices": max(1, len(trainer.parallel.device_ids)),
+        "precision": trainer.precision.name,
+        "threads": torch.get_num_threads(),
+        **speed._asdict(),
+    }
+
+
+def _environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return one line per environment entry that changed since the run was saved."""
     return [
         f"resuming   {name} was {was}, is {now.get(name)}: losses may differ by rounding"
         for name, was in before.items()
@@ -223,8 +219,11 @@ def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str
     ]
 
 
+# --- lines for the user
+
+
 def _describe(
-    trainer: Trainer, corpus: Corpus, data_config: DataConfig, why_device: str
+    trainer: Trainer, corpus: Corpus, data_config: DataConfig, device_reason: str
 ) -> list[str]:
     model, precision = trainer.model, trainer.precision
     lines = [
@@ -232,7 +231,7 @@ def _describe(
         f"model      {human_count(count_parameters(model))} parameters; {_settings(model.config)}",
         f"training   {_settings(trainer.train_config)}",
         f"data       {_settings(data_config)}",
-        f"device     {describe_device(trainer.device)} ({why_device})",
+        f"device     {describe_device(trainer.device)} ({device_reason})",
         f"precision  {precision.name} ({precision.reason})",
         f"budget     {_describe_budget(trainer)}",
     ]
@@ -241,8 +240,8 @@ def _describe(
     return lines
 
 
-def _settings(config: GPT2Config | TrainConfig | DataConfig) -> str:
-    """Return every setting as ``name value``, but budgets that are not in force."""
+def _settings(config: AnyConfig) -> str:
+    """Return every setting as ``name value``, except those that are None."""
     values = {name: value for name, value in asdict(config).items() if value is not None}
     return ", ".join(
         f"{name} {value!r}" if value == "" or str(value).isspace() else f"{name} {value}"

@@ -14,17 +14,9 @@ from chargpt.base.checks import from_dict
 from chargpt.base.errors import TrainingError, UserError
 from chargpt.base.units import human_count
 from chargpt.config import CheckpointName
-from chargpt.runs.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    find_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from chargpt.runs.checkpoint import MODEL, OPTIMIZER, STATE, read_state, save_checkpoint
 from chargpt.runs.weights import (
     Tensors,
-    check_model_file,
     load_model_tensors,
     load_optimizer_tensors,
     model_tensors,
@@ -35,14 +27,17 @@ from chargpt.training.trainer import Trainer, TrainState
 
 
 class Best(NamedTuple):
-    """What a best checkpoint says of itself."""
+    """What a best checkpoint says about itself."""
 
     step: int
     val_loss: float
 
 
 def saved_best(run: Path) -> Best | None:
-    """Return what the best checkpoint is; it may be of a future that was cut off."""
+    """Return the step and loss of the best checkpoint.
+
+    Its step may be later than that of ``last/``, if the run was killed between two saves.
+    """
     try:
         state = read_state(run / "best")
     except UserError:
@@ -55,7 +50,7 @@ def save_best(trainer: Trainer) -> None:
     """Write the model that was just evaluated as the best one, unless a better one is there.
 
     Raises:
-        TrainingError: it cannot be written, or holds what is no number.
+        TrainingError: it cannot be written, or contains NaN or infinity.
     """
     state, saved = trainer.state, saved_best(trainer.out)
     if saved is None or state.val_loss is None or saved.val_loss >= state.val_loss:
@@ -64,10 +59,10 @@ def save_best(trainer: Trainer) -> None:
 
 
 def save_last(trainer: Trainer) -> None:
-    """Write everything needed to go on from here.
+    """Write everything needed to resume from here.
 
     Raises:
-        TrainingError: it cannot be written, or holds what is no number.
+        TrainingError: it cannot be written, or contains NaN or infinity.
     """
     trainer.state.scaler = trainer.scaler.state_dict()
     parts = {
@@ -79,48 +74,51 @@ def save_last(trainer: Trainer) -> None:
 
 
 def _save(
-    trainer: Trainer, which: CheckpointName, parts: Mapping[str, Tensors], state: Any
+    trainer: Trainer, checkpoint: CheckpointName, parts: Mapping[str, Tensors], state: Any
 ) -> None:
     """Write a checkpoint.
 
     Raises:
-        TrainingError: it cannot be written, or holds what is no number; those before it are kept.
+        TrainingError: it cannot be written, or contains NaN or infinity; earlier ones are kept.
     """
+    out, step = trainer.out, trainer.state.step
     for name, tensor in (item for tensors in parts.values() for item in tensors.items()):
         if not _is_finite(tensor):
             raise TrainingError(
-                f"{name} is not finite after step {trainer.state.step}, so that nothing was saved: "
-                f"the states before are in {trainer.out}; go on with --resume, perhaps with "
-                "--precision fp32"
+                f"{name} is not finite after step {step}, so nothing was saved: the earlier "
+                f"checkpoints are in {out}; continue with --resume, perhaps with --precision fp32"
             )
     try:
-        save_checkpoint(trainer.out, which, parts, state)
-    except OSError as error:
-        if not trainer.out.exists():
+        save_checkpoint(out, checkpoint, parts, state)
+    except (OSError, MemoryError) as error:
+        if not out.exists():
             raise TrainingError(
-                f"{trainer.out} has vanished, with all that was saved: train again"
+                f"{out} has vanished, with all that was saved: train again"
             ) from error
         n_bytes = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+        if isinstance(error, OSError):
+            reason, remedy = error.strerror or str(error), "make room there, or make it writable"
+        else:
+            reason, remedy = "not enough memory", "close other programs"
         raise TrainingError(
-            f"{trainer.out / which} could not be saved after step {trainer.state.step} "
-            f"({error.strerror or error}; it needs {human_count(n_bytes)}B): those before it are "
-            "kept; make room there, or make it writable, and go on with --resume"
+            f"{out / checkpoint} could not be saved after step {step} ({reason}; it needs "
+            f"{human_count(n_bytes)}B): earlier checkpoints are kept; {remedy}, and continue with "
+            "--resume"
         ) from error
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # A sum takes a tenth of the time, and nothing that is no number gets lost in it.
+    # A sum takes a tenth of the time, and a NaN or an infinity always shows in it.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def restore_last(trainer: Trainer) -> None:
-    """Put a trainer where `save_last` left the run in its folder.
+    """Put a trainer where `save_last` left the run; ``last/`` must have been verified.
 
     Raises:
-        UserError: there is no whole checkpoint, or it does not fit the model.
+        UserError: the checkpoint does not fit the model.
     """
-    folder = find_checkpoint(trainer.out, "last")
-    check_model_file(folder / MODEL, trainer.model.config)
+    folder = trainer.out / "last"
     load_model_tensors(trainer.model, read_tensors(folder / MODEL))
     load_optimizer_tensors(trainer.optimizer, trainer.model, read_tensors(folder / OPTIMIZER))
     trainer.state = from_dict(TrainState, read_state(folder))
@@ -130,5 +128,5 @@ def restore_last(trainer: Trainer) -> None:
     trainer.state.skipped_in_a_row = 0
     if trainer.scaler.is_enabled() and trainer.state.scaler:
         if trainer.state.scaler.keys() != trainer.scaler.state_dict().keys():
-            raise UserError(f"{folder / STATE} has a scaler of other fields: the run is damaged")
+            raise UserError(f"{folder / STATE} has an unknown kind of scaler: the run is damaged")
         trainer.scaler.load_state_dict(trainer.state.scaler)

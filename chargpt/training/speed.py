@@ -1,7 +1,7 @@
-"""How a model computes on this machine: kernels, attention backend, compilation.
+"""How a model computes on this machine: kernels, attention, compilation.
 
-Each is chosen before the first step, says why in one line, and has a slower twin to fall back to.
-None changes what is learned, but for rounding and for which values dropout drops.
+Each is chosen before the first step, has a reason in one line, and a slower twin to fall back to.
+No choice changes what is learned, except for rounding and for which values dropout drops.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from chargpt.compute.native import KernelsError, library_path, load_kernels
 from chargpt.config import Attention, GPT2Config, OnOffAuto
 from chargpt.training.trainer import Trainer
 
-Note = Callable[[str], None]
+SDPA_MIN_BLOCK = 1024  # below it, the textbook's matrix products are faster on a CPU
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
+
+Report = Callable[[str], None]
 
 
 class SpeedChoices(NamedTuple):
@@ -42,24 +45,17 @@ class SpeedChoices(NamedTuple):
     compiled: bool
 
 
-SDPA_MIN_BLOCK = 1024  # below it, the textbook's matrix products are faster on a CPU
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
-
-
-def prepare(trainer: Trainer, note: Note) -> SpeedChoices:
+def accelerate(trainer: Trainer, report: Report) -> SpeedChoices:
     """Make a trainer's steps as fast as its configuration allows.
 
-    The seconds it takes are counted as compilation, which is a part of training.
+    The seconds it takes count as compilation, which is part of training.
 
     Args:
         trainer: before its first step; its model and `forward` are changed.
-        note: takes lines for the user.
-
-    Returns:
-        What was chosen.
+        report: gets a line for each choice.
 
     Raises:
-        UserError: kernels were asked for, and there are none here.
+        UserError: kernels were requested and do not work here.
     """
     start = time.perf_counter()
     if trainer.device.type == "cpu":
@@ -67,10 +63,10 @@ def prepare(trainer: Trainer, note: Note) -> SpeedChoices:
     compiling = choose_compile(trainer.train_config.compile, trainer.device)
     if trainer.parallel.device_ids:
         compiling = CompileChoice(False, "not over several GPUs in one process")
-    kernels, attention = _choose_layers(trainer, note, compiling=compiling.on)
-    compiled = _compile(trainer, compiling, note)
+    kernels, attention = _choose_layers(trainer, report, compiling=compiling.on)
+    compiled = _compile(trainer, compiling, report)
     if compiling.on and not compiled:
-        kernels, attention = _choose_layers(trainer, note, compiling=False)
+        kernels, attention = _choose_layers(trainer, report, compiling=False)
     seconds = time.perf_counter() - start
     trainer.state.compile_seconds += seconds
     trainer.state.train_seconds += seconds
@@ -79,26 +75,26 @@ def prepare(trainer: Trainer, note: Note) -> SpeedChoices:
 
 
 def _choose_layers(
-    trainer: Trainer, note: Note, *, compiling: bool
+    trainer: Trainer, report: Report, *, compiling: bool
 ) -> tuple[KernelsChoice, AttentionChoice]:
-    config, model, device = trainer.train_config, trainer.model, trainer.device
-    kernels = choose_kernels(config.kernels, device, compiling)
+    train_config, model, device = trainer.train_config, trainer.model, trainer.device
+    use_fast_dropout(model)
+    kernels = choose_kernels(train_config.kernels, device, compiling)
     if kernels.on:
         use_kernels(model)
         if isinstance(trainer.optimizer, MuonAdamW):
             trainer.optimizer.update = fast_muon_update
-    note(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
-    attention = choose_attention(config.attention, model.config, device, kernels=kernels.on)
-    use_fast_dropout(model)
+    report(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
+    attention = choose_attention(train_config.attention, model.config, device, kernels=kernels.on)
     set_attention(model, attention.backend)
-    note(f"attention  {attention.backend} ({attention.reason})")
+    report(f"attention  {attention.backend} ({attention.reason})")
     return kernels, attention
 
 
 def keep_memory() -> None:
-    """Let freed memory stay with the process, where the C library can be told to (glibc).
+    """Keep freed memory in the process, where the C library allows it (glibc).
 
-    Every step frees its activations; giving them back to the system and getting zeroed pages again
+    Every step frees its activations. Returning them to the system and getting zeroed pages again
     costs a tenth of a step.
     """
     if not sys.platform.startswith("linux"):
@@ -119,19 +115,19 @@ class KernelsChoice(NamedTuple):
     reason: str
 
 
-def choose_kernels(wish: OnOffAuto, device: torch.device, compiling: bool) -> KernelsChoice:
+def choose_kernels(setting: OnOffAuto, device: torch.device, compiling: bool) -> KernelsChoice:
     """Return whether to use the kernels; they are compiled to find out.
 
     Raises:
-        UserError: they were asked for, and do not work here.
+        UserError: they were requested and do not work here.
     """
-    if wish == "off":
+    if setting == "off":
         return KernelsChoice(False, "asked for")
     if device.type != "cpu":
         reason = f"they are for CPUs, and this is {device.type}"
     elif compiling:
         reason = "torch.compile makes its own"
-    elif wish == "auto" and not sys.platform.startswith("linux"):
+    elif setting == "auto" and not sys.platform.startswith("linux"):
         reason = "they were tried on Linux only; --kernels on tries them here"
     else:
         known = library_path().exists()
@@ -144,7 +140,7 @@ def choose_kernels(wish: OnOffAuto, device: torch.device, compiling: bool) -> Ke
             seconds = time.perf_counter() - start
             how = "compiled before" if known else f"compiled for this processor in {seconds:.1f} s"
             return KernelsChoice(True, how)
-    if wish == "on":
+    if setting == "on":
         raise UserError(f"kernels is 'on', but {reason}: give --kernels auto")
     return KernelsChoice(False, reason)
 
@@ -153,64 +149,65 @@ def choose_kernels(wish: OnOffAuto, device: torch.device, compiling: bool) -> Ke
 
 
 class AttentionChoice(NamedTuple):
-    """An attention backend."""
+    """How attention computes."""
 
     backend: Backend
     reason: str
 
 
 def choose_attention(
-    wish: Attention, shape: GPT2Config, device: torch.device, *, kernels: bool
+    setting: Attention, model_config: GPT2Config, device: torch.device, *, kernels: bool
 ) -> AttentionChoice:
-    """Return the attention backend to train with.
+    """Return how attention computes in training.
 
-    The rule is what ``benchmarks/attention.py`` measured; a rule rather than a trial on the spot,
-    so that a seed gives the same run every time.
+    The rule is what ``benchmarks/attention.py`` measured. It is a rule and not a measurement made
+    now, so that a seed gives the same run every time.
 
     Args:
-        wish: a backend, or ``auto``.
-        shape: of the model.
-        device: where it is.
-        kernels: whether ``native`` is to be had.
+        setting: a backend, or ``auto``.
+        model_config: the shape.
+        device: where the model is.
+        kernels: whether the kernels are on.
 
     Raises:
-        UserError: ``native`` was asked for, and the kernels are off or do not fit the shape.
+        UserError: ``native`` was requested, and the kernels are off or do not fit the shape.
     """
-    head_size = shape.d_model // shape.n_head
+    head_size = model_config.d_model // model_config.n_head
     fits = kernels and head_size % load_kernels().lanes == 0
-    if wish == "native" and not fits:
+    if setting == "native" and not fits:
         why = f"do not take heads of {head_size}" if kernels else "are off"
         raise UserError(f"attention is 'native', and the kernels {why}: give --attention auto")
-    if wish != "auto":
-        return AttentionChoice(wish, "asked for")
+    if setting != "auto":
+        return AttentionChoice(setting, "asked for")
     if device.type != "cpu":
         return AttentionChoice("sdpa", "PyTorch's fused kernel")
     if fits:
         return AttentionChoice("native", "the fastest on a CPU")
-    drops = shape.dropout > 0 if shape.attention_dropout is None else shape.attention_dropout > 0
-    if drops or shape.block_size < SDPA_MIN_BLOCK:
-        return AttentionChoice("matmul", "the fastest of PyTorch's on a CPU, at this block_size")
-    return AttentionChoice("sdpa", "the fastest of PyTorch's on a CPU, at this block_size")
+    dropout = model_config.attention_dropout
+    drops = (model_config.dropout if dropout is None else dropout) > 0
+    reason = "the fastest of PyTorch's on a CPU, at this block_size"
+    use_matmul = drops or model_config.block_size < SDPA_MIN_BLOCK
+    return AttentionChoice("matmul" if use_matmul else "sdpa", reason)
 
 
 # --- compilation
 
 
-def _compile(trainer: Trainer, choice: CompileChoice, note: Note) -> bool:
-    """Compile the model if that is wished for; return whether a trial step worked."""
+def _compile(trainer: Trainer, choice: CompileChoice, report: Report) -> bool:
+    """Compile the model if that was chosen; return whether a trial step worked."""
     if not choice.on:
-        note(f"compile    off ({choice.reason})")
+        report(f"compile    off ({choice.reason})")
         return False
     eager = trainer.forward
     try:
         trainer.forward = cast(Callable[[Tensor], Tensor], torch.compile(trainer.model))
         trainer.trial_step()
-        note(f"compile    on ({choice.reason})")
+        report(f"compile    on ({choice.reason})")
         return True
     except Exception as error:
         if is_out_of_memory(error):
             raise
         trainer.forward = eager
         first_line = str(error).strip().partition("\n")[0][:200]
-        note(f"compile    failed, going on without ({type(error).__name__}: {first_line})")
+        report(f"compile    failed, continuing without ({type(error).__name__}: {first_line})")
         return False

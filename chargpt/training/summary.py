@@ -1,4 +1,4 @@
-"""What came out of a run, in numbers and in a sentence that a beginner understands."""
+"""What a run achieved, in numbers and in one sentence that a beginner understands."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import numpy.typing as npt
 
 from chargpt.base.interrupts import Interruption
 from chargpt.base.units import bits_per_char, perplexity
-from chargpt.training.trainer import TrainState
+from chargpt.compute.counts import count_parameters
+from chargpt.compute.device import describe_device
+from chargpt.data.corpus import Corpus
+from chargpt.training.saving import saved_best
+from chargpt.training.trainer import Trainer, TrainState
 
 SUMMARY = "summary.json"
+OVERFIT_NATS = 0.01  # a validation loss this far above its best is not noise
 StopReason = Literal["budget", "patience"] | Interruption
-OVERFIT_NATS = 0.01  # a validation loss this far above its best is no noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What came out of a run; ``summary.json`` holds the same."""
+    """What a run achieved; ``summary.json`` has the same fields."""
 
     verdict: str
     val_loss: float | None
@@ -30,7 +34,7 @@ class Summary:
     train_loss: float | None
     steps: int
     tokens: int
-    """Trained, not distinct."""
+    """Characters trained on, repeats included."""
     train_seconds: float
     """Compilation included, evaluation apart."""
     eval_seconds: float
@@ -43,12 +47,43 @@ class Summary:
     precision: str
 
 
+def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summary:
+    """Return the summary of a run that has ended."""
+    state = trainer.state
+    tokens = state.step * trainer.tokens_per_step
+    stepping = state.train_seconds - state.compile_seconds
+    saved = saved_best(trainer.out)  # may be better, if the run was killed after saving it
+    if saved and state.best_val_loss is not None and saved.val_loss < state.best_val_loss:
+        state.best_val_loss, state.best_step = saved.val_loss, saved.step
+    best = state.best_val_loss
+    by_frequency = unigram_nats(corpus.train, corpus.validation, corpus.tokenizer.vocab_size)
+    return Summary(
+        verdict=verdict(state, by_frequency, stop_reason),
+        val_loss=best,
+        bits_per_char=None if best is None else bits_per_char(best),
+        best_step=state.best_step,
+        final_val_loss=state.val_loss,
+        train_loss=state.train_loss,
+        steps=state.step,
+        tokens=tokens,
+        train_seconds=round(state.train_seconds, 3),
+        eval_seconds=round(state.eval_seconds, 3),
+        compile_seconds=round(state.compile_seconds, 3),
+        tokens_per_second=round(tokens / stepping, 1) if stepping > 0 else 0.0,
+        n_params=count_parameters(trainer.model),
+        stop_reason=stop_reason,
+        skipped_steps=state.skipped_steps,
+        device=describe_device(trainer.device),
+        precision=trainer.precision.name,
+    )
+
+
 def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopReason) -> str:
     """Return how good the model is, and what would make it better.
 
     Args:
         state: at the end of the run.
-        letter_frequency_loss: of guessing by letter frequency alone, nats a character.
+        letter_frequency_loss: loss of guessing by letter frequency alone, nats a character.
         stop_reason: why the run ended.
     """
     best = state.best_val_loss
@@ -61,8 +96,8 @@ def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopRe
         parts.append("no better than guessing by letter frequency: train longer, or give more text")
         return "; ".join(parts)
     parts.append(
-        f"as unsure as between {perplexity(best):.1f} characters, where letter frequency alone "
-        f"leaves {perplexity(letter_frequency_loss):.0f}"
+        f"like choosing among {perplexity(best):.1f} equally likely characters (letter "
+        f"frequencies alone: {perplexity(letter_frequency_loss):.0f})"
     )
     if state.val_loss is not None and state.val_loss > best + OVERFIT_NATS:
         parts.append(f"overfitting since step {state.best_step:,}: best kept; more text would help")
@@ -71,7 +106,7 @@ def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopRe
     elif stop_reason == "patience" or state.best_step != state.evaluated_step:
         parts.append("no longer improving")
     else:
-        parts.append("still improving when its time was up: a longer budget would help")
+        parts.append("still improving when the budget ended: a longer one would help")
     return "; ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""A model and everything needed to make it better, and where a run is."""
+"""A model with everything needed to train it, and the state of its run."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from chargpt.model import GPT2
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Where a run is; with weights and optimizer, all that its future depends on."""
+    """The state of a run; with weights and optimizer, all that its future depends on."""
 
     step: int = 0
     """Optimizer steps made."""
     train_seconds: float = 0.0
-    """Spent in steps, compilation included."""
+    """Seconds in steps, compilation included."""
     compile_seconds: float = 0.0
     eval_seconds: float = 0.0
     train_loss: float | None = None
-    """Of the last step, nats a token, with dropout."""
+    """Loss of the last step, nats a token, with dropout."""
     val_loss: float | None = None
-    """Of the last evaluation, nats a token."""
+    """Loss of the last evaluation, nats a token."""
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluated_step: int | None = None
     evaluations_since_best: int = 0
     skipped_steps: int = 0
-    """Steps whose fp16 gradient overflowed, so that no update was made."""
+    """Steps without an update, because their fp16 gradient overflowed."""
     skipped_in_a_row: int = 0
     usual_grad_norm: float | None = None
     """Running mean of the gradient's norm."""
@@ -57,11 +57,11 @@ class TrainState:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """A model and everything needed to make it better."""
+    """A model with everything needed to train it."""
 
     model: GPT2
     forward: Callable[[Tensor], Tensor]
-    """The model as it is called: perhaps compiled, perhaps over several GPUs."""
+    """The model as it is called: it may be compiled, or spread over several GPUs."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     windows: Windows
@@ -74,26 +74,63 @@ class Trainer:
     """The run folder."""
     state: TrainState = field(default_factory=TrainState)
     saved_step: int | None = None
-    """Of the last checkpoint written or read."""
+    """Step of the last checkpoint written or read."""
+
+    # --- one batch
+
+    def batch(self, micro_step: int) -> Batch:
+        """Return a batch of the next step, on the device, (B, T) each.
+
+        Args:
+            micro_step: which of the step's ``gradient_accumulation_steps`` batches, from 0.
+        """
+        batch_size = self.train_config.batch_size
+        first = self.state.step * self.sequences_per_step + micro_step * batch_size
+        inputs, targets = self.windows.batch(first, batch_size)
+        return Batch(inputs.to(self.device), targets.to(self.device))
+
+    def loss(self, batch: Batch, micro_step: int) -> Tensor:
+        """Return the mean loss of a batch in nats a token, a scalar.
+
+        Args:
+            batch: see `batch`.
+            micro_step: its number in the step; with the step, it seeds dropout.
+        """
+        seed = derive_seed(self.train_config.seed, DROPOUT, self.state.step, micro_step)
+        seed_dropout(seed, self.parallel)
+        with self.precision.autocast(self.device):
+            logits = self.forward(batch.inputs)  # (B, T, V)
+        return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+
+    def trial_step(self) -> None:
+        """Run one forward and backward pass and change nothing, so that lazy compilation happens."""
+        self.model.train()
+        try:
+            loss = self.loss(self.batch(0), 0)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.optimizer.zero_grad()
+
+    # --- the run
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.token_embedding.weight.device
 
     @property
     def sequences_per_step(self) -> int:
-        """Windows that one optimizer step learns from."""
+        """Windows per optimizer step."""
         return self.train_config.batch_size * self.train_config.gradient_accumulation_steps
 
     @property
     def tokens_per_step(self) -> int:
-        """Characters that one optimizer step learns from."""
+        """Characters per optimizer step."""
         return self.sequences_per_step * self.windows.block_size
 
     @property
     def total_steps(self) -> int | None:
-        """Length of the run; None where the clock decides."""
+        """Length of the run; None: the clock decides."""
         if self.train_config.steps is not None:
             return self.train_config.steps
         if self.train_config.epochs is not None:
@@ -118,30 +155,6 @@ class Trainer:
         if self.train_config.eval_interval:
             return self.train_config.eval_interval
         epoch = self.windows.per_epoch / self.sequences_per_step
-        # A forward pass is a third of a step: ten times that keeps evaluation below a tenth.
+        # A forward pass costs a third of a step: ten times that keeps evaluation below a tenth.
         cheap = 10 / 3 * len(self.validation) / self.tokens_per_step
         return round(max(25, min(250, epoch), cheap))
-
-    def batch(self, micro_step: int) -> Batch:
-        """Return a batch of the next step on the device, (B, T) each."""
-        config = self.train_config
-        first = self.state.step * self.sequences_per_step + micro_step * config.batch_size
-        inputs, targets = self.windows.batch(first, config.batch_size)
-        return Batch(inputs.to(self.device), targets.to(self.device))
-
-    def loss_of(self, batch: Batch, micro_step: int) -> Tensor:
-        """Return the mean loss of a batch in nats a token, a scalar; `micro_step` seeds dropout."""
-        seed = derive_seed(self.train_config.seed, DROPOUT, self.state.step, micro_step)
-        seed_dropout(seed, self.parallel)
-        with self.precision.autocast(self.device):
-            logits = self.forward(batch.inputs)  # (B, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
-
-    def trial_step(self) -> None:
-        """Go forward and backward once, changing nothing, so that lazy compilation happens."""
-        self.model.train()
-        try:
-            loss = self.loss_of(self.batch(0), 0)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        finally:
-            self.optimizer.zero_grad()

@@ -204,7 +204,7 @@ def test_a_missing_config_or_tokenizer(run: Path, whole: dict[str, bytes]) -> No
         load(run)
     (run / CONFIG).unlink()
     for verb in (load, inspect_run):
-        with pytest.raises(UserError, match="holds no config.json"):
+        with pytest.raises(UserError, match="has no config.json"):
             verb(run)
 
 

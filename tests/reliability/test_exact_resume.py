@@ -23,7 +23,6 @@ from chargpt.runs.weights import model_tensors, optimizer_tensors
 from chargpt.train import fit
 from chargpt.training.plan import make_plan
 from chargpt.training.saving import restore_last, save_last
-from chargpt.training.speed import prepare
 from chargpt.training.trainer import Trainer, TrainState
 
 STEPS = 50
@@ -60,8 +59,7 @@ def make_trainer(text_file: Path, out: Path, optimizer: Any, precision: Any, on:
         out=out,
         resuming=False,
     )
-    choices = prepare(plan.trainer, print)
-    assert choices.compiled == (on == "on")
+    assert plan.speed.compiled == (on == "on")
     if precision == "scaled":
         scale_and_overflow(plan.trainer)
     return plan.trainer
@@ -122,7 +120,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Path]]:
     """Keep a copy of the run folder after every step."""
     copies: list[Path] = []
-    step = training._timed_step
+    step = training._step
 
     def step_and_keep(trainer: Trainer, reporter: Reporter) -> None:
         step(trainer, reporter)
@@ -130,7 +128,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Path]
         copies.append(tmp_path / f"after-{trainer.state.step}")
         shutil.copytree(trainer.out, copies[-1])
 
-    monkeypatch.setattr(training, "_timed_step", step_and_keep)
+    monkeypatch.setattr(training, "_step", step_and_keep)
     yield copies
 
 

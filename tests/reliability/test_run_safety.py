@@ -21,7 +21,7 @@ from chargpt.compute.device import deterministic_algorithms
 from chargpt.config import DataConfig
 from chargpt.measure.inspect import inspect_run
 from chargpt.runs import report as reporting
-from chargpt.runs.checkpoint import finish_save, read_state, save_checkpoint
+from chargpt.runs.checkpoint import read_state, recover, save_checkpoint
 from chargpt.runs.folder import load, locked
 from chargpt.runs.report import Reporter, read_metrics
 from chargpt.train import NonFiniteError, TrainResult, train, train_step
@@ -110,7 +110,7 @@ def test_a_run_that_lost_its_last_state_does_not_begin_anew(text_file: Path, run
     for name in ("last", "last.previous"):
         shutil.rmtree(run / name)
     before = (run / "best" / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="has a best checkpoint and no last one"):
+    with pytest.raises(UserError, match="has a best checkpoint but no last one"):
         train(
             str(text_file), model_config=SMALL, train_config=QUICK, out=run, resume=True, quiet=True
         )
@@ -289,7 +289,8 @@ def test_a_damaged_checkpoint_does_not_outlive_the_whole_one_before(run: Path) -
     shutil.copytree(run / "last", run / "last.previous", dirs_exist_ok=True)
     whole = (run / "last.previous" / "model.safetensors").read_bytes()
     (run / "last" / "model.safetensors").write_bytes(whole[:-1] + b"?")
-    finish_save(run, "last")
+    with pytest.warns(RunWarning, match=r"last is damaged .* the one before"):
+        recover(run, "last")
     assert (run / "last" / "model.safetensors").read_bytes() == whole
     assert not (run / "last.previous").exists()
 
@@ -379,12 +380,12 @@ def test_weights_that_are_no_numbers_are_not_saved(
 def test_a_step_that_fails_again_and_again_keeps_what_was_before_it(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, loss = tmp_path / "run", training._micro_loss
+    run, loss = tmp_path / "run", Trainer.loss
 
-    def poison(trainer: Trainer, micro_step: int) -> Any:
-        return loss(trainer, micro_step) * (torch.nan if trainer.state.step == 7 else 1)
+    def poison(trainer: Trainer, *batch: Any) -> Any:
+        return loss(trainer, *batch) * (torch.nan if trainer.state.step == 7 else 1)
 
-    monkeypatch.setattr(training, "_micro_loss", poison)
+    monkeypatch.setattr(Trainer, "loss", poison)
     for resume in (False, True, True):
         with pytest.raises(TrainingError, match=r"step 8 stopped before its update"):
             train(
@@ -420,7 +421,7 @@ def test_a_gradient_much_longer_than_usual_is_told(
         for step in range(12):
             scale = 50.0 if step in (2, 8) else 1.0
             hook = trainer.model.final_norm.weight.register_hook(lambda g, s=scale: g * s * s)
-            training._timed_step(trainer, reporter)
+            training._step(trainer, reporter)
             hook.remove()
     assert len(told) == 1  # what is usual was not known at step 3
     assert told[0].startswith("step 9: the gradient's norm is ")

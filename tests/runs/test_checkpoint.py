@@ -197,9 +197,11 @@ def test_optimizer_state_survives_the_round_trip(name: Any, entry: str) -> None:
 
 
 def test_errors_say_what_is_wrong_with_a_folder(tmp_path: Path, run: Path) -> None:
-    with pytest.raises(UserError, match="nowhere does not exist, so it is no run: give the folder"):
+    with pytest.raises(
+        UserError, match="nowhere does not exist, so it is not a run: give the folder"
+    ):
         load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no config.json, so it is no run"):
+    with pytest.raises(UserError, match="has no config.json, so it is not a run"):
         load(tmp_path)
     whole = (run / "config.json").read_text()
     config = json.loads(whole)

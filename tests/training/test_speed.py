@@ -12,21 +12,23 @@ import pytest
 import torch
 from conftest import QUICK, SMALL
 
+import chargpt.training.plan
 from chargpt.base.errors import UserError
 from chargpt.compute import native
 from chargpt.compute.fast_layers import FAST, FastCausalSelfAttention, set_attention
 from chargpt.compute.native import Kernels, KernelsError, library_path
 from chargpt.compute.parallel import ParallelChoice
-from chargpt.config import DataConfig, GPT2Config, TrainConfig
+from chargpt.config import DataConfig, GPT2Config
 from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.train import train_step
 from chargpt.training import speed
 from chargpt.training.plan import make_plan
 from chargpt.training.speed import (
+    SpeedChoices,
+    accelerate,
     choose_attention,
     choose_kernels,
     keep_memory,
-    prepare,
 )
 from chargpt.training.trainer import Trainer
 
@@ -200,16 +202,18 @@ def test_memory_is_kept_where_the_c_library_can_be_told(monkeypatch: pytest.Monk
 def trainer_for(
     text_file: Path, out: Path, model: GPT2Config = SMALL, **setting: Any
 ) -> tuple[Trainer, list[str]]:
-    """Return a trainer, and what `prepare` is going to say."""
-    config: TrainConfig = QUICK.replace(**setting)
-    plan = make_plan(
-        [str(text_file)],
-        model_config=model.replace(dropout=0.0),
-        train_config=config,
-        data_config=DataConfig(),
-        out=out,
-        resuming=False,
-    )
+    """Return a trainer that was not accelerated yet, and a list for the lines of `accelerate`."""
+    plain = SpeedChoices(kernels="off", attention="matmul", compiled=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chargpt.training.plan, "accelerate", lambda trainer, report: plain)
+        plan = make_plan(
+            [str(text_file)],
+            model_config=model.replace(dropout=0.0),
+            train_config=QUICK.replace(**setting),
+            data_config=DataConfig(),
+            out=out,
+            resuming=False,
+        )
     return plan.trainer, []
 
 
@@ -227,7 +231,7 @@ def test_three_lines_say_how_a_model_computes(
     wide = SMALL.replace(d_model=32)
     trainer, said = trainer_for(text_file, tmp_path, wide, kernels=kernels)
     on = kernels == "auto"
-    prepare(trainer, said.append)
+    accelerate(trainer, said.append)
     assert [line[:11] for line in said] == ["kernels    ", "attention  ", "compile    "]
     assert said[0].startswith("kernels    on (compiled" if on else "kernels    off (asked for)")
     assert said[1].startswith(f"attention  {'native' if on else 'matmul'} (the fastest")
@@ -246,7 +250,7 @@ def test_the_seconds_of_preparation_are_a_part_of_training(
     trainer.state.train_seconds, trainer.state.compile_seconds = 100.0, 7.0
     times = iter([50.0, 53.5])
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(times))
-    prepare(trainer, said.append)
+    accelerate(trainer, said.append)
     assert trainer.state.compile_seconds == 10.5
     assert trainer.state.train_seconds == 103.5
 
@@ -257,8 +261,8 @@ def test_kernels_that_fail_leave_a_model_that_learns(
     trainer, said = trainer_for(text_file, tmp_path / "a")
     twin, _ = trainer_for(text_file, tmp_path / "b", kernels="off")
     offer(monkeypatch, problem="no c++")
-    prepare(trainer, said.append)
-    prepare(twin, said.append)
+    accelerate(trainer, said.append)
+    accelerate(twin, said.append)
     assert said[0] == "kernels    off (they cannot be compiled here: no c++)"
     assert said[1].startswith("attention  matmul")
     assert not is_fast(trainer.model)
@@ -271,10 +275,10 @@ def test_kernels_that_were_asked_for_and_fail_are_an_error(
     trainer, said = trainer_for(text_file, tmp_path, kernels="on")
     offer(monkeypatch, problem="no c++")
     with pytest.raises(UserError, match="kernels is 'on', but they cannot be compiled here: no c"):
-        prepare(trainer, said.append)
+        accelerate(trainer, said.append)
     trainer, said = trainer_for(text_file, tmp_path, kernels="on", compile="on")
     with pytest.raises(UserError, match=r"kernels is 'on', but torch\.compile makes its own"):
-        prepare(trainer, said.append)
+        accelerate(trainer, said.append)
     assert said == []
 
 
@@ -294,7 +298,7 @@ def test_a_model_that_compiles_is_called_compiled(
     trainer, said = trainer_for(text_file, tmp_path, compile="on")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     monkeypatch.setattr(torch, "compile", compiled)
-    prepare(trainer, said.append)
+    accelerate(trainer, said.append)
     assert said[0] == "kernels    off (torch.compile makes its own)"
     assert said[2] == "compile    on (asked for)"
     assert len(calls) == 1
@@ -319,7 +323,7 @@ def test_a_trial_that_runs_out_of_memory_is_no_failure_of_the_compiler(
     trainer, said = trainer_for(text_file, tmp_path, compile="on")
     monkeypatch.setattr(torch, "compile", compiled)
     with pytest.raises(torch.OutOfMemoryError):
-        prepare(trainer, said.append)
+        accelerate(trainer, said.append)
 
 
 def test_several_gpus_are_not_compiled(
@@ -328,7 +332,7 @@ def test_several_gpus_are_not_compiled(
     trainer, said = trainer_for(text_file, tmp_path, compile="on", kernels="off")
     trainer.parallel = ParallelChoice([0, 1], "two GPUs")
     monkeypatch.setattr(torch, "compile", lambda _: pytest.fail("compiled"))
-    prepare(trainer, said.append)
+    accelerate(trainer, said.append)
     assert said[2] == "compile    off (not over several GPUs in one process)"
 
 
