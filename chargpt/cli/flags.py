@@ -185,11 +185,7 @@ def merge_settings(
 
 
 def preset_configs(name: str) -> dict[str, Any]:
-    """Return a preset's configurations, by the names of `CONFIG_CLASSES`.
-
-    Raises:
-        UserError: an unknown preset.
-    """
+    """Return a preset's configurations, by the names of `CONFIG_CLASSES`."""
     check_names([name], PRESETS)
     chosen = PRESETS[name]()
     return {

@@ -170,13 +170,6 @@ def test_train_sample_and_eval_end_to_end(chargpt: Any) -> None:
     assert (card["n_tokens"], card["baselines"]) == (3000, {})
 
 
-def test_a_second_run_gets_a_folder_of_its_own(chargpt: Any) -> None:
-    write("text.txt", words(3000))
-    for expected in ("text", "text-2", "text-3"):
-        assert chargpt("train", "text.txt", *SHORT).code == 0
-        assert Path("runs", expected, "summary.json").exists()
-
-
 def test_a_named_folder_is_never_overwritten(chargpt: Any) -> None:
     write("text.txt", words(3000))
     assert chargpt("train", "text.txt", "--out", "mine", *SHORT).code == 0
