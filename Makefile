@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS   ?=
-# The files of short tests that docs/reliability.md rests on; `make test` runs them, too.
+# Short tests of the promises in docs/reliability.md; `make test` runs them, too.
 PROMISES := tests/runs tests/reliability
 
 .PHONY: train test test-slow test-reliability check clean
@@ -13,7 +13,7 @@ PROMISES := tests/runs tests/reliability
 train: $(VENV)/installed
 	$(BIN)/chargpt train $(if $(filter --resume,$(subst --resume auto,,$(ARGS))),,--preset speedrun) $(ARGS)
 
-# One thread a process: the models are tiny, and two processes share two cores.
+# One thread per process: the models are tiny, and two processes share two cores.
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not reliability" $(ARGS)
 

@@ -37,7 +37,7 @@ import chargpt
 from chargpt.base import files as durable
 from chargpt.base.errors import UserError
 from chargpt.base.seeding import own_random_state
-from chargpt.cli.flags import preset
+from chargpt.cli.flags import preset_configs
 from chargpt.compute.device import cpu_name, describe_device, synchronize
 from chargpt.compute.optimizers import schedule
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
@@ -105,7 +105,7 @@ def as_preset(name: str) -> Preset:
     Raises:
         UserError: there is no such preset.
     """
-    preset(name)  # checks the name
+    preset_configs(name)  # checks the name
     return PRESETS[name]()
 
 

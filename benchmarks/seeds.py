@@ -28,7 +28,7 @@ import chargpt
 from chargpt.base import files as durable
 from chargpt.base.checks import check_names
 from chargpt.base.errors import UserError
-from chargpt.cli.flags import RUN_CONFIGS, preset, resolve, saved
+from chargpt.cli.flags import CONFIG_CLASSES, merge_settings, preset_configs, saved_configs
 from chargpt.compute.device import PrecisionChoice, choose_device, cpu_name
 from chargpt.config import PRESETS
 from chargpt.data.corpus import load_corpus
@@ -86,7 +86,7 @@ def run_seeds(given: argparse.Namespace) -> None:
         SystemExit: a run was interrupted.
     """
     changes = parse_settings(given.set)
-    configs = resolve(preset(given.preset), {}, changes)
+    configs = merge_settings(preset_configs(given.preset), {}, changes)
     validation = load_corpus(given.text, configs["data_config"]).validation
     rows: list[Row] = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):
@@ -127,7 +127,7 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
             settings[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             settings[name] = value
-    check_names(settings, [field.name for cls in RUN_CONFIGS.values() for field in fields(cls)])
+    check_names(settings, [field.name for cls in CONFIG_CLASSES.values() for field in fields(cls)])
     return settings
 
 
@@ -142,7 +142,7 @@ def train_seed(run: Path, texts: Sequence[str], configs: Mapping[str, Any]) -> N
         SystemExit: it was interrupted.
     """
     if _is_finished(run):
-        old, sources = saved(run)
+        old, sources = saved_configs(run)
         shape = configs["model_config"].replace(vocab_size=old["model_config"].vocab_size)
         if old != {**configs, "model_config": shape} or sources != tuple(texts):
             raise UserError(f"{run} was trained with other settings: give another --out")
@@ -173,7 +173,7 @@ def score_run(run: Path, validation: Any, target: float) -> Row:
         target: loss over the whole validation part.
     """
     summary = _summary(run)
-    device = choose_device(saved(run)[0]["train_config"].device).device
+    device = choose_device(saved_configs(run)[0]["train_config"].device).device
     autocast = PrecisionChoice(summary["precision"], "as trained").autocast(device)
     best = run_folder.load(run, which="best", device=device).model
     last = run_folder.load(run, which="last", device=device).model

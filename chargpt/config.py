@@ -274,12 +274,6 @@ class SampleConfig:
         return dataclasses.replace(self, **changes)
 
 
-def check_sampling(config: Any) -> None:
-    """Check the fields of another class that have the names of `SampleConfig`'s fields."""
-    names = [f.name for f in dataclasses.fields(config) if hasattr(SampleConfig, f.name)]
-    SampleConfig(**{name: getattr(config, name) for name in names})
-
-
 # --- presets: each is complete, so that editing one leaves the others alone
 
 

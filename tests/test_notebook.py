@@ -1,4 +1,4 @@
-"""gpt2.ipynb runs from top to bottom, and the copy in the repository shows what it gives."""
+"""gpt2.ipynb runs from top to bottom, and the committed copy shows a complete run."""
 
 import math
 import os
@@ -45,7 +45,7 @@ def with_picture(cells: dict[str, Any]) -> list[str]:
     ]
 
 
-def with_complaint(cells: dict[str, Any]) -> list[str]:
+def with_errors(cells: dict[str, Any]) -> list[str]:
     return [
         name
         for name, cell in cells.items()
@@ -54,8 +54,8 @@ def with_complaint(cells: dict[str, Any]) -> list[str]:
     ]
 
 
-def text_at_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the notebook's own text where no network is needed for it, else a made-up play."""
+def available_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return Tiny Shakespeare if it needs no network, else the path of a generated play."""
     for network in ("download", "package index"):
         monkeypatch.delitem(datasets.SOURCES, network)
     try:
@@ -71,7 +71,7 @@ def text_at_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def execute(notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run all cells in `folder`, in this Python, whatever kernels and settings the user has."""
+    """Run all cells in `folder` with this Python; the user's kernels and settings do not matter."""
     kernelspec.write_kernel_spec(folder / "jupyter" / "kernels" / "this-python")
     monkeypatch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
@@ -87,18 +87,18 @@ def execute(notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = text_at_hand(tmp_path, monkeypatch)
+    text = available_text(tmp_path, monkeypatch)
     notebook = read_notebook()
     cells = code_cells(notebook)
     parameters = {"TEXT": text, "PROMPT": PROMPT, "MINUTES": 0.02}
     names = re.findall(r"^(\w+) = ", cells["parameters"].source, flags=re.MULTILINE)
-    assert names == list(parameters), "the test must replace every parameter, and no other"
+    assert names == list(parameters), "the test replaces exactly the notebook's parameters"
     cells["parameters"].source = "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
 
     execute(notebook, tmp_path, monkeypatch)
 
     assert with_picture(cells) == PICTURES
-    assert with_complaint(cells) == []
+    assert with_errors(cells) == []
     for by_hand in ("tokenizer", "attention", "block", "gpt2"):
         assert printed(cells[by_hand]).rstrip().endswith(": True"), by_hand
     untrained = re.search(
@@ -122,11 +122,11 @@ def test_committed_copy_shows_a_whole_run() -> None:
     cells = code_cells(read_notebook())
     assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1))
     assert with_picture(cells) == PICTURES
-    assert with_complaint(cells) == []
+    assert with_errors(cells) == []
     assert printed(cells["verdict"]).startswith("val ")
 
 
-def test_committed_copy_is_small_and_names_no_folder_of_its_author() -> None:
+def test_committed_copy_is_small_and_has_no_local_paths() -> None:
     content = NOTEBOOK.read_text(encoding="utf-8")
     assert len(content) < 400_000
     found = re.search(r"(/home/|/Users/|/root/|/tmp/|/work/|\b[A-Z]:\\\\)[\w.-]*", content)

@@ -1,4 +1,4 @@
-"""The commands and code of the documents run as they stand, only shorter."""
+"""The commands and code in README.md and docs/generation.md run; only budgets are shortened."""
 
 import io
 import re
@@ -22,7 +22,7 @@ def blocks(language: str, document: Path = README) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the README speaks of, and a short Tiny Shakespeare."""
+    """A folder with the files that README.md names, and a short Tiny Shakespeare."""
     monkeypatch.chdir(tmp_path)
     text = "Once upon a time\n" + words(5000)
     Path("my.txt").write_text(text)
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shortened(command: str) -> list[str]:
-    """Replace the budget of a training command by two small steps, and measure little."""
+    """Replace the budget of a command by a small one: two steps, few characters, short rounds."""
     arguments = shlex.split(command, comments=True)[1:]
     if arguments[0] == "bench":
         small = "--n-layer 1 --n-head 1 --d-model 16 --block-size 16 --batch-size 1"

@@ -1,4 +1,4 @@
-"""The command line: a file for each command, and what they share.
+"""The command line: one file per command, and what the commands share.
 
 May import: everything.
 """

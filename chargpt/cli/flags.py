@@ -1,8 +1,8 @@
-"""Command-line flags and configuration files, derived from the dataclasses of ``config``.
+"""Command-line flags and TOML settings, derived from the dataclasses of ``chargpt.config``.
 
-A field is a flag: name, type, choices and help text come from the field and the sentence under it,
-so that a default exists once. A flag that is not given is absent, which is what lets a preset, a
-file and the flags lie over one another.
+Each field is a flag: name, type, choices and help text come from the field and its docstring, so
+that a default is written once. A flag that is not given is absent from the result. That is how
+flags override a TOML file, and the file a preset.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import tomllib
@@ -22,11 +21,11 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
-from chargpt.base.checks import check_names
+from chargpt.base.checks import check_names, did_you_mean
 from chargpt.base.errors import UserError
 from chargpt.config import BUDGETS, PRESETS, DataConfig, GPT2Config, TrainConfig
 
-RUN_CONFIGS = {
+CONFIG_CLASSES = {
     "model_config": GPT2Config,
     "train_config": TrainConfig,
     "data_config": DataConfig,
@@ -34,7 +33,7 @@ RUN_CONFIGS = {
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the sentence under each field of a dataclass."""
+    """Return the docstring under each field of a dataclass, by field name."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -47,23 +46,21 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def spell_out(
-    arguments: Sequence[str], flag: str, values: Sequence[str], implied: str
-) -> list[str]:
-    """Give a flag that stands alone the value that it implies, which tyro cannot."""
+def complete_resume(arguments: Sequence[str]) -> list[str]:
+    """Turn a ``--resume`` without a value into ``--resume=yes``; tyro has no optional values."""
     following = [*arguments[1:], ""]
     return [
-        f"{flag}={implied}" if argument == flag and after not in values else argument
+        "--resume=yes" if argument == "--resume" and after != "auto" else argument
         for argument, after in zip(arguments, following, strict=True)
     ]
 
 
 def optional_flags(cls: type, shown: Mapping[str, Any], *, without: Sequence[str] = ()) -> Any:
-    """Return a type for tyro with a flag for each field of a dataclass, none of them required.
+    """Return a tyro type with one optional flag per field of a dataclass.
 
     Args:
         cls: the dataclass.
-        shown: what the help says is there without the flag, by field name.
+        shown: defaults that help shows, by field name.
         without: fields that get no flag.
     """
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
@@ -71,34 +68,35 @@ def optional_flags(cls: type, shown: Mapping[str, Any], *, without: Sequence[str
     for field in (field for field in dataclasses.fields(cls) if field.name not in without):
         hint = _without_none(hints[field.name])
         default = shown.get(field.name)
-        said = f"({default!r})" if isinstance(default, str) else f"({default})"
-        empty = default is None or default == ()
+        hidden = default is None or default == ()
+        text = repr(default) if isinstance(default, str) else str(default)
         argument = tyro.conf.arg(
-            help=docs[field.name].replace("%", "%%"), help_behavior_hint="" if empty else said
+            help=docs[field.name].replace("%", "%%"),
+            help_behavior_hint="" if hidden else f"({text})",
         )
         flags[field.name] = Annotated[hint, argument]
-    make: Any = TypedDict  # its functional form with computed fields is beyond type checkers
+    make: Any = TypedDict  # type checkers reject computed fields
     return Annotated[make(cls.__name__, flags, total=False), tyro.conf.OmitArgPrefixes]
 
 
 def _without_none(hint: Any) -> Any:
-    """Turn ``int | None`` into ``int``: a flag that is absent says None."""
+    """Turn ``int | None`` into ``int``: an absent flag means None."""
     if typing.get_origin(hint) is not types.UnionType:
         return hint
     return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
 
 
 def parse(commands: Mapping[str, Any], arguments: Sequence[str]) -> Any:
-    """Parse a command line into an instance of one of the `commands`.
+    """Parse a command line into an instance of one of the `commands`, dataclasses by verb.
 
     ``--help`` prints and exits with 0.
 
     Raises:
-        UserError: anything that does not parse, in one line, with the nearest flag or choice.
+        UserError: the line does not parse; the message names the nearest flag or choice.
     """
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             return tyro.extras.subcommand_cli_from_dict(
                 dict(commands),
                 prog="chargpt",
@@ -110,36 +108,39 @@ def parse(commands: Mapping[str, Any], arguments: Sequence[str]) -> Any:
         if not stop.code:
             raise
         verb = arguments[0] if arguments and arguments[0] in commands else ""
-        raise UserError(_one_line(said.getvalue(), verb, commands, arguments)) from stop
+        raise UserError(_parse_error(printed.getvalue(), verb, commands, arguments)) from stop
 
 
-def _one_line(box: str, verb: str, commands: Mapping[str, Any], arguments: Sequence[str]) -> str:
-    """Turn tyro's framed message into one line: what is wrong, and what to do."""
-    # A title, then paragraphs between rules; frames and rules are plain dashes on a plain terminal.
+def _parse_error(box: str, verb: str, commands: Mapping[str, Any], arguments: Sequence[str]) -> str:
+    """Turn tyro's framed message into one line: the mistake and the remedy."""
+    if not verb:
+        return _command_error(arguments[0] if arguments else "", commands)
+    # The box has a title and paragraphs between rules. A plain terminal gets dashes for frames.
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     lines = ["" if set(line) <= set("─-╰╯+") else line for line in lines]
     lines = lines[next((i for i, line in enumerate(lines) if line), 0) :]
     end = lines.index("") if "" in lines else len(lines)
     message = " ".join(lines[:end]).rstrip(".")
-    if not verb:
-        word = arguments[0] if arguments else ""
-        near = difflib.get_close_matches(word, commands, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(commands)}"
-        return f"unknown command {word!r}: {remedy}" if word else f"no command: {remedy}"
     suggested = [line.split()[0] for line in lines[end:] if line.startswith("--")]
     if "Perhaps you meant" in box and suggested:
         return f"{message}: did you mean {suggested[0]}?"
     return f"{message}: see chargpt {verb} --help"
 
 
+def _command_error(word: str, commands: Mapping[str, Any]) -> str:
+    if word:
+        return f"unknown command {word!r}{did_you_mean(word, commands)}"
+    return f"no command: give one of {', '.join(commands)}"
+
+
 # --- preset < file < flags
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the settings of a TOML file by name; tables such as [model] are only for the reader.
+    """Return the settings of a TOML file by field name; table headers such as [model] are ignored.
 
     Raises:
-        UserError: the file is missing, is not TOML, or has a setting that there is not.
+        UserError: the file is missing, is not TOML, or has an unknown setting.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -153,44 +154,38 @@ def read_toml(path: Path) -> dict[str, Any]:
     for name, value in values.items():
         flat |= value if isinstance(value, dict) else {name: value}
     try:
-        check_names(flat, ["preset", *_fields()])
+        fields = [f.name for cls in CONFIG_CLASSES.values() for f in dataclasses.fields(cls)]
+        check_names(flat, ["preset", *fields])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return flat
 
 
-def resolve(
-    base: Mapping[str, Any], file: Mapping[str, Any], flags: Mapping[str, Any]
+def merge_settings(
+    configs: Mapping[str, Any], file: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Lay a file and flags over configurations.
+    """Return configurations with the settings of a file and of flags applied.
 
     Args:
-        base: a configuration for each name in `RUN_CONFIGS`.
+        configs: one configuration for each name in `CONFIG_CLASSES`.
         file: settings by field name.
-        flags: settings by field name; these win. A budget here displaces another one there.
-
-    Returns:
-        The configurations, by the names of `base`.
+        flags: settings by field name; they override the file, and a budget here any budget there.
 
     Raises:
         UserError: a value of the wrong type or range.
     """
     if flags.keys() & set(BUDGETS):
         file = {name: value for name, value in file.items() if name not in BUDGETS}
-    changes = {**file, **flags}
-    resolved: dict[str, Any] = {}
-    for part, config in base.items():
-        own = {name: changes[name] for name in changes if hasattr(config, name)}
-        resolved[part] = config.replace(**own) if own else config
-    return resolved
+    settings = {**file, **flags}
+    merged: dict[str, Any] = {}
+    for name, config in configs.items():
+        own = {field: value for field, value in settings.items() if hasattr(config, field)}
+        merged[name] = config.replace(**own) if own else config
+    return merged
 
 
-def preset(name: str) -> dict[str, Any]:
-    """Return the configurations of a preset, by the names of `RUN_CONFIGS`.
-
-    Raises:
-        UserError: there is no such preset.
-    """
+def preset_configs(name: str) -> dict[str, Any]:
+    """Return a preset's configurations, by the names of `CONFIG_CLASSES`."""
     check_names([name], PRESETS)
     chosen = PRESETS[name]()
     return {
@@ -200,20 +195,16 @@ def preset(name: str) -> dict[str, Any]:
     }
 
 
-def saved(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the configurations of a run, by the names of `RUN_CONFIGS`, and its texts.
+def saved_configs(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a run's configurations, by the names of `CONFIG_CLASSES`, and its texts.
 
     Raises:
-        UserError: the run is damaged, or of another format.
+        UserError: the run is damaged or has another format.
     """
-    from chargpt.runs.folder import read_config, text_sources  # here, for help without torch
+    from chargpt.runs.folder import read_config, text_sources  # here: help must not import torch
 
     config = read_config(run)
-    # The vocabulary follows the text, which is compared with the run's.
-    configs = {name: getattr(config, name) for name in RUN_CONFIGS}
+    configs = {name: getattr(config, name) for name in CONFIG_CLASSES}
+    # 0 takes the vocabulary from the text, and the text must be the run's.
     configs["model_config"] = config.model_config.replace(vocab_size=0)
     return configs, text_sources(config)
-
-
-def _fields() -> list[str]:
-    return [field.name for cls in RUN_CONFIGS.values() for field in dataclasses.fields(cls)]

@@ -1,19 +1,16 @@
-"""``chargpt novelty``: how much of what a model writes is copied from its training text."""
+"""``chargpt novelty``: how much of a model's text is copied from its training text."""
 
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from chargpt.base.checks import from_dict
-from chargpt.cli import flags
-from chargpt.cli.shared import RunFolder, arg
-from chargpt.config import CheckpointName, Device, SampleConfig
+from chargpt.cli import flags, shared
+from chargpt.cli.shared import flag
+from chargpt.config import SampleConfig
 
 SHOWN = SampleConfig(num_samples=100, max_new_tokens=1000, echo=False)
 UNUSED = ("stop", "logit_bias", "echo", "prompt", "unknown")
@@ -21,27 +18,20 @@ UNUSED = ("stop", "logit_bias", "echo", "prompt", "unknown")
 
 def make_flags(_: str) -> type:
     """Return the flags of ``novelty`` as a dataclass."""
-    samples_help = "What the model wrote, a file of `chargpt sample`; without it the model writes."
-    encoding_help = "Of the samples. (utf-8)"
+    samples_help = "A file that `chargpt sample` wrote; without it the model writes now."
     settings = flags.optional_flags(SampleConfig, asdict(SHOWN), without=UNUSED)
-    command = make_dataclass(
-        "Novelty",
+    return shared.flags_class(
+        "Print how much of a model's text is copied from its training text, and the same for real "
+        "text that the model has not seen.",
         [
-            ("run", RunFolder),
+            shared.RUN,
             ("sampling", settings, field(default_factory=dict)),
-            ("samples", Annotated[Path | None, arg(samples_help, "FILE")], None),
-            ("encoding", Annotated[str, arg(encoding_help, "NAME")], "utf-8"),
-            ("which", Annotated[CheckpointName, tyro.conf.arg(help="Which checkpoint.")], "best"),
-            ("device", Annotated[Device, tyro.conf.arg(help="Where to compute.")], "auto"),
-            ("json", Annotated[bool, arg("Print one JSON object instead of a table.")], False),
+            flag("samples", Path | None, None, samples_help, "FILE"),
+            flag("encoding", str, "utf-8", "Encoding of the samples. (utf-8)", "NAME"),
+            *shared.MODEL_FLAGS,
+            shared.JSON_FLAG,
         ],
-        frozen=True,
     )
-    command.__doc__ = (
-        "Tell how much of a model's text is copied from its training text, beside how much of real "
-        "text that it has not seen is."
-    )
-    return command
 
 
 def run(command: Any) -> int:
@@ -50,9 +40,13 @@ def run(command: Any) -> int:
 
     from chargpt.measure.novelty import novelty_of_run, novelty_table
 
-    samples = () if command.samples is not None else _written(command, config)
+    samples = () if command.samples is not None else _write_samples(command, config)
     novelty = novelty_of_run(
-        command.run, command.samples, samples=samples, encoding=command.encoding
+        command.run,
+        command.samples,
+        samples=samples,
+        encoding=command.encoding,
+        report=shared.print_progress,
     )
     if command.json:
         print(json.dumps({**asdict(novelty), "verdict": novelty.verdict}))
@@ -61,13 +55,10 @@ def run(command: Any) -> int:
     return 0
 
 
-def _written(command: Any, config: SampleConfig) -> list[str]:
-    from chargpt.compute.device import choose_device
+def _write_samples(command: Any, config: SampleConfig) -> list[str]:
     from chargpt.generate import complete
-    from chargpt.runs.folder import load
 
-    device = choose_device(command.device).device
-    model, tokenizer = load(command.run, which=command.which, device=device)
+    model, tokenizer = shared.load_model(command)
     n, length = config.num_samples, config.max_new_tokens
-    print(f"writing {n:,} texts of at most {length:,} characters", file=sys.stderr)
+    shared.print_progress(f"writing {n:,} texts of at most {length:,} characters")
     return [completion.text for completion in complete(model, tokenizer, [""], config)]

@@ -1,22 +1,24 @@
-"""``chargpt sample``: text written with a trained model, or a text coloured by its surprise."""
+"""``chargpt sample``: writes text with a trained model, or colours a text by its surprise."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
 import tyro
 
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
-from chargpt.base.terminal import for_stream, visible
-from chargpt.cli import flags
-from chargpt.cli.shared import RunFolder, arg, unescaped
-from chargpt.config import CheckpointName, Device, OnOffAuto, SampleConfig
+from chargpt.base.files import replacing
+from chargpt.base.terminal import for_stream
+from chargpt.cli import flags, shared
+from chargpt.cli.shared import flag, unescaped
+from chargpt.config import OnOffAuto, SampleConfig
 
 REPEATED = ("stop", "logit_bias")
 
@@ -26,60 +28,49 @@ def make_flags(_: str) -> type:
     docs = flags.field_docs(SampleConfig)
     settings = flags.optional_flags(SampleConfig, asdict(SampleConfig()), without=REPEATED)
     repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
-    file_help = "Read the prompt from a file as it is; - is standard input."
-    out_help = "Write to a file instead of the terminal."
-    talk_help = "Type a line, the model goes on; Ctrl-C ends a text, Ctrl-D leaves."
+    file_help = "Read the prompt from a file, unchanged; - is standard input."
+    interactive_help = (
+        "Type a line, and the model continues it; Ctrl-C ends a text, Ctrl-D ends the program."
+    )
     surprise_help = (
-        "Write nothing new: show a text coloured by how unexpected the model finds each character; "
+        "Write no new text: show a text coloured by how unexpected each character is to the model; "
         "as a web page with --out PAGE.html."
     )
     stride_help = (
-        "Of --surprise: characters are predicted from at least block_size - stride others; 1 is "
+        "For --surprise: predict each character from at least block_size - stride others; 1 is "
         "best and slowest. (half of block_size)"
     )
-    kernels_help = "C++ kernels for a CPU; auto is on where they work (Linux). (auto)"
-    command = make_dataclass(
-        "Sample",
+    kernels_help = "C++ kernels for a CPU; auto turns them on where they work (Linux). (auto)"
+    return shared.flags_class(
+        "Write text with a trained model.",
         [
-            ("run", RunFolder),
+            shared.RUN,
             ("sampling", settings, field(default_factory=dict)),
-            ("stop", Annotated[repeated, arg(docs["stop"])], ()),
-            ("logit_bias", Annotated[repeated, arg(docs["logit_bias"], "CHARACTER=NUMBER")], ()),
-            ("prompt_file", Annotated[str | None, arg(file_help, "FILE")], None),
-            ("out", Annotated[Path | None, arg(out_help, "FILE")], None),
-            ("interactive", Annotated[bool, arg(talk_help)], False),
-            ("surprise", Annotated[str | None, arg(surprise_help, "FILE")], None),
-            ("stride", Annotated[int | None, arg(stride_help, "INT")], None),
-            ("which", Annotated[CheckpointName, tyro.conf.arg(help="Which checkpoint.")], "best"),
-            ("device", Annotated[Device, tyro.conf.arg(help="Where to compute.")], "auto"),
-            ("kernels", Annotated[OnOffAuto, arg(kernels_help)], "auto"),
+            flag("stop", repeated, (), docs["stop"]),
+            flag("logit_bias", repeated, (), docs["logit_bias"], "CHARACTER=NUMBER"),
+            flag("prompt_file", str | None, None, file_help, "FILE"),
+            flag("out", Path | None, None, "Write to a file instead of the terminal.", "FILE"),
+            flag("interactive", bool, False, interactive_help),
+            flag("surprise", str | None, None, surprise_help, "FILE"),
+            flag("stride", int | None, None, stride_help, "INT"),
+            *shared.MODEL_FLAGS,
+            flag("kernels", OnOffAuto, "auto", kernels_help),
         ],
-        frozen=True,
     )
-    command.__doc__ = "Write text with a trained model."
-    return command
 
 
 def run(command: Any) -> int:
-    """Write samples, talk, or show surprise; return the exit code."""
+    """Write samples, continue typed lines, or show surprise; return the exit code."""
     _check(command)
-    given = {**command.sampling, "stop": command.stop, "logit_bias": _biases(command.logit_bias)}
-    if command.prompt_file is not None:
-        given["prompt"] = _read(command.prompt_file)
-    config = from_dict(SampleConfig, given)
+    config = from_dict(SampleConfig, _given(command))
     text = None if command.surprise is None else _read(command.surprise)
-
-    from chargpt.compute.device import choose_device
-    from chargpt.runs.folder import load
-
-    device = choose_device(command.device).device
-    model, tokenizer = load(command.run, which=command.which, device=device)
+    model, tokenizer = shared.load_model(command)
     if text is not None:
         _show_surprise(command, model, tokenizer, text, config)
     elif command.interactive:
         _talk(model, tokenizer, config, command.kernels)
     else:
-        with _opened(command.out) as file:
+        with _output(command.out) as file:
             _print_samples(model, tokenizer, config, command.kernels, file)
     return 0
 
@@ -88,11 +79,7 @@ def run(command: Any) -> int:
 
 
 def _check(command: Any) -> None:
-    """Refuse flags that exclude each other.
-
-    Raises:
-        UserError: naming the two.
-    """
+    """Refuse flags that exclude each other."""
     ways = {
         "--interactive": command.interactive,
         "--surprise": command.surprise is not None,
@@ -105,28 +92,30 @@ def _check(command: Any) -> None:
     if command.interactive and command.out is not None:
         raise UserError("--interactive and --out exclude each other: give one")
     if command.stride is not None and command.surprise is None:
-        raise UserError("--stride belongs to --surprise: give that, too")
-    if command.surprise is not None and command.out is not None:
-        page = command.out.suffix.lower() in (".html", ".htm")
-        if not page:
-            raise UserError(f"--out is {command.out}: surprise is kept as a page, give NAME.html")
+        raise UserError("--stride works only with --surprise: give that, too")
+    page = command.out is None or command.out.suffix.lower() in (".html", ".htm")
+    if command.surprise is not None and not page:
+        raise UserError(f"--out is {command.out}: --surprise writes a web page, give NAME.html")
 
 
-def _biases(given: Sequence[str]) -> dict[str, float]:
-    biases: dict[str, float] = {}
-    for word in given:
+def _given(command: Any) -> dict[str, Any]:
+    """Return the fields of `SampleConfig` that the command sets."""
+    given = {**command.sampling, "stop": tuple(unescaped(stop) for stop in command.stop)}
+    given["logit_bias"] = {}
+    for word in command.logit_bias:
         character, _, number = word.rpartition("=")
         try:
-            biases[unescaped(character)] = float(number)
+            given["logit_bias"][unescaped(character)] = float(number)
         except ValueError as error:
-            raise UserError(
-                f"--logit-bias is {word!r}: give CHARACTER=NUMBER, e.g. e=-2"
-            ) from error
-    return biases
+            remedy = "give CHARACTER=NUMBER, e.g. e=-2"
+            raise UserError(f"--logit-bias is {word!r}: {remedy}") from error
+    if command.prompt_file is not None:
+        given["prompt"] = _read(command.prompt_file)
+    return given
 
 
 def _read(name: str) -> str:
-    """Return a file's text, or that of standard input, as it is."""
+    """Return the text of a file, or of standard input, unchanged."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode("utf-8-sig")
@@ -137,72 +126,69 @@ def _read(name: str) -> str:
 
 
 @contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO]:
-    """Yield where to write; a file appears only when it is whole."""
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """Yield the stream to write to: stdout, or a file that appears only when it is complete."""
     if path is None:
         yield sys.stdout
         return
-    half = path.with_name(f".{path.name}.half")
     try:
-        half.unlink(missing_ok=True)
-        with half.open("x", encoding="utf-8", errors="replace", newline="") as file:
+        if path.exists() and not path.is_file():  # a device or a FIFO: write into it
+            with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
+                yield file
+            return
+        target = Path(os.path.realpath(path))  # a link stays a link
+        with (
+            replacing(target) as part,
+            part.open("x", encoding="utf-8", errors="replace", newline="") as file,
+        ):
             yield file
-        half.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give --out FILE") from error
-    finally:
-        with suppress(OSError):
-            half.unlink(missing_ok=True)
 
 
-# --- what is done
+# --- what it does
 
 
 def _print_samples(
     model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto, file: TextIO
 ) -> None:
-    """Print all samples in order; the one whose turn it is as it is written."""
+    """Print all samples in order, each piece as soon as the samples before it are finished."""
     from chargpt.generate import generate
 
     pieces = generate(model, tokenizer, [config.prompt], config, kernels=kernels)
-    waiting: dict[int, list[str]] = {}  # pieces of samples whose turn has not come
+    n, start = config.num_samples, config.prompt if config.echo else ""
+    unprinted = [f"--- sample {i + 1}\n{start}" if n > 1 else start for i in range(n)]
     finished: set[int] = set()
     turn = 0
-    _begin(turn, config, file)
+    _print_text(unprinted[turn], file)
+    unprinted[turn] = ""
     for completion, piece in pieces:
-        waiting.setdefault(completion.number, []).append(piece)
+        unprinted[completion.number] += piece
         if completion.finish:
+            unprinted[completion.number] += "\n"
             finished.add(completion.number)
-        while True:
-            _say(waiting.pop(turn, []), file)
+        while turn < n:
+            _print_text(unprinted[turn], file)
+            unprinted[turn] = ""
             if turn not in finished:
                 break
-            print(file=file)
             turn += 1
-            if turn == config.num_samples:
-                return
-            _begin(turn, config, file)
 
 
-def _begin(number: int, config: SampleConfig, file: TextIO) -> None:
-    if config.num_samples > 1:
-        print(f"--- sample {number + 1}", file=file)
-    _say([config.prompt] if config.echo else [], file)
-
-
-def _say(pieces: Iterable[str], file: TextIO) -> None:
-    for piece in pieces:
-        print(for_stream(piece, file), end="", file=file, flush=True)
+def _print_text(text: str, file: TextIO) -> None:
+    print(for_stream(text, file), end="", file=file, flush=True)
 
 
 def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto) -> None:
     """Continue each line that is typed, until the end of input."""
     with suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` its history and editing)
+        import readline  # noqa: F401  (gives `input` history and editing)
 
     from chargpt.base.seeding import SAMPLE, derive_seed
     from chargpt.generate import generate
 
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `input` must not fail on any bytes
     number = 0
     while True:
         try:
@@ -210,14 +196,18 @@ def _talk(model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto) 
         except EOFError:
             print()
             return
-        seeds = [derive_seed(config.seed, SAMPLE, number)]
         try:
+            line.encode()
+            seeds = [derive_seed(config.seed, SAMPLE, number)]
             pieces = generate(model, tokenizer, [line], config, seeds=seeds, kernels=kernels)
-            _say([line] if config.echo else [], sys.stdout)
-            _say((piece for _, piece in pieces), sys.stdout)
+            _print_text(line if config.echo else "", sys.stdout)
+            for _, piece in pieces:
+                _print_text(piece, sys.stdout)
             print()
         except UserError as error:
-            print(f"chargpt: {visible(str(error))}", file=sys.stderr)
+            shared.print_message(error)
+        except UnicodeEncodeError:  # bytes that `input` could not decode
+            shared.print_message("the line is not UTF-8: convert it")
         except KeyboardInterrupt:
             print()
         number += 1
@@ -236,5 +226,5 @@ def _show_surprise(
     if command.out is None:
         print(surprise_ansi(text, scores, colour=sys.stdout.isatty()))
         return
-    with _opened(command.out) as file:
+    with _output(command.out) as file:
         file.write(surprise_page(text, scores, title=Path(command.surprise).name))

@@ -1,66 +1,106 @@
-"""What several commands share: exit codes, kinds of flags, and the settings of a run."""
+"""What several commands share: exit codes, flags, the settings of a run, lines on stderr."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
+import sys
+from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from chargpt.base.terminal import visible
 from chargpt.cli import flags
-from chargpt.config import PRESETS
+from chargpt.config import PRESETS, CheckpointName, Device
 
 EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
 
+# --- flags
 
-def arg(text: str, metavar: str | None = None) -> Any:
-    """Return what an annotation says of a flag: its help, and what stands for its value."""
-    return tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")
+_NO_HINT: Any = {"help_behavior_hint": ""}  # the help texts have the defaults
 
 
-# --- kinds of flags
+def flags_class(text: str, fields: list[Any]) -> type:
+    """Return a dataclass of a command's flags; help begins with `text`."""
+    kind = make_dataclass("Flags", fields, frozen=True)
+    kind.__doc__ = text
+    return kind
+
+
+def flag(name: str, kind: Any, default: Any, text: str, metavar: str | None = None) -> Any:
+    """Return a flag for `flags_class`; help shows `text`, and `metavar` in place of the value."""
+    return name, Annotated[kind, tyro.conf.arg(help=text, metavar=metavar, **_NO_HINT)], default
+
 
 Texts = tyro.conf.Positional[tuple[str, ...]]
 TEXTS_HELP = (
     "Files, folders, 'patterns*', - for standard input, or the data set tiny-shakespeare (default)."
 )
-RunFolder = Annotated[tyro.conf.Positional[Path], arg("The run folder.", "RUN")]
+_RUN = tyro.conf.arg(help="The run folder.", metavar="RUN", **_NO_HINT)
+RUN: Any = ("run", Annotated[tyro.conf.Positional[Path], _RUN])
+MODEL_FLAGS = [
+    flag("which", CheckpointName, "best", "Which checkpoint. (best)"),
+    flag("device", Device, "auto", "Where to compute. (auto)"),
+]
+JSON_FLAG = flag("json", bool, False, "Print one JSON object instead of a table.")
 
 
-# --- the settings of a run: flags, and what was given
-
-
-def origins(shown_preset: str) -> list[Any]:
-    """Return the fields that say where all settings start."""
+def settings_flags(shown_preset: str) -> list[Any]:
+    """Return the flags of a run's settings: preset, file, and one flag per setting."""
     presets = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
     preset_help = f"Where all settings start ({shown_preset}); the values below are this preset's."
+    shown = {name: asdict(config) for name, config in flags.preset_configs(shown_preset).items()}
+    groups = [  # help has a box for each: model, train, data
+        (name.removesuffix("_config"), flags.optional_flags(cls, shown[name]))
+        for name, cls in flags.CONFIG_CLASSES.items()
+    ]
     return [
-        ("preset", Annotated[presets | None, arg(preset_help, metavar="|".join(PRESETS))], None),
-        ("config", Annotated[Path | None, arg("Settings, a TOML file.", "FILE.toml")], None),
+        flag("preset", presets | None, None, preset_help, "|".join(PRESETS)),
+        flag("config", Path | None, None, "Settings, a TOML file.", "FILE.toml"),
+        *((name, kind, field(default_factory=dict)) for name, kind in groups),
     ]
 
 
-def settings(shown_preset: str) -> list[Any]:
-    """Return a field for each of ``flags.RUN_CONFIGS``, with a flag for each of its settings."""
-    shown = {part: asdict(config) for part, config in flags.preset(shown_preset).items()}
-    return [
-        (part, flags.optional_flags(cls, shown[part]), field(default_factory=dict))
-        for part, cls in flags.RUN_CONFIGS.items()
-    ]
+# --- values
 
 
 def given_settings(command: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of the file and those of the flags, by name."""
+    """Return the settings of the TOML file and those of the flags, by field name."""
     file = flags.read_toml(command.config) if command.config else {}
-    given = {**command.model_config, **command.train_config, **command.data_config}
+    given = {**command.model, **command.train, **command.data}
     if "document_separator" in given:
         given["document_separator"] = unescaped(given["document_separator"])
     return file, given
 
 
 def unescaped(text: str) -> str:
-    r"""Let line ends and tabs be typed as ``'\n'``, which most shells pass on as two characters."""
+    r"""Replace a typed ``\n``, ``\r`` or ``\t`` (two characters) by the control character."""
     for typed, meant in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t")):
         text = text.replace(typed, meant)
     return text
+
+
+def load_model(command: Any) -> Any:
+    """Return the model and the tokenizer of the run that a command names."""
+    from chargpt.compute.device import choose_device
+    from chargpt.runs.folder import load
+
+    return load(command.run, which=command.which, device=choose_device(command.device).device)
+
+
+# --- stderr
+
+
+def one_line(text: str) -> str:
+    """Return text on one line, with control characters escaped."""
+    return visible(" ".join(text.split()))
+
+
+def print_message(message: object) -> None:
+    """Print a message to stderr as one line that begins with ``chargpt:``."""
+    print(f"chargpt: {one_line(str(message))}", file=sys.stderr)
+
+
+def print_progress(line: str) -> None:
+    """Print a line of progress to stderr; control characters are escaped."""
+    print(one_line(line), file=sys.stderr, flush=True)

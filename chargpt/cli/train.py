@@ -1,93 +1,70 @@
-"""``chargpt train``: a model trained on text, and a run folder."""
+"""``chargpt train``: trains a model on text and leaves a run folder."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from chargpt.base.errors import UserError
 from chargpt.base.terminal import for_stream
-from chargpt.cli import flags
-from chargpt.cli.shared import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    TEXTS_HELP,
-    Texts,
-    arg,
-    given_settings,
-    origins,
-    settings,
-)
+from chargpt.cli import flags, shared
+from chargpt.cli.shared import flag
 from chargpt.config import SampleConfig
-
-_RESUME_HELP = (
-    "Go on with the run in --out. --resume auto begins it if there is none: the same command, "
-    "repeated, does both."
-)
 
 
 def make_flags(shown_preset: str) -> type:
     """Return the flags of ``train`` as a dataclass; help shows the values of a preset."""
     out_help = "The run folder (a new one below runs/)."
-    command = make_dataclass(
-        "Train",
-        [
-            ("texts", Annotated[Texts, arg(TEXTS_HELP, "[TEXT ...]")], ()),
-            *origins(shown_preset),
-            ("out", Annotated[Path | None, arg(out_help, "FOLDER")], None),
-            ("resume", Annotated[Literal["no", "yes", "auto"], arg(_RESUME_HELP, "[auto]")], "no"),
-            *settings(shown_preset),
-        ],
-        frozen=True,
+    resume_help = (
+        "Resume the run in --out. --resume auto starts it if there is none yet, so that the same "
+        "command can be repeated."
     )
-    command.__doc__ = (
+    return shared.flags_class(
         "Train a model on text and leave a run folder. Settings come from a preset; a file "
-        "(--config) wins over it, a flag over both."
+        "(--config) wins over it, a flag over both.",
+        [
+            flag("texts", shared.Texts, (), shared.TEXTS_HELP, "[TEXT ...]"),
+            *shared.settings_flags(shown_preset),
+            flag("out", Path | None, None, out_help, "FOLDER"),
+            flag("resume", Literal["no", "yes", "auto"], "no", resume_help, "[auto]"),
+        ],
     )
-    return command
 
 
 def run(command: Any) -> int:
     """Train, print the verdict and a sample, and return the exit code."""
-    file, given = given_settings(command)
+    file, given = shared.given_settings(command)
     chosen = command.preset or file.pop("preset", None)
-    base, texts = _base(command, chosen)
-    configs = flags.resolve(base, file, given)
+    start, texts = _start(command, chosen)
+    configs = flags.merge_settings(start, file, given)
 
     from chargpt.train import train
 
-    result = train(
-        texts,
-        model_config=configs["model_config"],
-        train_config=configs["train_config"],
-        data_config=configs["data_config"],
-        out=command.out,
-        resume="auto" if command.resume == "auto" else command.resume == "yes",
-    )
+    resume: Any = {"no": False, "yes": True, "auto": "auto"}[command.resume]
+    result = train(texts, **configs, out=command.out, resume=resume)
     print(result.summary.verdict)
-    reason = result.summary.stop_reason
-    if reason in ("interrupted", "terminated"):
-        folder = shlex.quote(str(result.run))
-        print(f"kept in {folder}; go on with --out {folder} --resume", file=sys.stderr)
-        return EXIT_INTERRUPTED if reason == "interrupted" else EXIT_TERMINATED
+    folder = shlex.quote(str(result.run))
+    codes = {"interrupted": shared.EXIT_INTERRUPTED, "terminated": shared.EXIT_TERMINATED}
+    if result.summary.stop_reason in codes:
+        shared.print_progress(f"saved in {folder}; resume with --out {folder} --resume")
+        return codes[result.summary.stop_reason]
     _print_sample(result)
-    print(f"more: chargpt sample {shlex.quote(str(result.run))} --prompt '…'", file=sys.stderr)
+    shared.print_progress(f"more: chargpt sample {folder} --prompt '…'")
     return 0
 
 
-def _base(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return where the settings start, and the texts: a preset's, or those of a run to resume."""
+def _start(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the configurations to start from, and the texts: a preset's, or a saved run's."""
     resuming = command.resume != "no"
     if resuming and command.out is None:
-        raise UserError("--resume needs the run to go on with: give --out FOLDER")
+        raise UserError("--resume needs to know which run: give --out FOLDER")
     if not resuming or not (command.out / "config.json").is_file():
-        return flags.preset(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
-    # The command that began the run may go on with it: what differs is refused by name later.
-    base, sources = flags.saved(command.out)
-    return base if chosen is None else flags.preset(chosen), command.texts or sources
+        return flags.preset_configs(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
+    # The command that started the run may resume it; train() later refuses what differs, by name.
+    configs, sources = flags.saved_configs(command.out)
+    return flags.preset_configs(chosen) if chosen else configs, command.texts or sources
 
 
 def _print_sample(result: Any) -> None:

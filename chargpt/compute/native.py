@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chargpt.base.files import replacing
 from chargpt.compute.device import cpu_info, cpu_name
 from chargpt.compute.muon import MuonSettings
 
@@ -125,16 +125,14 @@ def library_path() -> Path:
 
 
 def _compile(path: Path) -> None:
-    """Compile the library in a temporary folder and move it to `path`: no process sees a part."""
+    """Compile the library to `path`; no process sees a part of it."""
     compiler = find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The kernels share the OpenMP threads of PyTorch. Apple's Clang has no OpenMP.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        library = Path(folder, path.name)
-        flags = [*FLAGS, *gcc_flags(compiler), *openmp, "-shared", "-fPIC"]
+    flags = [*FLAGS, *gcc_flags(compiler), *openmp, "-shared", "-fPIC"]
+    with replacing(path) as library:
         _run([*compiler, *flags, *map(str, SOURCES), "-o", str(library)])
-        library.replace(path)
 
 
 def find_compiler() -> list[str]:

@@ -18,7 +18,7 @@ from chargpt.data import datasets
 from chargpt.data.corpus import Corpus, load_corpus, split_documents
 from chargpt.data.texts import STANDARD_INPUT, _find_files, decode, read_sources
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.engine.scoring import mean_nats, token_log_probabilities
+from chargpt.engine.scoring import log_probabilities, mean_nats
 from chargpt.measure.baselines import Baseline, baselines
 from chargpt.runs.folder import RunConfig, load, read_config, text_sources
 
@@ -105,7 +105,7 @@ def score_run(
         assert corpus is not None
         tokens = corpus.validation if split == "validation" else corpus.train
         name = f"{split} part of {', '.join(corpus.sources)}"
-    loss = mean_nats(token_log_probabilities(model, tokens, stride=stride))
+    loss = mean_nats(log_probabilities(model, tokens, stride=stride))
     rows: Sequence[Baseline] = ()
     if with_baselines and corpus is not None and (files or split == "validation"):
         rows = baselines(corpus.train, tokens, corpus.tokenizer)

@@ -289,11 +289,11 @@ MISTAKES = [
     (["--seconds", "nan"], "seconds is nan: give a positive number"),
     (["--loss", "-1"], "loss is -1.0: give a positive number, in nats per character (--loss)"),
     (["text.txt"], "text.txt is only read to reach a loss: give --loss, too"),
-    (["text.txt", "--loss", "2"], "there is no file text.txt"),
+    (["text.txt", "--loss", "2"], "text.txt: no such file"),
     (["--n-head", "3"], "n_head is 3, which does not divide d_model 128"),
     (["--vocab-size", "7"], "vocab_size is 7, but the text has 65 distinct tokens"),
     (["--round", "1"], "did you mean --rounds?"),
-    (["--device", "cuda"], "device is 'cuda', which PyTorch does not find here"),
+    (["--device", "cuda"], "device is 'cuda', which this PyTorch does not find"),
 ]
 
 

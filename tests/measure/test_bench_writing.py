@@ -108,4 +108,4 @@ def test_generate_and_loss_exclude_each_other(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "--generate", "--loss", "1.5"])
     assert stop.value.code == 2
-    assert "--generate measures no training" in capsys.readouterr().err
+    assert "--generate does not train" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_a_signal_saves_and_ends(tmp_path: Path, sent: int, stage: str) -> None:
     _, said = child.communicate(timeout=60)
     seconds = time.perf_counter() - before
     assert child.returncode == CODES[signal.Signals(sent)]
-    assert "go on with --out run --resume" in said
+    assert "resume with --out run --resume" in said
     assert "Traceback" not in said
     assert find_problem(run / "last") is None
     state = json.loads((run / "last" / "state.json").read_text())
