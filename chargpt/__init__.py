@@ -9,56 +9,34 @@
 Names are imported on first use, so that ``import chargpt`` does not import torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from chargpt.base.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from chargpt.base.errors import TrainingError, UserError
-    from chargpt.config import (
-        PRESETS,
-        DataConfig,
-        GPT2Config,
-        SampleConfig,
-        TrainConfig,
-        baby,
-        best,
-        gpt2,
-        speedrun,
-        tiny,
-    )
-    from chargpt.data.corpus import load_corpus
-    from chargpt.data.tokenizer import CharTokenizer
-    from chargpt.engine.scoring import evaluate, score
-    from chargpt.generate import complete, generate, sample
-    from chargpt.model import GPT2
-    from chargpt.runs.folder import load
-    from chargpt.train import train
-
-__all__ = [
-    "GPT2",
-    "PRESETS",
-    "CharTokenizer",
-    "DataConfig",
-    "GPT2Config",
-    "SampleConfig",
-    "TrainConfig",
-    "TrainingError",
-    "UserError",
-    "baby",
-    "best",
-    "complete",
-    "evaluate",
-    "generate",
-    "gpt2",
-    "load",
-    "load_corpus",
-    "sample",
-    "score",
-    "speedrun",
-    "tiny",
-    "train",
-]
+if TYPE_CHECKING:  # the same names as below
+    from chargpt.base.errors import TrainingError as TrainingError
+    from chargpt.base.errors import UserError as UserError
+    from chargpt.config import PRESETS as PRESETS
+    from chargpt.config import DataConfig as DataConfig
+    from chargpt.config import GPT2Config as GPT2Config
+    from chargpt.config import SampleConfig as SampleConfig
+    from chargpt.config import TrainConfig as TrainConfig
+    from chargpt.config import baby as baby
+    from chargpt.config import best as best
+    from chargpt.config import gpt2 as gpt2
+    from chargpt.config import speedrun as speedrun
+    from chargpt.config import tiny as tiny
+    from chargpt.data.corpus import load_corpus as load_corpus
+    from chargpt.data.tokenizer import CharTokenizer as CharTokenizer
+    from chargpt.engine.scoring import evaluate as evaluate
+    from chargpt.engine.scoring import score as score
+    from chargpt.generate import complete as complete
+    from chargpt.generate import generate as generate
+    from chargpt.generate import sample as sample
+    from chargpt.model import GPT2 as GPT2
+    from chargpt.runs.folder import load as load
+    from chargpt.train import train as train
 
 _NAMES = {
     "base.errors": "TrainingError UserError",
@@ -71,14 +49,13 @@ _NAMES = {
     "runs.folder": "load",
     "train": "train",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    for module, names in _NAMES.items():
-        if name in names.split():
-            return getattr(import_module(f"chargpt.{module}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"chargpt.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'chargpt' has no attribute {name!r}")
 
 

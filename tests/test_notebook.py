@@ -36,20 +36,18 @@ def printed(cell: Any) -> str:
     return "".join(o.text for o in cell.outputs if o.output_type == "stream")
 
 
+def outputs(cells: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, output) for name, cell in cells.items() for output in cell.outputs]
+
+
 def with_picture(cells: dict[str, Any]) -> list[str]:
-    return [
-        name
-        for name, cell in cells.items()
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
+    return [name for name, output in outputs(cells) if "image/png" in output.get("data", {})]
 
 
 def with_errors(cells: dict[str, Any]) -> list[str]:
     return [
         name
-        for name, cell in cells.items()
-        for output in cell.outputs
+        for name, output in outputs(cells)
         if output.output_type == "error" or output.get("name") == "stderr"
     ]
 

@@ -28,14 +28,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("my.txt").write_text(text)
     for name in ("scene.txt", "chapter.txt"):
         Path(name).write_text("the king and queen of hearts said: ")
-    typed = iter(["Once", "upon"])
-
-    def type_in(_: str) -> str:
-        for line in typed:
-            return line
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", type_in)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Once upon")))
     Path("names.txt").write_text("\n".join(["anna", "otto", "eve", "ada"] * 400))
     for block in blocks("toml"):

@@ -56,6 +56,7 @@ def run(command: Any) -> int:
         rounds=command.rounds, seconds=command.seconds, peers=command.peer, loss=command.loss
     )
     if command.generate:
+        show = generation_table
         figures = bench_generation(
             model_config=configs["model_config"],
             device=configs["train_config"].device,
@@ -63,9 +64,9 @@ def run(command: Any) -> int:
             config=config,
             report=shared.print_progress,
         )
-        print(json.dumps(figures) if command.json else generation_table(figures))
-        return 0
-    texts = command.texts or ("tiny-shakespeare",)
-    figures = bench(texts, **configs, config=config, report=shared.print_progress)
-    print(json.dumps(figures) if command.json else table(figures))
+    else:
+        show = table
+        texts = command.texts or ("tiny-shakespeare",)
+        figures = bench(texts, **configs, config=config, report=shared.print_progress)
+    print(json.dumps(figures) if command.json else show(figures))
     return 0

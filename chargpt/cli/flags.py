@@ -16,6 +16,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -48,51 +49,34 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def complete_resume(arguments: Sequence[str]) -> list[str]:
     """Turn a ``--resume`` without a value into ``--resume=yes``; tyro has no optional values."""
-    following = [*arguments[1:], ""]
     return [
         "--resume=yes" if argument == "--resume" and after != "auto" else argument
-        for argument, after in zip(arguments, following, strict=True)
+        for argument, after in pairwise([*arguments, ""])
     ]
 
 
 def optional_flags(cls: type, shown: Mapping[str, Any], *, without: Sequence[str] = ()) -> Any:
-    """Return a tyro type with one optional flag per field of a dataclass.
+    """Return a tyro type with one optional flag per field of a dataclass but those in `without`.
 
-    Args:
-        cls: the dataclass.
-        shown: defaults that help shows, by field name.
-        without: fields that get no flag.
+    Help shows the defaults `shown`, by field name.
     """
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
     flags: dict[str, Any] = {}
-    for field in (field for field in dataclasses.fields(cls) if field.name not in without):
-        hint = _without_none(hints[field.name])
-        default = shown.get(field.name)
-        hidden = default is None or default == ()
-        text = repr(default) if isinstance(default, str) else str(default)
-        argument = tyro.conf.arg(
-            help=docs[field.name].replace("%", "%%"),
-            help_behavior_hint="" if hidden else f"({text})",
-        )
-        flags[field.name] = Annotated[hint, argument]
+    for name in (field.name for field in dataclasses.fields(cls) if field.name not in without):
+        hint, default = hints[name], shown.get(name)
+        if typing.get_origin(hint) is types.UnionType:  # X | None: an absent flag means None
+            hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+        shown_default = "" if default in (None, ()) else f"({default!r})"
+        text = docs[name].replace("%", "%%")
+        flags[name] = Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=shown_default)]
     make: Any = TypedDict  # type checkers reject computed fields
     return Annotated[make(cls.__name__, flags, total=False), tyro.conf.OmitArgPrefixes]
-
-
-def _without_none(hint: Any) -> Any:
-    """Turn ``int | None`` into ``int``: an absent flag means None."""
-    if typing.get_origin(hint) is not types.UnionType:
-        return hint
-    return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
 
 
 def parse(commands: Mapping[str, Any], arguments: Sequence[str]) -> Any:
     """Parse a command line into an instance of one of the `commands`, dataclasses by verb.
 
-    ``--help`` prints and exits with 0.
-
-    Raises:
-        UserError: the line does not parse; the message names the nearest flag or choice.
+    ``--help`` prints and exits with 0. A UserError names the nearest flag or choice.
     """
     printed = io.StringIO()
     try:
@@ -114,7 +98,7 @@ def parse(commands: Mapping[str, Any], arguments: Sequence[str]) -> Any:
 def _parse_error(box: str, verb: str, commands: Mapping[str, Any], arguments: Sequence[str]) -> str:
     """Turn tyro's framed message into one line: the mistake and the remedy."""
     if not verb:
-        return _command_error(arguments[0] if arguments else "", commands)
+        return f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], commands)}"
     # The box has a title and paragraphs between rules. A plain terminal gets dashes for frames.
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     lines = ["" if set(line) <= set("─-╰╯+") else line for line in lines]
@@ -127,27 +111,19 @@ def _parse_error(box: str, verb: str, commands: Mapping[str, Any], arguments: Se
     return f"{message}: see chargpt {verb} --help"
 
 
-def _command_error(word: str, commands: Mapping[str, Any]) -> str:
-    if word:
-        return f"unknown command {word!r}{did_you_mean(word, commands)}"
-    return f"no command: give one of {', '.join(commands)}"
-
-
 # --- preset < file < flags
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the settings of a TOML file by field name; table headers such as [model] are ignored.
 
-    Raises:
-        UserError: the file is missing, is not TOML, or has an unknown setting.
+    A missing file, another syntax and an unknown setting are a UserError.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"--config {path} cannot be read ({error.strerror}): give a file"
-        ) from error
+        message = f"--config {path} cannot be read ({error.strerror}): give a file"
+        raise UserError(message) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML ({error}): write lines such as n_layer = 6") from error
     flat: dict[str, Any] = {}
@@ -164,42 +140,32 @@ def read_toml(path: Path) -> dict[str, Any]:
 def merge_settings(
     configs: Mapping[str, Any], file: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return configurations with the settings of a file and of flags applied.
+    """Return configurations with settings by field name applied: those of a file, then of flags.
 
-    Args:
-        configs: one configuration for each name in `CONFIG_CLASSES`.
-        file: settings by field name.
-        flags: settings by field name; they override the file, and a budget here any budget there.
-
-    Raises:
-        UserError: a value of the wrong type or range.
+    A budget in the flags replaces any budget in the file. A value of the wrong type or range is a
+    UserError.
     """
     if flags.keys() & set(BUDGETS):
         file = {name: value for name, value in file.items() if name not in BUDGETS}
     settings = {**file, **flags}
-    merged: dict[str, Any] = {}
-    for name, config in configs.items():
-        own = {field: value for field, value in settings.items() if hasattr(config, field)}
-        merged[name] = config.replace(**own) if own else config
-    return merged
+    return {
+        name: config.replace(**{k: v for k, v in settings.items() if hasattr(config, k)})
+        for name, config in configs.items()
+    }
 
 
 def preset_configs(name: str) -> dict[str, Any]:
     """Return a preset's configurations, by the names of `CONFIG_CLASSES`."""
     check_names([name], PRESETS)
-    chosen = PRESETS[name]()
-    return {
-        "model_config": chosen.model_config,
-        "train_config": chosen.train_config,
-        "data_config": DataConfig(),
-    }
+    preset = PRESETS[name]()
+    configs = (preset.model_config, preset.train_config, DataConfig())
+    return dict(zip(CONFIG_CLASSES, configs, strict=True))
 
 
 def saved_configs(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return a run's configurations, by the names of `CONFIG_CLASSES`, and its texts.
 
-    Raises:
-        UserError: the run is damaged or has another format.
+    A run that is damaged or has another format is a UserError.
     """
     from chargpt.runs.folder import read_config, text_sources  # here: help must not import torch
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 from chargpt import __version__
@@ -20,18 +20,10 @@ from chargpt.cli import bench, check, eval, flags, novelty, sample, train
 from chargpt.cli.shared import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, print_message
 from chargpt.config import PRESETS
 
-# Each has make_flags(shown_preset), a dataclass of its flags, and run(flags), an exit code.
-COMMANDS: dict[str, ModuleType] = {
-    "train": train,
-    "sample": sample,
-    "eval": eval,
-    "novelty": novelty,
-    "check": check,
-    "bench": bench,
-}
-OUT_OF_MEMORY = (
-    "out of memory: close other programs, or give a shorter text, fewer samples or a smaller model"
-)
+# Each has make_flags(shown_preset), a dataclass of its flags, and run(flags), an exit code. A
+# command has the name of its module.
+MODULES = (train, sample, eval, novelty, check, bench)
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # the terminal may not have every character
     with warnings.catch_warnings():
         warnings.simplefilter("always", ChargptWarning)
-        warnings.showwarning = _print_warnings(warnings.showwarning)
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
         sys.exit(_exit_code(arguments))
 
 
@@ -63,23 +55,17 @@ def _exit_code(arguments: Sequence[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print_message(OUT_OF_MEMORY)
+        remedy = "give a shorter text, fewer samples or a smaller model"
+        print_message(f"out of memory: close other programs, or {remedy}")
         return EXIT_FAILED
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code.
-
-    Raises:
-        UserError: a mistake in the command line or in what it names.
-        TrainingError: training cannot continue.
-    """
+    """Run a command and return its exit code; raises UserError or TrainingError."""
     if list(arguments) in (["--version"], ["-V"]):
         print(f"chargpt {__version__}")
         return 0
-    if not arguments:
-        arguments = ["--help"]
-    arguments = flags.complete_resume(arguments)
+    arguments = flags.complete_resume(arguments or ["--help"])
     shown_preset = _preset_in(arguments)
     kinds = {verb: command.make_flags(shown_preset) for verb, command in COMMANDS.items()}
     parsed = flags.parse(kinds, arguments)
@@ -94,13 +80,9 @@ def _preset_in(arguments: Sequence[str]) -> str:
     return names[-1] if names and names[-1] in PRESETS else "tiny"
 
 
-def _print_warnings(show: Callable[..., None]) -> Callable[..., None]:
-    """Return a ``showwarning`` that prints a `ChargptWarning` as one line; `show` gets all others."""
-
-    def show_warning(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, ChargptWarning):
-            print_message(message)
-        else:
-            show(message, category, *rest, **more)
-
-    return show_warning
+def _show_warning(others: Any, message: Any, category: type[Warning], *rest: Any) -> None:
+    """Print a `ChargptWarning` as one line; the function `others` shows all others."""
+    if issubclass(category, ChargptWarning):
+        print_message(message)
+    else:
+        others(message, category, *rest)

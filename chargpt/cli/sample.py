@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import tyro
 
@@ -20,13 +21,13 @@ from chargpt.cli import flags, shared
 from chargpt.cli.shared import flag, unescaped
 from chargpt.config import OnOffAuto, SampleConfig
 
-REPEATED = ("stop", "logit_bias")
-
 
 def make_flags(_: str) -> type:
     """Return the flags of ``sample`` as a dataclass."""
     docs = flags.field_docs(SampleConfig)
-    settings = flags.optional_flags(SampleConfig, asdict(SampleConfig()), without=REPEATED)
+    settings = flags.optional_flags(
+        SampleConfig, asdict(SampleConfig()), without=("stop", "logit_bias")
+    )
     repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
     file_help = "Read the prompt from a file, unchanged; - is standard input."
     interactive_help = (
@@ -71,11 +72,8 @@ def run(command: Any) -> int:
         _talk(model, tokenizer, config, command.kernels)
     else:
         with _output(command.out) as file:
-            _print_samples(model, tokenizer, config, command.kernels, file)
+            print_samples(model, tokenizer, config, command.kernels, file)
     return 0
-
-
-# --- what was given
 
 
 def _check(command: Any) -> None:
@@ -100,15 +98,14 @@ def _check(command: Any) -> None:
 
 def _given(command: Any) -> dict[str, Any]:
     """Return the fields of `SampleConfig` that the command sets."""
-    given = {**command.sampling, "stop": tuple(unescaped(stop) for stop in command.stop)}
-    given["logit_bias"] = {}
+    given = {**command.sampling, "stop": tuple(map(unescaped, command.stop)), "logit_bias": {}}
     for word in command.logit_bias:
         character, _, number = word.rpartition("=")
         try:
             given["logit_bias"][unescaped(character)] = float(number)
         except ValueError as error:
-            remedy = "give CHARACTER=NUMBER, e.g. e=-2"
-            raise UserError(f"--logit-bias is {word!r}: {remedy}") from error
+            message = f"--logit-bias is {word!r}: give CHARACTER=NUMBER, e.g. e=-2"
+            raise UserError(message) from error
     if command.prompt_file is not None:
         given["prompt"] = _read(command.prompt_file)
     return given
@@ -132,24 +129,19 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     try:
-        if path.exists() and not path.is_file():  # a device or a FIFO: write into it
-            with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
-                yield file
-            return
+        device = path.exists() and not path.is_file()  # or a FIFO: write into it
+        mode: Literal["w", "x"] = "w" if device else "x"
         target = Path(os.path.realpath(path))  # a link stays a link
         with (
-            replacing(target) as part,
-            part.open("x", encoding="utf-8", errors="replace", newline="") as file,
+            nullcontext(path) if device else replacing(target) as place,
+            place.open(mode, encoding="utf-8", errors="replace", newline="") as file,
         ):
             yield file
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): give --out FILE") from error
 
 
-# --- what it does
-
-
-def _print_samples(
+def print_samples(
     model: Any, tokenizer: Any, config: SampleConfig, kernels: OnOffAuto, file: TextIO
 ) -> None:
     """Print all samples in order, each piece as soon as the samples before it are finished."""
@@ -157,22 +149,19 @@ def _print_samples(
 
     pieces = generate(model, tokenizer, [config.prompt], config, kernels=kernels)
     n, start = config.num_samples, config.prompt if config.echo else ""
-    unprinted = [f"--- sample {i + 1}\n{start}" if n > 1 else start for i in range(n)]
+    heads = [f"--- sample {i + 1}\n{start}" if n > 1 else start for i in range(n)]
+    unprinted = defaultdict(str, enumerate(heads))
     finished: set[int] = set()
     turn = 0
-    _print_text(unprinted[turn], file)
-    unprinted[turn] = ""
+    _print_text(unprinted.pop(turn), file)
     for completion, piece in pieces:
         unprinted[completion.number] += piece
         if completion.finish:
             unprinted[completion.number] += "\n"
             finished.add(completion.number)
-        while turn < n:
-            _print_text(unprinted[turn], file)
-            unprinted[turn] = ""
-            if turn not in finished:
-                break
-            turn += 1
+        while turn in unprinted:
+            _print_text(unprinted.pop(turn), file)
+            turn += turn in finished
 
 
 def _print_text(text: str, file: TextIO) -> None:
@@ -219,9 +208,8 @@ def _show_surprise(
     from chargpt.engine.scoring import score
     from chargpt.measure.surprise import surprise_ansi, surprise_page
 
-    stride = command.stride
-    if stride is None:
-        stride = max(1, model.config.block_size // 2)
+    half = max(1, model.config.block_size // 2)
+    stride = half if command.stride is None else command.stride
     scores = score(model, tokenizer, text, stride=stride, unknown=config.unknown)
     if command.out is None:
         print(surprise_ansi(text, scores, colour=sys.stdout.isatty()))

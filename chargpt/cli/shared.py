@@ -15,8 +15,6 @@ from chargpt.config import PRESETS, CheckpointName, Device
 
 EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
 
-# --- flags
-
 _NO_HINT: Any = {"help_behavior_hint": ""}  # the help texts have the defaults
 
 
@@ -61,9 +59,6 @@ def settings_flags(shown_preset: str) -> list[Any]:
     ]
 
 
-# --- values
-
-
 def given_settings(command: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of the TOML file and those of the flags, by field name."""
     file = flags.read_toml(command.config) if command.config else {}
@@ -86,9 +81,6 @@ def load_model(command: Any) -> Any:
     from chargpt.runs.folder import load
 
     return load(command.run, which=command.which, device=choose_device(command.device).device)
-
-
-# --- stderr
 
 
 def one_line(text: str) -> str:

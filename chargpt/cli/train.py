@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chargpt.base.errors import UserError
-from chargpt.base.terminal import for_stream
 from chargpt.cli import flags, shared
+from chargpt.cli.sample import print_samples
 from chargpt.cli.shared import flag
 from chargpt.config import SampleConfig
 
@@ -50,27 +50,18 @@ def run(command: Any) -> int:
     if result.summary.stop_reason in codes:
         shared.print_progress(f"saved in {folder}; resume with --out {folder} --resume")
         return codes[result.summary.stop_reason]
-    _print_sample(result)
+    print()
+    print_samples(result.model, result.tokenizer, SampleConfig(), "auto", sys.stdout)
     shared.print_progress(f"more: chargpt sample {folder} --prompt '…'")
     return 0
 
 
 def _start(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the configurations to start from, and the texts: a preset's, or a saved run's."""
-    resuming = command.resume != "no"
-    if resuming and command.out is None:
+    if command.resume != "no" and command.out is None:
         raise UserError("--resume needs to know which run: give --out FOLDER")
-    if not resuming or not (command.out / "config.json").is_file():
+    if command.resume == "no" or not (command.out / "config.json").is_file():
         return flags.preset_configs(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
     # The command that started the run may resume it; train() later refuses what differs, by name.
     configs, sources = flags.saved_configs(command.out)
     return flags.preset_configs(chosen) if chosen else configs, command.texts or sources
-
-
-def _print_sample(result: Any) -> None:
-    from chargpt.generate import generate
-
-    print()
-    for _, piece in generate(result.model, result.tokenizer, [""], SampleConfig()):
-        print(for_stream(piece, sys.stdout), end="", flush=True)
-    print()

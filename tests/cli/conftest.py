@@ -13,6 +13,12 @@ class Outcome(NamedTuple):
     out: str
     err: str
 
+    @property
+    def mistake(self) -> str:
+        """What stderr says about a mistake of the user."""
+        assert (self.code, self.out) == (2, "")
+        return self.err
+
 
 @pytest.fixture
 def chargpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
