@@ -313,9 +313,7 @@ def test_eval_prints_the_model_beside_the_baselines(
 def test_eval_refuses_or_skips_unknown_characters(chargpt: Any, result: TrainResult) -> None:
     write("other.txt", "the king\nand ü queen " * 20)
     refused = chargpt("eval", result.run, "other.txt").mistake
-    assert (
-        "other.txt: the model has never seen 'ü' (U+00FC); first at character 13 (" in refused
-    )
+    assert "other.txt: the model has never seen 'ü' (U+00FC); first at character 13 (" in refused
     skipped = chargpt("eval", result.run, "other.txt", "--unknown", "skip", "--json")
     assert json.loads(skipped.out)["n_tokens"] == 20 * 20
 
