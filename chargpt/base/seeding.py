@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-INIT, DROPOUT, SAMPLE = range(3)
-"""Second entry of a key: what the random numbers are for."""
+INIT, DROPOUT, SAMPLE = range(3)  # the second entry of a key: what the numbers are for
 
 
 def derive_seed(*key: int) -> int:
@@ -21,6 +20,5 @@ def derive_seed(*key: int) -> int:
 @contextmanager
 def own_random_state() -> Iterator[None]:
     """Restore torch's default generators, on every device, at the end."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         yield
