@@ -73,19 +73,15 @@ def _find(source: str) -> Sequence[str | Path]:
 def _find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        below = (file for file in path.rglob("*") if file.is_file())
-        files = sorted(
-            file for file in below if "/." not in f"/{file.relative_to(path).as_posix()}"
-        )
+        below = {file: file.relative_to(path).parts for file in path.rglob("*") if file.is_file()}
+        files = sorted(f for f, parts in below.items() if not any(p[0] == "." for p in parts))
         if not files:
             raise UserError(f"{source} is a folder without files: put some text files there")
         return files
     if path.exists():
         return [path]
     if any(character in source for character in "*?["):
-        matches = {
-            Path(match) for match in glob.glob(str(path), recursive=True)
-        }  # ** matches twice
+        matches = set(map(Path, glob.glob(str(path), recursive=True)))  # ** can match twice
         files = sorted(match for match in matches if match.is_file())
         if not files:
             raise UserError(f"{source}: no file matches this pattern; check it with ls")

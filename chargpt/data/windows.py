@@ -26,8 +26,8 @@ class Windows:
     """Numbered training sequences: sequence `i` is a function of (seed, i), so any step can resume.
 
     Each epoch cuts `tokens`, (n,), into disjoint windows of `block_size` T, from a random start, in
-    a random order. It visits every token once, except fewer than 2 T tokens at the ends. A UserError
-    refuses fewer than T + 1 tokens.
+    a random order. It visits every token once, except fewer than 2 T tokens at the ends. Fewer than
+    T + 1 tokens are a UserError.
     """
 
     def __init__(self, tokens: npt.NDArray[Any], block_size: int, seed: int) -> None:
