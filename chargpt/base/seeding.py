@@ -20,5 +20,6 @@ def derive_seed(*key: int) -> int:
 @contextmanager
 def own_random_state() -> Iterator[None]:
     """Restore torch's default generators, on every device, at the end."""
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=list(devices)):
         yield
