@@ -113,7 +113,7 @@ class DataConfig(_Config):
     encoding: Annotated[str, NAME] = "utf-8"
     """Encoding of the text files. A byte-order mark in a file takes precedence."""
     document_separator: str = ""
-    """Text between documents: '\\n' for one per line (also \\r\\n). Empty: a file is one document."""
+    """Text between documents: '\\n' for one per line (also \\r\\n). Empty: a file is a document."""
     validation_fraction: Annotated[float, BETWEEN] = 0.1
     """Share held out for validation: the last characters, or the last documents."""
 

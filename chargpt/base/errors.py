@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue (e.g. out of memory); the last good state is on disk. Exit code 1."""
+    """Training cannot continue (e.g. no memory); the last good state is on disk. Exit code 1."""
 
 
 class ChargptWarning(UserWarning):
