@@ -2,10 +2,7 @@
 
 Change a number here and run again. Or give it as a flag (``d_model`` is ``--d-model``) or as a line
 of a TOML file (``--config my.toml``). The presets are functions at the end of this file. A flag
-overrides the TOML file, which overrides the preset.
-
-``0`` means "derive it" where a field says so. A wrong name, type or range raises a UserError.
-Nothing here imports torch.
+overrides the TOML file, which overrides the preset. A wrong value raises a UserError.
 """
 
 from __future__ import annotations
@@ -16,19 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from chargpt.base.checks import (
-    BELOW_1,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    PositiveShare,
-    Rule,
-    Seed,
-    Share,
-    ShareBelow1,
-    check_fields,
-)
+from chargpt.base.checks import Rule, check_fields
 from chargpt.base.errors import UserError
 
 ActivationFunction = Literal[
@@ -42,17 +27,34 @@ Cooldown = Literal["cosine", "linear"]
 OnOffAuto = Literal["auto", "on", "off"]
 Attention = Literal["auto", "native", "matmul", "sdpa"]
 Parallel = Literal["auto", "none", "dp"]
-CheckpointName = Literal["best", "last"]
-"""A checkpoint: the one with the lowest validation loss, or the latest one."""
+CheckpointName = Literal["best", "last"]  # the lowest validation loss, or the latest
 Tracker = Literal["none", "tensorboard", "wandb"]
 Unknown = Literal["error", "skip", "replace"]
 
-
+PositiveInt = Annotated[int, Rule(lambda n: n >= 1, "give a whole number of at least 1")]
+NonNegativeInt = Annotated[int, Rule(lambda n: n >= 0, "give a whole number of at least 0")]
 DerivedInt = Annotated[int, Rule(lambda n: n >= 0, "give a positive number, or 0 to derive it")]
+Seed = Annotated[int, Rule(lambda n: 0 <= n < 2**63, "give a whole number from 0 to 2^63 - 1")]
+PositiveFloat = Annotated[float, Rule(lambda x: x > 0, "give a positive number")]
+NonNegativeFloat = Annotated[float, Rule(lambda x: x >= 0, "give a number of at least 0")]
+Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "give a share from 0 to 1")]
+PositiveShare = Annotated[float, Rule(lambda x: 0 < x <= 1, "give a share above 0 and up to 1")]
+BELOW_1 = Rule(lambda x: 0 <= x < 1, "give a number from 0 to below 1")
+ShareBelow1 = Annotated[float, BELOW_1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GPT2Config:
+class GPT2Config(_Config):
     """The shape of a GPT-2 (Radford et al. 2019). The defaults are the preset ``tiny``."""
 
     block_size: PositiveInt = 128
@@ -66,8 +68,7 @@ class GPT2Config:
     d_model: PositiveInt = 128
     """Width of the residual stream."""
     dropout: ShareBelow1 = 0.1
-    """Probability of dropping a value, after the embeddings, the attention weights, the attention
-    output and the feed-forward output."""
+    """Dropout after the embeddings, attention weights, attention output and feed-forward output."""
     embedding_dropout: Annotated[float | None, BELOW_1] = None
     """Dropout after the embeddings. None: as dropout."""
     attention_dropout: Annotated[float | None, BELOW_1] = None
@@ -106,33 +107,23 @@ BETWEEN = Rule(lambda x: 0 < x < 1, "give a share between 0 and 1, such as 0.1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(_Config):
     """How texts are read and split."""
 
     encoding: Annotated[str, NAME] = "utf-8"
     """Encoding of the text files. A byte-order mark in a file takes precedence."""
     document_separator: str = ""
-    """Text between documents in a file, e.g. '\\n' for one document per line (with \\n or \\r\\n
-    line ends). Empty: a file is one document."""
+    """Text between documents: '\\n' for one per line (also \\r\\n). Empty: a file is a document."""
     validation_fraction: Annotated[float, BETWEEN] = 0.1
     """Share held out for validation: the last characters, or the last documents."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
 
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with `changes`."""
-        return dataclasses.replace(self, **changes)
-
-
-BUDGETS = ("steps", "epochs", "minutes")
-DEFAULT_MINUTES = 3.0
-# Beyond 10^12 steps, epochs or minutes, numbers overflow.
+BUDGETS = ("steps", "epochs", "minutes")  # beyond 10^12, numbers overflow
 BUDGET = Rule(lambda n: 0 < n <= 10**12, "give a positive number of at most 10^12")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(_Config):
     """How a model is trained. The defaults are the preset ``tiny``.
 
     A *step* is one optimizer update: ``batch_size × gradient_accumulation_steps`` sequences of
@@ -201,8 +192,7 @@ class TrainConfig:
     parallel: Parallel = "auto"
     """dp splits each batch over all GPUs (torch.nn.DataParallel, one process); auto: one GPU."""
     deterministic: bool = False
-    """Use only algorithms that give the same bits every time, and fail where one is missing. A CPU
-    always does so; a GPU becomes slower."""
+    """Give the same bits every time, or fail. A CPU always gives them; a GPU becomes slower."""
     track: Tracker = "none"
     """Send the metrics to a tracker as well."""
 
@@ -212,7 +202,7 @@ class TrainConfig:
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are budgets that exclude each other: give one")
         if not given:
-            object.__setattr__(self, "minutes", DEFAULT_MINUTES)
+            object.__setattr__(self, "minutes", 3.0)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`; a budget among them replaces the old budget."""
@@ -231,7 +221,7 @@ BIAS = Rule(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SampleConfig:
+class SampleConfig(_Config):
     """How text is sampled from a model."""
 
     prompt: str = ""
@@ -265,13 +255,6 @@ class SampleConfig:
     context_kept: PositiveShare = 0.5
     """When the context is full, the share of it to re-read before continuing: less is faster, 1
     always shows the model the last block_size characters."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with `changes`."""
-        return dataclasses.replace(self, **changes)
 
 
 # --- presets: each is complete, so that editing one leaves the others alone

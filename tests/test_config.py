@@ -6,22 +6,13 @@ import json
 import math
 import subprocess
 import sys
-import typing
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
-from chargpt.config import (
-    PRESETS,
-    DataConfig,
-    GPT2Config,
-    SampleConfig,
-    TrainConfig,
-    best,
-)
+from chargpt.config import PRESETS, DataConfig, GPT2Config, SampleConfig, TrainConfig, best
 
 CLASSES: tuple[type[Any], ...] = (GPT2Config, DataConfig, TrainConfig, SampleConfig)
 SEED = "give a whole number from 0 to 2^63 - 1"
@@ -74,26 +65,18 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
 WRONG_TYPE: list[tuple[type[Any], str, Any, str]] = [
     (GPT2Config, "n_layer", True, "give a whole number"),
     (GPT2Config, "n_layer", 2.0, "give a whole number"),
-    (GPT2Config, "n_layer", "2", "give a whole number"),
     (GPT2Config, "n_layer", None, "give a whole number"),
-    (GPT2Config, "n_layer", [2], "give a whole number"),
     (GPT2Config, "dropout", "0.1", "give a number"),
     (GPT2Config, "dropout", False, "give a number"),
     (GPT2Config, "dropout", math.nan, "give a number"),
     (GPT2Config, "bias", 1, "give true or false"),
-    (GPT2Config, "bias", "true", "give true or false"),
     (GPT2Config, "norm_placement", "before", "give one of pre, post, sandwich"),
     (GPT2Config, "norm_placement", ["pre"], "give one of pre, post, sandwich"),
     (DataConfig, "encoding", 8, "give a text"),
     (TrainConfig, "steps", 1.5, "give a whole number"),
-    (TrainConfig, "steps", True, "give a whole number"),
-    (TrainConfig, "epochs", math.nan, "give a number"),
     (TrainConfig, "minutes", 10**400, "give a number"),
     (SampleConfig, "logit_bias", {"e": "-2"}, "give texts with numbers, such as e=-2"),
     (SampleConfig, "logit_bias", [("e", -2)], "give texts with numbers, such as e=-2"),
-    (TrainConfig, "precision", "fp8", "give one of auto, fp32, bf16, fp16"),
-    (TrainConfig, "optimizer", "sgd", "give one of adamw, muon"),
-    (TrainConfig, "cooldown", "sqrt", "give one of cosine, linear"),
     (SampleConfig, "stop", "a", "give a list of texts"),
     (SampleConfig, "stop", ["a", 1], "give a list of texts"),
 ]
@@ -130,18 +113,9 @@ def test_n_head_must_divide_d_model(n_head: int, d_model: int, nearest: int) -> 
     GPT2Config(n_head=nearest, d_model=d_model)
 
 
-@pytest.mark.parametrize(
-    ("cls", "name"),
-    [(GPT2Config, "dropout"), (TrainConfig, "epochs"), (SampleConfig, "temperature")],
-)
-def test_an_int_in_a_float_field_becomes_a_float(cls: type[Any], name: str) -> None:
-    value = 0 if name == "dropout" else 2
-    stored = getattr(cls(**{name: value}), name)
-    assert stored == value
-    assert type(stored) is float
-
-
-def test_a_list_in_a_tuple_field_becomes_a_tuple() -> None:
+def test_an_int_becomes_a_float_and_a_list_a_tuple() -> None:
+    for stored in (GPT2Config(dropout=0).dropout, TrainConfig(epochs=2).epochs):
+        assert type(stored) is float
     assert SampleConfig(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 
@@ -176,36 +150,20 @@ def test_replace_checks_and_does_not_change_the_original(cls: type[Any]) -> None
 # --- budgets
 
 
-@pytest.mark.parametrize(
-    ("given", "steps", "epochs", "minutes"),
-    [
-        ({}, None, None, 3.0),
-        ({"steps": 5}, 5, None, None),
-        ({"epochs": 1.5}, None, 1.5, None),
-        ({"minutes": 1}, None, None, 1.0),
-    ],
-)
-def test_a_budget_replaces_the_other_budgets(
-    given: dict[str, Any], steps: Any, epochs: Any, minutes: Any
-) -> None:
+@pytest.mark.parametrize("given", [{}, {"steps": 5}, {"epochs": 1.5}, {"minutes": 1.0}])
+def test_a_budget_replaces_the_other_budgets(given: dict[str, Any]) -> None:
     direct = TrainConfig(**given)
     replaced = TrainConfig(steps=7).replace(**given) if given else TrainConfig()
     for config in (direct, replaced, direct.replace(batch_size=4)):
-        assert (config.steps, config.epochs, config.minutes) == (steps, epochs, minutes)
+        budgets = {"steps": config.steps, "epochs": config.epochs, "minutes": config.minutes}
+        assert budgets == dict.fromkeys(budgets) | (given or {"minutes": 3.0})
 
 
-@pytest.mark.parametrize(
-    ("given", "names"),
-    [
-        ({"steps": 5, "minutes": 1.0}, "steps and minutes"),
-        ({"epochs": 1.0, "minutes": 1.0}, "epochs and minutes"),
-    ],
-)
-def test_two_budgets_exclude_each_other(given: dict[str, Any], names: str) -> None:
-    for make in (TrainConfig, TrainConfig().replace):
-        with pytest.raises(UserError) as caught:
-            make(**given)
-        assert str(caught.value) == f"{names} are budgets that exclude each other: give one"
+@pytest.mark.parametrize("make", [TrainConfig, TrainConfig().replace])
+def test_two_budgets_exclude_each_other(make: Any) -> None:
+    message = "^steps and minutes are budgets that exclude each other: give one$"
+    with pytest.raises(UserError, match=message):
+        make(steps=5, minutes=1.0)
 
 
 # --- presets
@@ -238,30 +196,14 @@ def test_a_configuration_survives_json(config: Any) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"^unknown setting 'n_heads': did you mean n_head\?$"):
         from_dict(GPT2Config, {"n_layer": 2, "n_heads": 4})
-    assert str(caught.value) == "unknown setting 'n_heads': did you mean n_head?"
-    with pytest.raises(UserError) as caught:
+    known = "encoding, document_separator, validation_fraction"
+    with pytest.raises(UserError, match=f"^unknown setting 'zzz': give one of {known}$"):
         from_dict(DataConfig, {"zzz": 4})
-    assert str(caught.value) == (
-        "unknown setting 'zzz': give one of encoding, document_separator, validation_fraction"
-    )
-
-
-def test_type_hints_are_plain_types() -> None:
-    """The command line builds its flags from them."""
-    train, sample = map(typing.get_type_hints, (TrainConfig, SampleConfig))
-    assert train["batch_size"] is int
-    assert train["epochs"] == float | None
-    assert sample["logit_bias"] == Mapping[str, float]
-    assert sample["stop"] == tuple[str, ...]
 
 
 def test_importing_the_configuration_does_not_import_torch() -> None:
-    program = (
-        "import sys, chargpt.config; print([m for m in ('torch', 'numpy') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    program = "import sys, chargpt.config; sys.exit(str({'torch', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, check=False)
+    assert done.stderr.split() == [b"set()"]

@@ -1,8 +1,7 @@
 """Modules that can be called like the function of the same name.
 
-``chargpt.train`` names a function, but also a module, which Python stores in the package when it is
-first imported. With a callable module, ``chargpt.train("my.txt")`` and ``from chargpt.train import
-fit`` work in any order.
+``chargpt.train`` is a function, and a module that Python stores in the package on first import. A
+callable module makes ``chargpt.train("my.txt")`` and ``from chargpt.train import fit`` both work.
 """
 
 from __future__ import annotations

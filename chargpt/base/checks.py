@@ -1,7 +1,4 @@
-"""Checks of settings: names, types and ranges, each with a one-line remedy. No torch.
-
-A field's type says which values it takes: ``PositiveInt``, or ``Annotated[str, Rule(...)]``.
-"""
+"""Checks of settings: names, types and ranges, each with a one-line remedy. No torch."""
 
 from __future__ import annotations
 
@@ -19,22 +16,10 @@ ConfigT = TypeVar("ConfigT")
 
 
 class Rule(NamedTuple):
-    """The values that a field takes, besides None where its type has None."""
+    """The values that a field ``Annotated[T, Rule(...)]`` takes, besides None where T has None."""
 
     accepts: Callable[[Any], bool]
-    remedy: str
-    """Completes an error message, such as "give a positive number"."""
-
-
-PositiveInt = Annotated[int, Rule(lambda n: n >= 1, "give a whole number of at least 1")]
-NonNegativeInt = Annotated[int, Rule(lambda n: n >= 0, "give a whole number of at least 0")]
-Seed = Annotated[int, Rule(lambda n: 0 <= n < 2**63, "give a whole number from 0 to 2^63 - 1")]
-PositiveFloat = Annotated[float, Rule(lambda x: x > 0, "give a positive number")]
-NonNegativeFloat = Annotated[float, Rule(lambda x: x >= 0, "give a number of at least 0")]
-Share = Annotated[float, Rule(lambda x: 0 <= x <= 1, "give a share from 0 to 1")]
-PositiveShare = Annotated[float, Rule(lambda x: 0 < x <= 1, "give a share above 0 and up to 1")]
-BELOW_1 = Rule(lambda x: 0 <= x < 1, "give a number from 0 to below 1")
-ShareBelow1 = Annotated[float, BELOW_1]
+    remedy: str  # ends an error message: "give a positive number"
 
 
 def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -60,31 +45,22 @@ def did_you_mean(
     If none is near (`cutoff`, see `difflib.get_close_matches`): `otherwise`, or all known words.
     """
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    if near:
+    if near := difflib.get_close_matches(word, known, n=1, cutoff=cutoff):
         return f": did you mean {near[0]}?"
     return f": {otherwise or 'give one of ' + ', '.join(known)}"
-
-
-def flag(name: str) -> str:
-    """Return the command-line flag of a field: ``d_model`` becomes ``--d-model``."""
-    return "--" + name.replace("_", "-")
 
 
 def check(good: bool, config: object, name: str, remedy: str) -> None:
     """Unless `good`, raise a UserError with the field's name, its value, the remedy, its flag."""
     if not good:
-        raise UserError(f"{name} is {getattr(config, name)!r:.80}: {remedy} ({flag(name)})")
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{name} is {getattr(config, name)!r:.80}: {remedy} ({flag})")
 
 
 def check_fields(config: Any) -> None:
-    """Check the type and the range of every field of a dataclass.
+    """Raise a UserError for the first field of a dataclass with a wrong type or range.
 
-    TOML, JSON and Python let any type through. An int in a float field becomes a float, and a list
-    in a tuple field becomes a tuple.
-
-    Raises:
-        UserError: the first field with a wrong value.
+    An int in a float field becomes a float, and a list in a tuple field becomes a tuple.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):

@@ -1,28 +1,19 @@
-"""The failures and warnings that a user sees. Any other exception is a bug in chargpt."""
+"""The failures and warnings that a user sees, without a traceback. Others are bugs in chargpt."""
 
 import errno
 import warnings
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix. The message is one line: what, the value, the remedy.
-
-    The command line prints it without a traceback and exits with 2.
-    """
+    """A mistake that the user can fix, in one line: what, the value, the remedy. Exit code 2."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue (out of memory, non-finite loss); the last good state is on disk.
-
-    The command line prints it without a traceback and exits with 1.
-    """
+    """Training cannot continue (e.g. no memory); the last good state is on disk. Exit code 1."""
 
 
 class ChargptWarning(UserWarning):
-    """Something is wrong or has changed, but the work continues. The message is one line.
-
-    The command line prints it without file name and line number.
-    """
+    """Something is wrong or has changed, but the work continues. The message is one line."""
 
 
 def warn(message: str) -> None:

@@ -1,7 +1,7 @@
 """Files that are complete or absent, also after a power cut.
 
-The order is: write, flush the file to disk, rename it, flush the folder. If the new name reached
-the disk before the data, a power cut could leave a file of zeros under that name.
+The order is: write, flush the file, rename it, flush the folder. A name that reached the disk
+before the data could become a file of zeros.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 
 from chargpt.base.errors import UserError, is_out_of_memory
 
-SEAL = "sha256"
-"""Name of the field that holds the SHA-256 of all other fields of a sealed file."""
+SEAL = "sha256"  # the field with the SHA-256 of all other fields of a sealed file
 REMEDY = "take it from a backup, or train again"
 MAX_JSON_BYTES = 2**20  # larger than any settings file
 _RENAME_WAITS_S = (0.1, 0.3, 1.0) if os.name == "nt" else ()
@@ -29,8 +28,7 @@ _RENAME_WAITS_S = (0.1, 0.3, 1.0) if os.name == "nt" else ()
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new, hidden path beside `path`; the file written there replaces `path` at the end.
 
-    If anything fails, the hidden file is removed and `path` stays as it was. Processes that replace
-    the same file at the same time do not disturb each other: the last one wins.
+    After any failure `path` stays as it was. Of several writers at a time, the last one wins.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -50,10 +48,9 @@ def rename(source: Path, target: Path) -> None:
     for seconds in _RENAME_WAITS_S:
         try:
             source.replace(target)
+            return
         except PermissionError:
             time.sleep(seconds)
-        else:
-            return
     source.replace(target)
 
 
@@ -98,11 +95,10 @@ def to_json(value: Any) -> str:
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
-    """Return the content of a text file.
+    """Return the content of a text file; a MemoryError does not mean that it is damaged.
 
     Raises:
         UserError: it is missing, not a regular file, not UTF-8, or larger than `max_bytes`.
-        MemoryError: memory ran out, which does not mean that the file is damaged.
     """
     try:
         size = path.stat().st_size
@@ -117,9 +113,9 @@ def read_text(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
         raise UserError(f"{path} cannot be read ({error}): the run is damaged") from error
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raises as `read_text` and `parse_json` do."""
-    return parse_json(read_text(path, max_bytes=max_bytes), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:

@@ -7,9 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 Interruption = Literal["interrupted", "terminated"]
+
+
+_REASONS: dict[int, Interruption] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class StopRequested(Exception):  # noqa: N818 (not an error)
@@ -23,11 +26,6 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
 class StopSignals:
     """Records the first Ctrl-C or SIGTERM as a request; a second one ends the program at once."""
 
-    _REASONS: ClassVar[dict[int, Interruption]] = {
-        signal.SIGINT: "interrupted",
-        signal.SIGTERM: "terminated",
-    }
-
     def __init__(self) -> None:
         self._received: Interruption | None = None
         self._interruptible = False
@@ -35,7 +33,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # signal.signal's condition
-            for number in self._REASONS:
+            for number in _REASONS:
                 self._old_handlers[number] = signal.signal(number, self._receive)
         return self
 
@@ -58,7 +56,7 @@ class StopSignals:
             self._interruptible = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = self._REASONS[number]
+        self._received = _REASONS[number]
         self._restore()
         if self._interruptible:
             self.check()

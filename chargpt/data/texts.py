@@ -6,6 +6,7 @@ import codecs
 import glob
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def read_sources(sources: Sequence[str]) -> list[RawText]:
     if not sources:
         raise UserError(f"no text: give a file, or a data set ({', '.join(datasets.NAMES)})")
     files: dict[str | Path, str | Path] = {}  # by name, or by path without links
-    for file in (file for source in sources for file in _find(source)):
+    for file in chain.from_iterable(map(_find, sources)):
         identity = file.resolve() if isinstance(file, Path) else file
         if identity in files:
             also = "" if files[identity] == file else f", also as {files[identity]}"
@@ -72,37 +73,27 @@ def _find(source: str) -> Sequence[str | Path]:
 def _find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.is_file() and _is_visible(file, path)
-        )
+        below = {file: file.relative_to(path).parts for file in path.rglob("*") if file.is_file()}
+        files = sorted(f for f, parts in below.items() if not any(p[0] == "." for p in parts))
         if not files:
             raise UserError(f"{source} is a folder without files: put some text files there")
         return files
     if path.exists():
         return [path]
     if any(character in source for character in "*?["):
-        matches = (Path(match) for match in glob.glob(str(path), recursive=True))
-        files = sorted({match for match in matches if match.is_file()})  # ** can match twice
-        if files:
-            return files
-        raise UserError(f"{source}: no file matches this pattern; check it with ls")
-    known = [*datasets.NAMES]
-    if path.parent.is_dir():
-        known += [str(path.parent / sibling.name) for sibling in path.parent.iterdir()]
-    remedy = (
-        "give a text file, a folder, a pattern, - for standard input, "
-        f"or a data set ({', '.join(datasets.NAMES)})"
-    )
-    hint = did_you_mean(source, known, otherwise=remedy, cutoff=0.8)
+        matches = set(map(Path, glob.glob(str(path), recursive=True)))  # ** can match twice
+        files = sorted(match for match in matches if match.is_file())
+        if not files:
+            raise UserError(f"{source}: no file matches this pattern; check it with ls")
+        return files
+    siblings = map(str, path.parent.iterdir() if path.parent.is_dir() else ())
+    names = ", ".join(datasets.NAMES)
+    remedy = f"give a text file, a folder, a pattern, - for standard input, or a data set ({names})"
+    hint = did_you_mean(source, [*datasets.NAMES, *siblings], otherwise=remedy, cutoff=0.8)
     raise UserError(f"there is no file {source}{hint}")
 
 
-def _is_visible(file: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
 def _read(file: str | Path) -> RawText:
-    """Read a file, standard input or a data set."""
     name = "standard input" if file == STANDARD_INPUT else str(file)
     try:
         if isinstance(file, Path):
@@ -112,9 +103,8 @@ def _read(file: str | Path) -> RawText:
         else:
             data = datasets.load_dataset(file)
     except OSError as error:
-        raise UserError(
-            f"{name} cannot be read ({error.strerror}): give a readable file"
-        ) from error
+        reason = f"{name} cannot be read ({error.strerror})"
+        raise UserError(f"{reason}: give a readable file") from error
     if not data:
         raise UserError(f"{name} {_EMPTY}")
     return RawText(name, data)
@@ -126,9 +116,7 @@ def _read(file: str | Path) -> RawText:
 def decode(raw: RawText, encoding: str) -> str:
     """Return the text of `raw`; a byte-order mark decides the encoding, line ends stay unchanged.
 
-    Raises:
-        UserError: an unknown encoding, a binary file, or a byte that is not of the encoding (with
-            its offset and line).
+    A UserError names an unknown encoding, a binary file, or the offset and line of a wrong byte.
     """
     marked = next((name for mark, name in _BYTE_ORDER_MARKS if raw.data.startswith(mark)), None)
     codec = marked or encoding

@@ -24,12 +24,8 @@ _REPLACEMENTS = "\ufffd?_ "  # for unknown characters: the first of these in the
 class CharTokenizer:
     """Characters to ids: character ``characters[i]`` has id ``i``.
 
-    Args:
-        characters: the vocabulary: distinct characters, in any order.
-        end_of_text: add a token that ends a document.
-
-    Raises:
-        UserError: no characters, a repeated one, or a string that is not one character.
+    `characters` are one or more distinct characters, in any order; `end_of_text` adds a token that
+    ends a document. Others are a UserError.
     """
 
     def __init__(self, characters: Iterable[str], *, end_of_text: bool = False) -> None:
@@ -49,10 +45,7 @@ class CharTokenizer:
     @classmethod
     def fit(cls, texts: Iterable[str], *, end_of_text: bool = False) -> Self:
         """Return a tokenizer for the characters of `texts`, of which there must be one or more."""
-        characters: set[str] = set()
-        for text in texts:
-            characters.update(text)
-        return cls(characters, end_of_text=end_of_text)
+        return cls(set().union(*texts), end_of_text=end_of_text)
 
     @property
     def vocab_size(self) -> int:
@@ -67,20 +60,14 @@ class CharTokenizer:
     def encode(self, text: str, *, unknown: Unknown = "error") -> npt.NDArray[Any]:
         """Return the ids of `text`, shape (len(text),) unless characters were skipped.
 
-        Args:
-            text: the text to encode.
-            unknown: for characters outside the vocabulary: raise an ``error``, ``skip`` them, or
-                ``replace`` them by the first of U+FFFD, ``?``, ``_`` and space that is known.
-
-        Raises:
-            UserError: unknown characters, with the position of the first one.
+        Unknown characters are a UserError with the position of the first one; with ``skip`` they
+        are left out, and ``replace`` takes the first known of U+FFFD, ``?``, ``_`` and space.
         """
         ids = np.empty(len(text), dtype=np.int32)
         for start in range(0, len(text), _CHUNK):
             piece = text[start : start + _CHUNK].encode("utf-32-le", "surrogatepass")
             points = np.frombuffer(piece, dtype=np.uint32)
-            last = len(self._ids) - 1  # unknown, see __init__
-            ids[start : start + _CHUNK] = self._ids[np.minimum(points, last)]
+            ids[start : start + _CHUNK] = self._ids[np.minimum(points, len(self._ids) - 1)]
         missing = ids < 0
         if missing.any():
             if unknown == "error":
@@ -92,13 +79,10 @@ class CharTokenizer:
         return ids.astype(self.dtype)
 
     def encode_prompt(self, prompt: str, *, unknown: Unknown = "error") -> list[int]:
-        """Return the ids that a model continues; never empty.
+        """Return the ids that a model continues; never empty (`unknown`: see `encode`).
 
         With end-of-text in the vocabulary, they are end-of-text and the prompt. Otherwise they are
         the prompt; for an empty one, a newline, or else the first character of the vocabulary.
-
-        Raises:
-            UserError: unknown characters, if `unknown` is ``error`` (see `encode`).
         """
         ids: list[int] = self.encode(prompt, unknown=unknown).tolist()
         if self.end_of_text_id is not None:
@@ -132,8 +116,7 @@ class CharTokenizer:
             fields = json.loads(text)
             version, characters = fields["format"], fields["characters"]
             end_of_text = bool(fields["end_of_text"])
-            if not all(isinstance(character, str) for character in characters):
-                raise TypeError("a character is not a string")
+            "".join(characters)  # a TypeError, unless all are strings
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"not a tokenizer file ({error!r}): train the model again") from error
         if version != FORMAT:

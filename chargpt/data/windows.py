@@ -1,8 +1,4 @@
-"""Windows and batches of a corpus.
-
-Batch `s` is a pure function of the seed and `s`, without an iterator or a random state. A run can
-therefore resume at any step. Targets are the inputs shifted by one, here and nowhere else.
-"""
+"""Windows and batches of a corpus. Only here are targets made: the inputs shifted by one."""
 
 from __future__ import annotations
 
@@ -27,18 +23,11 @@ class Batch(NamedTuple):
 
 
 class Windows:
-    """Numbered training sequences: sequence `i` is a pure function of (seed, i).
+    """Numbered training sequences: sequence `i` is a function of (seed, i), so any step can resume.
 
-    Each epoch cuts the text into disjoint windows of T tokens, from a random start, in a random
-    order. It visits every token once, except fewer than 2 T tokens at the ends.
-
-    Args:
-        tokens: the training part, (n,).
-        block_size: T, tokens per window.
-        seed: seed of the random starts and orders.
-
-    Raises:
-        UserError: fewer than T + 1 tokens.
+    Each epoch cuts `tokens`, (n,), into disjoint windows of `block_size` T, from a random start, in
+    a random order. It visits every token once, except fewer than 2 T tokens at the ends. Fewer than
+    T + 1 tokens are a UserError.
     """
 
     def __init__(self, tokens: npt.NDArray[Any], block_size: int, seed: int) -> None:
@@ -55,8 +44,7 @@ class Windows:
         self.seed = seed
         # One window less than would fit, so that the start can vary over a whole block.
         self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        slack = len(tokens) - 1 - self.per_epoch * block_size
-        self._starts = slack + 1
+        self._starts = len(tokens) - self.per_epoch * block_size
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def batch(self, first: int, count: int) -> Batch:
@@ -82,12 +70,9 @@ class Windows:
 
 
 def blocks(tokens: npt.NDArray[Any], block_size: int, batch_size: int) -> Iterator[Batch]:
-    """Yield disjoint windows in order; every token except the first is a target exactly once.
+    """Yield disjoint windows in order; each token but the first is a target once.
 
-    Args:
-        tokens: (n,).
-        block_size: T; the last window may be shorter.
-        batch_size: windows per batch.
+    Windows of (n,) tokens have length `block_size`; a shorter last one forms its own batch.
     """
     ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
     n_full = (len(ids) - 1) // block_size

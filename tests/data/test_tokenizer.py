@@ -1,7 +1,6 @@
 """Characters to ids and back, for any text, and the refusal of damaged vocabularies."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -40,10 +39,6 @@ def test_from_json_inverts_to_json(text: str, end_of_text: bool) -> None:
     again = CharTokenizer.from_json(written)
     assert again == tokenizer
     assert hash(again) == hash(tokenizer)
-    assert (again.vocab_size, again.end_of_text_id) == (
-        tokenizer.vocab_size,
-        tokenizer.end_of_text_id,
-    )
 
 
 @repeatable
@@ -82,12 +77,7 @@ def test_end_of_text_has_the_last_id_and_decodes_to_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("size", "end_of_text", "dtype"),
-    [
-        (256, False, np.uint8),
-        (255, True, np.uint8),
-        (256, True, np.uint32),
-        (70_000, True, np.uint32),
-    ],
+    [(256, False, np.uint8), (255, True, np.uint8), (256, True, np.uint32)],
 )
 def test_type_of_ids(size: int, end_of_text: bool, dtype: type) -> None:
     characters = [chr(point) for point in range(size)]
@@ -110,8 +100,6 @@ def test_type_of_ids(size: int, end_of_text: bool, dtype: type) -> None:
         ("a\n\nzyz", "'z' (U+007A), 'y' (U+0079); first at character 3 (line 3, column 1)"),
         ("\ud800", r"'\ud800' (U+D800); first at character 0 (line 1, column 1)"),
         ("\t", r"'\t' (U+0009); first at character 0 (line 1, column 1)"),
-        ("b`", "'`' (U+0060); first at character 1 (line 1, column 2)"),
-        ("c", "'c' (U+0063); first at character 0 (line 1, column 1)"),
     ],
 )
 def test_unknown_characters_are_named_with_the_first_position(text: str, message: str) -> None:
@@ -124,10 +112,8 @@ def test_unknown_characters_are_named_with_the_first_position(text: str, message
 
 
 def test_at_most_eight_unknown_characters_are_named() -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"seen ('.' \(U\+00..\), ){8}…; first at"):
         CharTokenizer("ab").encode("abcdefghijkl")
-    assert str(caught.value).count("U+") == 8
-    assert "'j' (U+006A), …; first at" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +129,7 @@ def test_replace_takes_the_first_known_replacement(known: str, replacement: str)
 def test_replace_needs_a_replacement() -> None:
     tokenizer = CharTokenizer("ab")
     assert tokenizer.encode("ab", unknown="replace").tolist() == [0, 1]
-    message = "the vocabulary lacks U+FFFD, '?', '_' and space to replace unknown characters by"
-    with pytest.raises(UserError, match=re.escape(message) + ": give --unknown skip"):
+    with pytest.raises(UserError, match=r"^the vocabulary lacks U.FFFD.* by: give --unknown skip$"):
         tokenizer.encode("c", unknown="replace")
 
 
@@ -153,8 +138,7 @@ def test_replace_needs_a_replacement() -> None:
 
 @pytest.mark.parametrize("wrong", [2, -1, 300])
 def test_an_id_outside_the_vocabulary_is_refused(wrong: int) -> None:
-    message = f"token id {wrong} is outside the vocabulary of 2 tokens"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"id {wrong} is outside the vocabulary of 2 tokens"):
         CharTokenizer("ab").decode([0, wrong, 1])
 
 
@@ -172,19 +156,12 @@ def test_bad_vocabularies_are_refused(characters: list[str], message: str) -> No
         CharTokenizer(characters)
 
 
-def test_fit_needs_a_character() -> None:
-    with pytest.raises(UserError, match="the vocabulary is empty"):
-        CharTokenizer.fit(["", ""])
-
-
 @pytest.mark.parametrize(
     "damaged",
     [
-        *("", "{", "[]", "3", "null", "{}", '{"format": 1}'),
-        *(
-            f'{{"format": 1, "characters": {characters}, "end_of_text": false}}'
-            for characters in ("null", "3", "[1, 2]", '["a", null]')
-        ),
+        *("", "{", "[]", "null", "{}", '{"format": 1}'),
+        '{"format": 1, "characters": 3, "end_of_text": false}',
+        '{"format": 1, "characters": ["a", null], "end_of_text": false}',
     ],
 )
 def test_a_damaged_file_is_refused(damaged: str) -> None:
@@ -194,6 +171,6 @@ def test_a_damaged_file_is_refused(damaged: str) -> None:
 
 def test_another_format_is_refused() -> None:
     fields = json.loads(CharTokenizer("ab").to_json()) | {"format": 2}
-    with pytest.raises(UserError) as caught:
+    message = "^the tokenizer has format 2, this chargpt reads 1: upgrade$"
+    with pytest.raises(UserError, match=message):
         CharTokenizer.from_json(json.dumps(fields))
-    assert str(caught.value) == "the tokenizer has format 2, this chargpt reads 1: upgrade"
