@@ -462,8 +462,7 @@ def test_a_text_that_changed_or_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def held_out(documents: list[str], n_characters: int, length: int) -> list[str]:
-    ids, tokenizer = TrainingText.of(documents)
-    return module._held_out_pieces(ids, tokenizer, n_characters, length)
+    return module._held_out_pieces(TrainingText.of(documents), n_characters, length)
 
 
 def test_held_out_text_is_taken_evenly_from_all_of_the_split() -> None:
