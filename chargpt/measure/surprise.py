@@ -84,9 +84,8 @@ def surprise_ansi(text: str, log_probabilities: npt.NDArray[Any], *, colour: boo
     if not colour:
         marks = "bits per character below each line: blank under 1, 9 for 9 or more, ? not scored"
         return f"{_marked(surprise)}{marks}; {mean}"
-    labels = [
-        _styled(level, f" {label} " if level else label) for level, label in enumerate(_LABELS)
-    ]
+    labels = [_LABELS[0]]
+    labels += [_styled(level, f" {label} ") for level, label in enumerate(_LABELS[1:], start=1)]
     if (surprise.levels == _UNSCORED).any():
         labels.append(_styled(_UNSCORED, "not scored"))
     end = "" if text.endswith("\n") else "\n"
