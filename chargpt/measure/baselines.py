@@ -41,17 +41,11 @@ def baselines(
     order: int = 5,
     training_chars: int = 10_000_000,
 ) -> list[Baseline]:
-    """Score the held-out text by letter frequencies, an n-gram model, bz2 and xz, in that order.
+    """Score a text by letter frequencies, an n-gram model, bz2 and xz, in that order.
 
-    The first two methods score end-of-text tokens; the compressors do not see them.
-
-    Args:
-        training_ids: the text that the model was trained on, (n,).
-        held_out_ids: the text to score, (m,).
-        tokenizer: that of both.
-        order: context of the n-gram model, in characters.
-        training_chars: use this many characters, from the end of the training text. 10 million take
-            about a minute and 1 GB of memory; more would improve the scores.
+    The n-gram model has a context of `order` characters. The methods see at most `training_chars`
+    from the end of the training text: 10 million take about a minute and 1 GB of memory; more would
+    improve the scores. Only the first two methods see and score end-of-text tokens.
 
     Raises:
         UserError: the held-out text is empty, or an id is outside the vocabulary.
@@ -133,12 +127,9 @@ class NgramModel:
 
     @classmethod
     def fit(cls, ids: Ids, vocab_size: int, order: int = 5) -> Self:
-        """Count the grams of a text.
+        """Count the grams of a text, (n,); an empty one gives the uniform distribution.
 
-        Args:
-            ids: the training text, (n,); an empty one gives the uniform distribution.
-            vocab_size: number of tokens.
-            order: length of the longest context, in tokens; 0: no context.
+        The longest context has `order` tokens; 0: no context.
 
         Raises:
             UserError: an id is outside the vocabulary, or the order is negative.
@@ -152,11 +143,7 @@ class NgramModel:
         return cls(vocab_size, tuple(levels))
 
     def log_probs(self, ids: Ids) -> _Floats:
-        """Return ln p of each token given those before it, shape (len(ids),).
-
-        Raises:
-            UserError: an id is outside the vocabulary.
-        """
+        """Return ln p of each token given those before it, (len(ids),); UserError as for `fit`."""
         ids = _checked(ids, self.vocab_size)
         probs = np.full(len(ids), 1 / self.vocab_size)
         context = np.zeros(len(ids), dtype=np.int64)
@@ -168,11 +155,7 @@ class NgramModel:
         return np.log(probs)  # type: ignore[no-any-return]
 
     def nats_per_char(self, ids: Ids) -> float:
-        """Return the mean −ln p over all tokens of `ids`.
-
-        Raises:
-            UserError: `ids` is empty, or an id is outside the vocabulary.
-        """
+        """Return the mean −ln p over all tokens of `ids`; UserError if there are none."""
         if not len(ids):
             raise UserError("the held-out text is empty: give at least one character")
         return float(-self.log_probs(ids).mean())

@@ -41,8 +41,7 @@ _Ints = npt.NDArray[np.integer[Any]]
 class TrainingText(NamedTuple):
     """The text that copies may come from."""
 
-    ids: _Ints
-    """Token ids, (n,); end-of-text ends a document."""
+    ids: _Ints  # (n,); end-of-text ends a document
     tokenizer: CharTokenizer
 
     @classmethod
@@ -98,8 +97,9 @@ class CopyFinder:
         # End-of-text before the first document, so that each document stands between two.
         lead = [] if self.end_id is None else [self.end_id]
         encoded = [self._id_of.get(c, other) for text in texts for c in (*text, "")]
-        parts = [np.array(part, dtype=dtype) for part in (lead, ids, [border], encoded)]
-        self._tokens = np.concatenate(parts)
+        self._tokens = np.concatenate(
+            [np.array(part, dtype=dtype) for part in (lead, ids, [border], encoded)]
+        )
         self._n_training = len(lead) + len(ids) + 1
         self._starts = self._n_training + np.cumsum([0, *(len(text) + 1 for text in texts)])
         try:
@@ -115,14 +115,18 @@ class CopyFinder:
         self.lengths = [piece[:-1] for piece in pieces]
 
     def _neighbours(self) -> tuple[_Ints, _Ints]:
-        """Return the training suffix just before and just after each of the texts', or −1; (m,)."""
+        """Return the training suffix just before and just after each of the texts', (m,).
+
+        Where there is none, the border, with which no character of a text agrees.
+        """
+        border = self._n_training - 1
         ranks = np.flatnonzero(self._suffixes >= self._n_training)
         # They stand in runs, each between two training suffixes.
         starts = np.diff(ranks, prepend=-2) > 1
         ends = np.append(starts[1:], True)
         first, last, size = ranks[starts] - 1, ranks[ends] + 1, len(self._suffixes)
-        left = np.where(first < 0, -1, self._suffixes[first])
-        right = np.where(last == size, -1, self._suffixes[last % size])
+        left = np.where(first < 0, border, self._suffixes[first])
+        right = np.where(last == size, border, self._suffixes[last % size])
         run, where = np.cumsum(starts) - 1, self._suffixes[ranks] - self._n_training
         before, after = np.empty_like(where), np.empty_like(where)
         before[where], after[where] = left[run], right[run]
@@ -132,10 +136,9 @@ class CopyFinder:
         """Return the length of the common prefix of each suffix and its neighbour, (m,)."""
         tokens, lengths, length = self._tokens.data, [], 0
         for position, neighbour in enumerate(neighbours.tolist(), start=self._n_training):
-            length = max(length - 1, 0) if neighbour >= 0 else 0
-            if neighbour >= 0:
-                while tokens[neighbour + length] == tokens[position + length]:
-                    length += 1
+            length = max(length - 1, 0)
+            while tokens[neighbour + length] == tokens[position + length]:
+                length += 1
             lengths.append(length)
         return np.array(lengths, dtype=np.int64)
 
@@ -147,8 +150,7 @@ class CopyFinder:
         if self.end_id is not None:
             borders = np.flatnonzero(self._tokens[:first] == self.end_id)
             document, begin = len(borders) - 1, int(borders[-1]) + 1
-        newline = self._id_of.get("\n", -1)
-        lines = np.count_nonzero(self._tokens[begin:first] == newline)
+        lines = np.count_nonzero(self._tokens[begin:first] == self._id_of.get("\n", -1))
         return Place(document, first - begin, int(lines) + 1, len(places))
 
     def is_document(self, text: int) -> bool:
@@ -253,15 +255,11 @@ def measure_novelty(
     thresholds: Sequence[int] = THRESHOLDS,
     n_copies: int = 5,
 ) -> Novelty:
-    """Measure how much of some samples is copied from the training text.
+    """Measure how much of a model's samples is copied from the text that it was trained on.
 
-    Args:
-        samples: what a model wrote.
-        training: the text that the model was trained on.
-        held_out: real text of the same kind that the model was not trained on, for comparison. A
-            copy ends where its text ends, so these should be about as long as the samples.
-        thresholds: lengths from which a copy counts, in characters.
-        n_copies: how many of the longest copies to return.
+    `held_out` is real text of the same kind that the model was not trained on, for comparison. A
+    copy ends where its text ends, so these should be about as long as the samples. `thresholds` are
+    lengths from which a copy counts, in characters; `n_copies` of the longest are returned.
 
     Raises:
         UserError: the samples or the training text have no characters, a threshold is below 1, or
@@ -336,19 +334,15 @@ def _longest_copies(texts: Sequence[str], finder: CopyFinder, n_copies: int) -> 
 
 
 def novelty_table(novelty: Novelty) -> str:
-    """Return the figures, the longest copies and the verdict as text for a terminal.
-
-    Each copy is shown on one line, with control characters escaped.
-    """
+    """Return the figures, the longest copies (a line each) and the verdict for a terminal."""
     columns = [novelty.samples] + ([novelty.held_out] if novelty.held_out else [])
     several = novelty.samples.whole is not None
     rows = [
         ("", ["samples", "unseen text"][: len(columns)]),
         ("characters", [f"{column.n_characters:,}" for column in columns]),
     ]
-    for i, least in enumerate(novelty.thresholds):
-        shares = [f"{column.shares[i]:.1%}" for column in columns]
-        rows.append((f"in copies of {least} or more", shares))
+    for least, *shares in zip(novelty.thresholds, *(c.shares for c in columns), strict=True):
+        rows.append((f"in copies of {least} or more", [f"{share:.1%}" for share in shares]))
     if several:
         rows.append(("whole documents", [f"{column.whole:.1%}" for column in columns]))
     rows.append(("mean copy", [f"{column.mean:.1f}" for column in columns]))
@@ -389,18 +383,13 @@ def novelty_of_run(
 ) -> Novelty:
     """Measure how much a trained model copies from the text that it was trained on.
 
-    The validation part of that text serves for comparison, in pieces about as long as the samples.
+    The run's config.json names that text, which is opened and read. At most `held_out_characters`
+    of its validation part, evenly from all of it, serve for comparison, in pieces about as long as
+    the samples; 0: no comparison. `report` prints which files are read.
 
-    Args:
-        run: the run folder. Its config.json names the text, which is opened and read.
-        samples_file: what the model wrote: a file, perhaps of `chargpt sample`, a folder with one
-            file per sample, or ``-`` for standard input. If the run has a document separator, it
-            separates samples, too.
-        samples: what the model wrote, in addition to the file.
-        encoding: of the file.
-        held_out_characters: at most this many characters of the validation part, evenly from all
-            of it; 0: no comparison.
-        report: prints which files of the training text are read.
+    What the model wrote are the `samples` and those of a file, perhaps of `chargpt sample`, a
+    folder with one file per sample, or ``-`` for standard input. If the run has a document
+    separator, it separates samples in a file, too.
 
     Raises:
         UserError: no such run, its text is missing or has changed, the samples are missing or

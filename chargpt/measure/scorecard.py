@@ -57,22 +57,13 @@ def score_run(
 ) -> Scorecard:
     """Evaluate a trained model on a whole text, in fp32.
 
-    The run's config.json names the training text. It is opened only if no files are given, or if
-    baselines are wanted.
+    The run's config.json names the training text. It is opened only if no files are given (see
+    `chargpt.data.texts.read_sources`), to evaluate on a split of it, or for the baselines. They
+    learn from the training part, so the split "train" has none.
 
-    Args:
-        run: the run folder.
-        files: texts to evaluate on (see `chargpt.data.texts.read_sources`); none: the split.
-        split: the part of the training text to evaluate on if no files are given.
-        which: the checkpoint.
-        device: where to compute.
-        encoding: of the files; None: as in training.
-        unknown: what to do with characters that the model has never seen.
-        stride: tokens that the model's window moves (see `chargpt.engine.scoring`); 0: block_size,
-            as in training. A smaller stride gives more context and takes longer.
-        with_baselines: compute what cheap methods reach. They learn from the training part, so the
-            split "train" has no baselines.
-        report: prints which files of the training text are read.
+    `encoding` is that of the files; None: as in training. `stride` is how many tokens the model's
+    window moves (see `chargpt.engine.scoring`); 0: block_size, as in training. A smaller stride
+    gives more context and takes longer. `report` prints which files of the training text are read.
 
     Raises:
         UserError: no such run, the text is missing or has changed, a character is unknown, or the
@@ -138,10 +129,8 @@ def _read_tokens(
 def training_corpus(config: RunConfig, report: Callable[[str], None]) -> Corpus:
     """Read the training text of a run again.
 
-    Args:
-        config: names the text. It may come from a stranger: only regular files are opened, and none
-            of them if their total size cannot be that of the run's text.
-        report: prints which files are read.
+    The config may come from a stranger: only regular files are opened, and none of them if their
+    total size cannot be that of the run's text. `report` prints which files are read.
 
     Raises:
         UserError: the text is missing, came from standard input, or has changed; the caller adds
