@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 
 import numpy as np
@@ -74,8 +75,7 @@ def body_of(coloured: str) -> str:
 
 
 @pytest.mark.parametrize("show", [surprise_ansi, surprise_page])
-def test_mistakes_are_named(show: object) -> None:
-    assert callable(show)
+def test_mistakes_are_named(show: Callable[[str, np.ndarray], str]) -> None:
     with pytest.raises(UserError, match="text to colour is empty: give at least one"):
         show("", log_p())
     with pytest.raises(UserError, match=r"3 characters have scores of shape \(2,\): give one per"):
@@ -97,15 +97,13 @@ def test_the_text_is_unchanged(text: str) -> None:
 @given(st.text(min_size=1, max_size=40), st.integers(0, 9))
 def test_no_control_character_reaches_the_reader(text: str, seed: int) -> None:
     scores = random_scores(len(text), seed)
-    for written in (SGR.sub("", surprise_ansi(text, scores)), surprise_page(text, scores)):
+    coloured, marked = (surprise_ansi(text, scores, colour=colour) for colour in (True, False))
+    for written in (SGR.sub("", coloured), marked, surprise_page(text, scores)):
         assert not RAW.search(written)
         written.encode("utf-8")
-    for line in surprise_ansi(text, scores).split("\n"):
-        styles = SGR.findall(line)
-        assert styles[1::2] == ["\x1b[0m"] * (len(styles) // 2)  # set, reset, set, reset
-        assert len(styles) % 2 == 0
-        assert "\x1b[0m" not in styles[::2]
-    assert "\x1b" not in surprise_ansi(text, scores, colour=False)
+    for line in coloured.split("\n"):
+        resets = [style == "\x1b[0m" for style in SGR.findall(line)]
+        assert resets == [False, True] * (len(resets) // 2)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +128,10 @@ def test_colours_begin_at_their_bits() -> None:
     bits = [b + d for b in HEAT_BITS for d in (-0.01, 0.01)]
     coloured = surprise_ansi("x" * len(bits), log_p(*bits))
     line, legend = coloured.split("\n")
-    palette = [230, 228, 220, 214, 208, 202, 196]
-    runs = [(1, "x")] + [(n, "xx") for n in palette[:-1]] + [(196, "x")]
-    expected = "".join(f"\x1b[38;5;16;48;5;{n}m{x}\x1b[0m" if n > 1 else x for n, x in runs)
-    assert line == expected
-    assert [int(n) for n in re.findall(r"48;5;(\d+)m", legend)] == palette
+    palette = re.findall(r"\x1b\[38;5;16;48;5;\d+m", legend)
+    assert len(set(palette)) == len(HEAT_BITS)
+    runs = [f"{style}xx\x1b[0m" for style in palette[:-1]]
+    assert line == "".join(["x", *runs, f"{palette[-1]}x\x1b[0m"])
     labels = "bits per character: under 1  1   2   3   4   6   8   10 or more ; mean"
     assert SGR.sub("", legend).startswith(labels)
 
@@ -189,8 +186,7 @@ def test_the_page_stands_alone() -> None:
     assert "Content-Security-Policy\" content=\"default-src 'none'" in written
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "img", "iframe", "object"})
     assert not {name for _, attrs in page.tags for name in attrs} & {"src", "href", "style"}
-    assert "url(" not in written
-    assert "@import" not in written
+    assert "url(" not in written and "@import" not in written
     assert "$" not in surprise_page("a", log_p(1))  # the template is filled
 
 
