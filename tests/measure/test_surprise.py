@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 def body_of(coloured: str) -> str:
     """Return a coloured text without colours and legend."""
-    return SGR.sub("", coloured)[: SGR.sub("", coloured).rindex("bits per character")]
+    return SGR.sub("", coloured).rpartition("bits per character")[0]
 
 
 # --- both
@@ -109,16 +109,13 @@ def test_no_control_character_reaches_the_reader(text: str, seed: int) -> None:
 @pytest.mark.parametrize(
     ("character", "seen"), [("\x1b", r"\x1b"), ("\r", r"\r"), ("\u202e", r"\u202e")]
 )
-@pytest.mark.parametrize("bits", [0, 5])
-def test_control_characters_are_escaped(character: str, seen: str, bits: int) -> None:
-    text, scores = f"a{character}[2Jb", log_p(0, bits, 0, 0, 0, 0)
+def test_control_characters_are_escaped(character: str, seen: str) -> None:
+    text, scores = f"a{character}[2Jb", log_p(0, 5, 0, 0, 0, 0)
     assert body_of(surprise_ansi(text, scores)) == f"a{seen}[2Jb\n"
-    plain = surprise_ansi(text, scores, colour=False).split("\n")
-    assert plain[:2] == [f"a{seen}[2Jb", " 5" if bits else ""]
+    assert surprise_ansi(text, scores, colour=False).startswith(f"a{seen}[2Jb\n 5\n")
     page = Page(surprise_page(text, scores, title=f"{character}|\n|"))
     assert (page.text, page.heading) == (f"a{seen}[2Jb", f"{seen}| |")
-    if bits:
-        assert page.spans[1] == ("h4", f"{seen}: 5.0 bits, p = 0.031", seen)
+    assert page.spans[1] == ("h4", f"{seen}: 5.0 bits, p = 0.031", seen)
 
 
 # --- the terminal
@@ -216,12 +213,11 @@ def test_text_is_legible_and_colours_are_ordered() -> None:
         rules = re.findall(r"background: (#\w{6}); color: (#\w{6});", style)
         assert len(rules) == 1 + len(HEAT_BITS)  # the page, then from few bits to many
         assert min(contrast(*rule) for rule in rules) >= 4.5
-        steps = np.diff([luminance(background) for background, _ in rules])
-        assert (steps * direction > 0).all()
+        assert (np.diff([luminance(rule[0]) for rule in rules]) * direction > 0).all()
     codes = re.findall(r"48;5;(\d+)m", surprise_ansi("a", log_p(1)).split("\n")[1])
-    levels = [0, 95, 135, 175, 215, 255]  # xterm's colour cube
-    cube = [[(int(n) - 16) // base % 6 for base in (36, 6, 1)] for n in codes]
-    colours = ["#" + "".join(f"{levels[i]:02x}" for i in triple) for triple in cube]
+    levels = ["00", "5f", "87", "af", "d7", "ff"]  # xterm's colour cube
+    cube = [[levels[(int(n) - 16) // base % 6] for base in (36, 6, 1)] for n in codes]
+    colours = ["#" + "".join(triple) for triple in cube]
     assert min(contrast(colour, "#000000") for colour in colours) >= 4.5
     assert (np.diff([luminance(colour) for colour in colours]) < 0).all()
 
