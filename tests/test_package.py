@@ -23,7 +23,7 @@ def test_the_wheel_runs_by_itself(tmp_path: Path) -> None:
     in_repository = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "chargpt").rglob("*.*")
-        if path.suffix in (".py", ".cpp", ".h", ".json", ".typed")
+        if path.suffix in (".py", ".cpp", ".h", ".html", ".json", ".typed")
     }
     assert {Path(name).suffix for name in in_repository} >= {".cpp", ".h", ".json", ".typed"}
     assert {name for name in names if name.startswith("chargpt/")} == in_repository

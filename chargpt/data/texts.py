@@ -46,7 +46,7 @@ def read_sources(sources: Sequence[str]) -> list[RawText]:
     if not sources:
         raise UserError(f"no text: give a file, or a data set ({', '.join(datasets.NAMES)})")
     files: dict[str | Path, str | Path] = {}  # by name, or by path without links
-    for file in chain.from_iterable(map(_find, sources)):
+    for file in chain.from_iterable(map(find_files, sources)):
         identity = file.resolve() if isinstance(file, Path) else file
         if identity in files:
             also = "" if files[identity] == file else f", also as {files[identity]}"
@@ -55,7 +55,7 @@ def read_sources(sources: Sequence[str]) -> list[RawText]:
     return [_read(file) for file in files.values()]
 
 
-def _find(source: str) -> Sequence[str | Path]:
+def find_files(source: str) -> Sequence[str | Path]:
     """Return the files that a source names; standard input and data sets by their names."""
     if not source:
         raise UserError("the name of a text is empty: give a file, or - for standard input")

@@ -1,8 +1,4 @@
-"""Bits per character that cheap methods reach, to compare a model with.
-
-They are letter frequencies, an n-gram model, and the compressors bz2 and xz. All see the same
-training text.
-"""
+"""Bits per character that cheap methods reach after the same training text as a model."""
 
 from __future__ import annotations
 
@@ -20,6 +16,9 @@ from chargpt.data.tokenizer import CharTokenizer
 from chargpt.training.summary import unigram_nats
 
 Ids = npt.NDArray[np.integer[Any]]
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+_Compressor = Literal["xz", "bz2"]
 
 # Bytes that a compressor can refer back to. bz2 sorts blocks of 900 kB independently; its first
 # step lengthens a run of four equal bytes, hence the margin. 64 MiB is xz's largest preset: more
@@ -28,7 +27,7 @@ _WINDOW_BYTES = {"bz2": 850_000, "xz": 64 << 20}
 
 
 class Baseline(NamedTuple):
-    """A row of the comparison."""
+    """A cheap method and what it reaches."""
 
     name: str
     bits_per_char: float
@@ -42,20 +41,11 @@ def baselines(
     order: int = 5,
     training_chars: int = 10_000_000,
 ) -> list[Baseline]:
-    """Score the held-out text by each cheap method, in bits per character.
+    """Score a text by letter frequencies, an n-gram model, bz2 and xz, in that order.
 
-    The first two methods score end-of-text tokens; the compressors do not see them.
-
-    Args:
-        training_ids: the text that the model was trained on, (n,).
-        held_out_ids: the text to score, (m,).
-        tokenizer: gives the vocabulary.
-        order: context of the n-gram model, in characters.
-        training_chars: use this many characters, from the end of the training text. 10 million take
-            about a minute and 1 GB of memory; more would improve the scores.
-
-    Returns:
-        In order: letters by frequency, n-gram, bz2, xz.
+    The n-gram model has a context of `order` characters. The methods see at most `training_chars`
+    from the end of the training text: 10 million take about a minute and 1 GB of memory; more would
+    improve the scores. Only the first two methods see and score end-of-text tokens.
 
     Raises:
         UserError: the held-out text is empty, or an id is outside the vocabulary.
@@ -65,27 +55,24 @@ def baselines(
     ngram = NgramModel.fit(training_ids, size, order=order).nats_per_char(held_out_ids)  # checks
     unigram = unigram_nats(training_ids, held_out_ids, size)
     training, held_out = tokenizer.decode(training_ids), tokenizer.decode(held_out_ids)
+    compressors: tuple[_Compressor, ...] = ("bz2", "xz")
     return [
         Baseline("letters by frequency", unigram / math.log(2)),
         Baseline(f"order-{order} n-gram", ngram / math.log(2)),
-        Baseline("bz2", compressed_bits_per_char(held_out, training, method="bz2")),
-        Baseline("xz", compressed_bits_per_char(held_out, training, method="xz")),
+        *(Baseline(c, compressed_bits_per_char(held_out, training, method=c)) for c in compressors),
     ]
 
 
-def compressed_bits_per_char(
-    held_out: str, training: str = "", *, method: Literal["xz", "bz2"]
-) -> float:
+def compressed_bits_per_char(held_out: str, training: str = "", *, method: _Compressor) -> float:
     """Return what the held-out text adds to the compressed training text, in bits per character.
 
     That is 8 · (size(training + held_out) − size(training)) / len(held_out), with sizes in bytes of
     UTF-8. Without a training text it is the compressed size, file header included.
 
-    The plain formula would be unfair to bz2, which sorts a text in blocks of 900 kB: the held-out
-    text would share a block with only a small end of a long training text. Therefore the held-out
-    text is cut into pieces of at most half a block. Each piece follows as much of the text before
-    it as fits into the block, and the differences are added. xz is treated alike, with 64 MiB, so
-    that a typical held-out text is one piece.
+    bz2 sorts a text in blocks of 900 kB, and the held-out text could share a block with only a
+    small end of a long training text. Therefore the held-out text is cut into pieces of at most
+    half a block, each after as much of the text before it as fits into the block, and the
+    differences are added. The same for xz, with 64 MiB: a typical held-out text is one piece.
 
     Raises:
         UserError: the held-out text is empty.
@@ -96,8 +83,7 @@ def compressed_bits_per_char(
     text = before + held_out.encode("utf-8", "surrogatepass")
     if not before:
         return 8 * _compressed_bytes(text, method) / len(held_out)
-    window = _WINDOW_BYTES[method]
-    added = 0
+    window, added = _WINDOW_BYTES[method], 0
     for start in range(len(before), len(text), window // 2):
         end = min(start + window // 2, len(text))
         seen = max(end - window, 0)
@@ -106,7 +92,7 @@ def compressed_bits_per_char(
     return 8 * added / len(held_out)
 
 
-def _compressed_bytes(data: bytes, method: Literal["xz", "bz2"]) -> int:
+def _compressed_bytes(data: bytes, method: _Compressor) -> int:
     if method == "bz2":
         return len(bz2.compress(data))
     # Preset 9 is preset 6 with a larger dictionary; one of the data's size takes less memory.
@@ -121,9 +107,9 @@ class _Level(NamedTuple):
     float arrays, one more entry, stands for an unseen gram or context.
     """
 
-    keys: npt.NDArray[np.int64]  # (G,) context id · vocab_size + token, ascending
-    share: npt.NDArray[np.float64]  # (G + 1,) discounted p of the token in its context
-    backoff: npt.NDArray[np.float64]  # (C + 1,) p that a context leaves to shorter ones
+    keys: _Ints  # (G,) context id · vocab_size + token, ascending
+    share: _Floats  # (G + 1,) discounted p of the token in its context
+    backoff: _Floats  # (C + 1,) p that a context leaves to shorter ones
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,8 +118,8 @@ class NgramModel:
 
     The smoothing is interpolated modified Kneser-Ney (Chen & Goodman 1999, "An empirical study of
     smoothing techniques for language modeling", section 3; Kneser & Ney 1995), down to the uniform
-    distribution, so that every token has a positive probability after every context. Memory and
-    time are proportional to the length of the text times the order.
+    distribution, so that every token has a positive probability. Memory and time are proportional
+    to the length of the text times the order.
     """
 
     vocab_size: int
@@ -141,12 +127,9 @@ class NgramModel:
 
     @classmethod
     def fit(cls, ids: Ids, vocab_size: int, order: int = 5) -> Self:
-        """Count the grams of a text.
+        """Count the grams of a text, (n,); an empty one gives the uniform distribution.
 
-        Args:
-            ids: the training text, (n,); an empty one gives the uniform distribution.
-            vocab_size: number of tokens.
-            order: length of the longest context, in tokens; 0: no context.
+        The longest context has `order` tokens; 0: no context.
 
         Raises:
             UserError: an id is outside the vocabulary, or the order is negative.
@@ -159,14 +142,8 @@ class NgramModel:
             levels.append(_discount(keys, counts, keys // vocab_size, contexts))
         return cls(vocab_size, tuple(levels))
 
-    def log_probs(self, ids: Ids) -> npt.NDArray[np.float64]:
-        """Return ln p of each token given those before it, shape (len(ids),).
-
-        The first token has no context, and the context of the next ones grows.
-
-        Raises:
-            UserError: an id is outside the vocabulary.
-        """
+    def log_probs(self, ids: Ids) -> _Floats:
+        """Return ln p of each token given those before it, (len(ids),); UserError as for `fit`."""
         ids = _checked(ids, self.vocab_size)
         probs = np.full(len(ids), 1 / self.vocab_size)
         context = np.zeros(len(ids), dtype=np.int64)
@@ -175,30 +152,23 @@ class NgramModel:
             probs[length:] *= level.backoff[context]
             probs[length:] += level.share[gram]
             context = gram[:-1]
-        log_probs: npt.NDArray[np.float64] = np.log(probs)
-        return log_probs
+        return np.log(probs)  # type: ignore[no-any-return]
 
     def nats_per_char(self, ids: Ids) -> float:
-        """Return the mean −ln p over all tokens of `ids`.
-
-        Raises:
-            UserError: `ids` is empty, or an id is outside the vocabulary.
-        """
+        """Return the mean −ln p over all tokens of `ids`; UserError if there are none."""
         if not len(ids):
             raise UserError("the held-out text is empty: give at least one character")
         return float(-self.log_probs(ids).mean())
 
 
-def _count_grams(
-    ids: npt.NDArray[np.int64], vocab_size: int, order: int
-) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+def _count_grams(ids: _Ints, vocab_size: int, order: int) -> list[tuple[_Ints, _Ints]]:
     """Return the keys and the counts of the grams of 1 to order + 1 tokens.
 
     Only the longest are counted by their occurrences. A shorter one is used after a new longer
     context, so its count is that of the distinct tokens before it, the start of the text included:
     "Francisco", frequent but only after "San", is unlikely in a new context.
     """
-    levels: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+    levels: list[tuple[_Ints, _Ints]] = []
     context = np.zeros(len(ids), dtype=np.int64)
     shorter = np.zeros(0, dtype=np.int64)  # id of each position's gram, one level below
     for length in range(min(order + 1, len(ids))):
@@ -216,14 +186,14 @@ def _count_grams(
     return levels
 
 
-def _discount(
-    keys: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    context: npt.NDArray[np.int64],
-    contexts: int,
-) -> _Level:
+def _discount(keys: _Ints, counts: _Ints, context: _Ints, contexts: int) -> _Level:
     """Subtract a discount from each count and give the sum to the shorter contexts."""
-    discount = _discounts(counts)[np.minimum(counts, 3) - 1]
+    # One more gram of each count avoids a division by zero for a tiny or a periodic text.
+    n1, n2, n3, n4 = np.bincount(np.minimum(counts, 5), minlength=6)[1:5] + 1
+    y = n1 / (n1 + 2 * n2)
+    estimates = np.array([y, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    # Unusual texts give negative estimates; discounts that never fall stay in 0 … count.
+    discount = np.maximum.accumulate(estimates)[np.minimum(counts, 3) - 1]
     total = np.bincount(context, weights=counts, minlength=contexts)
     taken = np.bincount(context, weights=discount, minlength=contexts)
     # A context that occurs only at the very end of the text has no next token.
@@ -232,23 +202,13 @@ def _discount(
     return _Level(keys, np.append(share, 0.0), np.append(backoff, 1.0))
 
 
-def _discounts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return the discounts of counts 1, 2, and 3 or more (Chen & Goodman 1999, section 3)."""
-    # One more gram of each count avoids a division by zero for a tiny or a periodic text.
-    n1, n2, n3, n4 = np.bincount(np.minimum(counts, 5), minlength=6)[1:5] + 1
-    y = n1 / (n1 + 2 * n2)
-    estimates = np.array([y, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    # Unusual texts give negative estimates; discounts that never fall stay in 0 … count.
-    return np.maximum.accumulate(estimates)
-
-
-def _find(keys: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _find(keys: _Ints, wanted: _Ints) -> _Ints:
     """Return the index of each wanted key in ascending `keys`, −1 if it is missing."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, place, -1)
 
 
-def _checked(ids: Ids, vocab_size: int) -> npt.NDArray[np.int64]:
+def _checked(ids: Ids, vocab_size: int) -> _Ints:
     # int64 holds a key: a gram's id, less than the text's length, times the vocabulary size.
     checked = np.asarray(ids, dtype=np.int64)
     if checked.size and not 0 <= checked.min() <= checked.max() < vocab_size:

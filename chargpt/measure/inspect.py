@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
@@ -75,74 +75,63 @@ def _entries(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def _inspect(folder: Path) -> list[Finding]:
-    findings = [
-        _look(CONFIG, lambda: _config(folder)),
-        _look(TOKENIZER, lambda: _tokenizer(folder)),
-    ]
-    model = _model_config(folder)
-    which: CheckpointName
-    for which in ("best", "last"):
+    findings = []
+
+    def look(check: Callable[[Path, GPT2Config | None], str], part: str) -> None:
+        try:
+            findings.append(Finding(part, True, check(folder / part, model)))
+        except UserError as error:
+            findings.append(Finding(part, False, str(error)))
+
+    model = None
+    with suppress(UserError):  # config.json has its own finding
+        model = read_config(folder).model_config
+    look(_config, CONFIG)
+    look(_tokenizer, TOKENIZER)
+    for which in get_args(CheckpointName):
         folders = checkpoint_folders(folder, which)
-        for checkpoint in (c for c in folders if not c.name.endswith(".new")):
-            findings.append(_checkpoint(checkpoint, model))
+        for checkpoint in folders:
+            if not checkpoint.name.endswith(".new"):
+                look(_checkpoint, checkpoint.name)
         if which == "last" and not folders:
             findings.append(Finding(which, False, "it is missing"))
-    if (folder / METRICS).exists():
-        findings.append(_look(METRICS, lambda: _metrics(folder / METRICS)))
-    if (folder / SUMMARY).exists():
-        findings.append(_look(SUMMARY, lambda: _summary(folder / SUMMARY)))
+    for part, check in ((METRICS, _metrics), (SUMMARY, _summary)):
+        if (folder / part).exists():
+            look(check, part)
     return findings
 
 
-def _look(part: str, look: Callable[[], str]) -> Finding:
-    try:
-        return Finding(part, True, look())
-    except UserError as error:
-        return Finding(part, False, str(error))
-
-
-def _model_config(folder: Path) -> GPT2Config | None:
-    try:
-        return read_config(folder).model_config
-    except UserError:
-        return None  # config.json has its own finding
-
-
-def _config(folder: Path) -> str:
-    read_config(folder)
+def _config(path: Path, _: GPT2Config | None) -> str:
+    read_config(path.parent)
     return f"format {FORMAT}"
 
 
-def _tokenizer(folder: Path) -> str:
-    tokenizer, model = read_tokenizer(folder), _model_config(folder)
-    if model is not None and tokenizer.vocab_size != model.vocab_size:
-        raise UserError(f"{tokenizer.vocab_size} tokens, but the model has {model.vocab_size}")
-    return f"{tokenizer.vocab_size} tokens"
+def _tokenizer(path: Path, model: GPT2Config | None) -> str:
+    size = read_tokenizer(path.parent).vocab_size
+    if model is not None and size != model.vocab_size:
+        raise UserError(f"{size} tokens, but the model has {model.vocab_size}")
+    return f"{size} tokens"
 
 
-def _checkpoint(folder: Path, model: GPT2Config | None) -> Finding:
-    problem = find_problem(folder)
+def _checkpoint(path: Path, model: GPT2Config | None) -> str:
+    problem = find_problem(path)
     if problem:
-        return Finding(folder.name, False, problem)
-    try:
-        state = read_state(folder)
-        if model is not None:
-            check_model_file(folder / MODEL, model)
-        if (folder / OPTIMIZER).exists():
-            read_tensors(folder / OPTIMIZER)
-            from_dict(TrainState, state)
-    except UserError as error:
-        return Finding(folder.name, False, str(error))
-    return Finding(folder.name, True, f"step {state.get('step')}, all SHA-256 sums match")
+        raise UserError(problem)
+    state = read_state(path)
+    if model is not None:
+        check_model_file(path / MODEL, model)
+    if (path / OPTIMIZER).exists():
+        read_tensors(path / OPTIMIZER)
+        from_dict(TrainState, state)
+    return f"step {state.get('step')}, all SHA-256 sums match"
 
 
-def _metrics(path: Path) -> str:
+def _metrics(path: Path, _: GPT2Config | None) -> str:
     if not path.is_file():
         raise UserError("it is not a regular file")
     number = 0
     with path.open(encoding="utf-8", errors="replace") as file:
-        lines = iter(lambda: file.readline(LONGEST_LINE), "")
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
             try:
                 json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -150,5 +139,5 @@ def _metrics(path: Path) -> str:
     return f"{number:,} lines"
 
 
-def _summary(path: Path) -> str:
+def _summary(path: Path, _: GPT2Config | None) -> str:
     return f"validation loss {read_json(path).get('val_loss')}"

@@ -41,33 +41,24 @@ _Ints = npt.NDArray[np.integer[Any]]
 class TrainingText(NamedTuple):
     """The text that copies may come from."""
 
-    ids: _Ints
-    """Token ids, (n,); end-of-text ends a document."""
+    ids: _Ints  # (n,); end-of-text ends a document
     tokenizer: CharTokenizer
 
     @classmethod
     def of(cls, texts: str | Sequence[str]) -> Self:
-        """Encode one text or several documents.
-
-        Raises:
-            UserError: there are no characters.
-        """
+        """Encode one text or several documents; UserError if there are no characters."""
         documents = [texts] if isinstance(texts, str) else list(texts)
         tokenizer = CharTokenizer.fit(documents, end_of_text=len(documents) > 1)
         return cls(encode_documents(documents, tokenizer), tokenizer)
 
 
 class Place(NamedTuple):
-    """Where a copy stands in the training text."""
+    """Where a copy first stands in the training text."""
 
-    document: int
-    """Document number, from 0."""
-    offset: int
-    """Characters from the start of the document, from 0."""
-    line: int
-    """Line of the document, from 1."""
-    occurrences: int
-    """How often the training text contains the copy; this is the first place."""
+    document: int  # from 0
+    offset: int  # characters from the start of the document
+    line: int  # of the document, from 1
+    occurrences: int  # how often the training text contains the copy
 
 
 class CopyFinder:
@@ -83,10 +74,6 @@ class CopyFinder:
     Memory, beside the training ids: 5 bytes per character, 6 while it is built; with more than 254
     distinct tokens 8 and 17, with more than 65,536 8 and 37. From 2³¹ bytes of ids on, positions
     take 8 bytes instead of 4.
-
-    Args:
-        training: at least one token.
-        texts: where to look for copies.
 
     Raises:
         UserError: the training text is empty, or the package pydivsufsort is not installed.
@@ -110,28 +97,36 @@ class CopyFinder:
         # End-of-text before the first document, so that each document stands between two.
         lead = [] if self.end_id is None else [self.end_id]
         encoded = [self._id_of.get(c, other) for text in texts for c in (*text, "")]
-        parts = (np.array(part, dtype=dtype) for part in (lead, ids, [border], encoded))
-        self._tokens = np.concatenate(list(parts))
+        self._tokens = np.concatenate(
+            [np.array(part, dtype=dtype) for part in (lead, ids, [border], encoded)]
+        )
         self._n_training = len(lead) + len(ids) + 1
         self._starts = self._n_training + np.cumsum([0, *(len(text) + 1 for text in texts)])
-        self._suffixes = _suffix_array(self._tokens)
+        try:
+            divsufsort = importlib.import_module("pydivsufsort").divsufsort
+        except ImportError as error:
+            raise UserError(
+                "novelty needs pydivsufsort, which is not installed: pip install 'chargpt[novelty]'"
+            ) from error
+        self._suffixes: _Ints = divsufsort(self._tokens)  # starts of the sorted suffixes
         before, after = self._neighbours()
         lengths = np.maximum(self._common_prefixes(before), self._common_prefixes(after))
         pieces = np.split(lengths, self._starts[1:-1] - self._n_training)
         self.lengths = [piece[:-1] for piece in pieces]
 
     def _neighbours(self) -> tuple[_Ints, _Ints]:
-        """Return the training suffixes just before and just after each suffix of the texts.
+        """Return the training suffix just before and just after each of the texts', (m,).
 
-        Two arrays in the order of the texts, (m,); −1 for no such suffix.
+        Where there is none, the border, with which no character of a text agrees.
         """
+        border = self._n_training - 1
         ranks = np.flatnonzero(self._suffixes >= self._n_training)
         # They stand in runs, each between two training suffixes.
         starts = np.diff(ranks, prepend=-2) > 1
         ends = np.append(starts[1:], True)
         first, last, size = ranks[starts] - 1, ranks[ends] + 1, len(self._suffixes)
-        left = np.where(first < 0, -1, self._suffixes[first])
-        right = np.where(last == size, -1, self._suffixes[last % size])
+        left = np.where(first < 0, border, self._suffixes[first])
+        right = np.where(last == size, border, self._suffixes[last % size])
         run, where = np.cumsum(starts) - 1, self._suffixes[ranks] - self._n_training
         before, after = np.empty_like(where), np.empty_like(where)
         before[where], after[where] = left[run], right[run]
@@ -141,10 +136,9 @@ class CopyFinder:
         """Return the length of the common prefix of each suffix and its neighbour, (m,)."""
         tokens, lengths, length = self._tokens.data, [], 0
         for position, neighbour in enumerate(neighbours.tolist(), start=self._n_training):
-            length = max(length - 1, 0) if neighbour >= 0 else 0
-            if neighbour >= 0:
-                while tokens[neighbour + length] == tokens[position + length]:
-                    length += 1
+            length = max(length - 1, 0)
+            while tokens[neighbour + length] == tokens[position + length]:
+                length += 1
             lengths.append(length)
         return np.array(lengths, dtype=np.int64)
 
@@ -156,8 +150,7 @@ class CopyFinder:
         if self.end_id is not None:
             borders = np.flatnonzero(self._tokens[:first] == self.end_id)
             document, begin = len(borders) - 1, int(borders[-1]) + 1
-        newline = self._id_of.get("\n", -1)
-        lines = np.count_nonzero(self._tokens[begin:first] == newline)
+        lines = np.count_nonzero(self._tokens[begin:first] == self._id_of.get("\n", -1))
         return Place(document, first - begin, int(lines) + 1, len(places))
 
     def is_document(self, text: int) -> bool:
@@ -183,18 +176,6 @@ class CopyFinder:
         return found[found < self._n_training]
 
 
-def _suffix_array(ids: _Ints) -> _Ints:
-    """Return the starts of the suffixes of `ids` in sorted order, (n,), int32 or int64."""
-    try:
-        library = importlib.import_module("pydivsufsort")
-    except ImportError as error:
-        raise UserError(
-            "novelty needs pydivsufsort, which is not installed: pip install 'chargpt[novelty]'"
-        ) from error
-    suffixes: _Ints = library.divsufsort(ids)
-    return suffixes
-
-
 # --- the measure
 
 
@@ -203,15 +184,12 @@ class Overlap:
     """How much some texts share with the training text."""
 
     n_characters: int
-    longest_text: int
-    """Characters of the longest text: no copy is longer."""
+    longest_text: int  # in characters: no copy is longer
     shares: tuple[float, ...]
     """For each threshold, the share of characters that lie in a copy of at least that length."""
-    mean: float
-    """Mean length of the longest copy that begins at a character, over all characters."""
+    mean: float  # length of the longest copy that begins at a character, over all characters
     median: float
-    longest: int
-    """Characters of the longest copy."""
+    longest: int  # in characters
     whole: float | None
     """Share of the texts that are a whole training document; None: there is only one document."""
 
@@ -221,20 +199,16 @@ class Copy:
     """A part of a sample that stands in the training text and cannot be extended."""
 
     text: str
-    sample: int
-    """Sample number, from 0."""
-    offset: int
-    """Start in the sample, in characters from 0."""
+    sample: int  # from 0
+    offset: int  # characters from the start of the sample
     place: Place
-    """Where it stands in the training text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Novelty:
     """What samples share with the training text, and what real text shares with it."""
 
-    thresholds: tuple[int, ...]
-    """Lengths from which a copy counts, in characters."""
+    thresholds: tuple[int, ...]  # lengths from which a copy counts, in characters
     samples: Overlap
     held_out: Overlap | None
     """The same for real text that was not trained on; None: no such text was given."""
@@ -244,44 +218,33 @@ class Novelty:
     @property
     def verdict(self) -> str:
         """What the figures mean, in one line."""
-        sentences = [*self._verdict_on_stretches(), *self._verdict_on_documents()]
-        if self.samples.n_characters < _ROUGH:
-            sentences.append(
-                f"This is a rough figure: the samples have {self.samples.n_characters:,} "
-                "characters."
-            )
-        return " ".join(sentences)
-
-    def _verdict_on_stretches(self) -> list[str]:
-        middle = len(self.thresholds) // 2
-        share, length = self.samples.shares[middle], self.thresholds[middle]
-        if self.samples.longest_text < length:
-            return [f"Every sample is shorter than {length} characters, the least that counts."]
-        fact = (
+        ours, real, middle = self.samples, self.held_out, len(self.thresholds) // 2
+        share, length = ours.shares[middle], self.thresholds[middle]
+        line = (
             f"{share:.1%} of the text stands word for word in the training text in stretches of "
             f"{length} characters or more"
         )
-        if self.held_out is None:
-            return [f"{fact}."]
-        usual = self.held_out.shares[middle]
-        return [f"{fact}; of real unseen text {usual:.1%} does: {_judge(share, usual)}."]
-
-    def _verdict_on_documents(self) -> list[str]:
-        if self.samples.whole is None:
-            return []
-        fact = f"{self.samples.whole:.1%} of the samples are whole documents of the training text"
-        if self.held_out is None or self.held_out.whole is None:
-            return [f"{fact}."]
-        return [f"{fact}; of the unseen documents {self.held_out.whole:.1%} are."]
+        if ours.longest_text < length:
+            line = f"Every sample is shorter than {length} characters, the least that counts"
+        elif real:
+            usual = real.shares[middle]
+            line += f"; of real unseen text {usual:.1%} does: the model {_judge(share, usual)}"
+        if ours.whole is not None:
+            line += f". {ours.whole:.1%} of the samples are whole documents of the training text"
+            if real and real.whole is not None:
+                line += f"; of the unseen documents {real.whole:.1%} are"
+        if ours.n_characters < _ROUGH:
+            line += f". This is a rough figure: the samples have {ours.n_characters:,} characters"
+        return f"{line}."
 
 
 def _judge(share: float, usual: float) -> str:
-    """Describe a share; our own limits, wide enough that a few chance copies do not matter."""
+    # Our own limits, wide enough that a few chance copies do not matter.
     if share <= usual + 0.01:
-        return "the model copies no more than real text does"
+        return "copies no more than real text does"
     if share <= 2 * usual + 0.05:
-        return "the model copies somewhat more than real text does"
-    return "the model recites its training text"
+        return "copies somewhat more than real text does"
+    return "recites its training text"
 
 
 def measure_novelty(
@@ -292,17 +255,11 @@ def measure_novelty(
     thresholds: Sequence[int] = THRESHOLDS,
     n_copies: int = 5,
 ) -> Novelty:
-    """Measure how much of some samples is copied from the training text.
+    """Measure how much of a model's samples is copied from the text that it was trained on.
 
-    A copy ends where its sample ends, so short samples have short copies. For a fair comparison the
-    held-out texts should be about as long as the samples.
-
-    Args:
-        samples: what a model wrote.
-        training: the text that the model was trained on.
-        held_out: real text of the same kind that the model was not trained on, for comparison.
-        thresholds: lengths from which a copy counts, in characters.
-        n_copies: how many of the longest copies to return.
+    `held_out` is real text of the same kind that the model was not trained on, for comparison. A
+    copy ends where its text ends, so these should be about as long as the samples. `thresholds` are
+    lengths from which a copy counts, in characters; `n_copies` of the longest are returned.
 
     Raises:
         UserError: the samples or the training text have no characters, a threshold is below 1, or
@@ -315,10 +272,10 @@ def measure_novelty(
     if not thresholds or min(thresholds) < 1:
         raise UserError(f"thresholds are {tuple(thresholds)}: give one or more, each at least 1")
     finder = CopyFinder(training, [*texts, *real])
-    of_samples, of_real = range(len(texts)), range(len(texts), len(texts) + len(real))
+    of_real = range(len(texts), len(texts) + len(real))
     return Novelty(
         thresholds=tuple(thresholds),
-        samples=_overlap(finder, of_samples, thresholds),
+        samples=_overlap(finder, range(len(texts)), thresholds),
         held_out=_overlap(finder, of_real, thresholds) if any(real) else None,
         copies=_longest_copies(texts, finder, n_copies),
     )
@@ -377,47 +334,39 @@ def _longest_copies(texts: Sequence[str], finder: CopyFinder, n_copies: int) -> 
 
 
 def novelty_table(novelty: Novelty) -> str:
-    """Return the figures, the longest copies and the verdict as text for a terminal.
-
-    Each copy is shown on one line, with control characters escaped.
-    """
+    """Return the figures, the longest copies (a line each) and the verdict for a terminal."""
     columns = [novelty.samples] + ([novelty.held_out] if novelty.held_out else [])
-    rows = [("", ["samples", "unseen text"][: len(columns)])]
-    rows.append(("characters", [f"{column.n_characters:,}" for column in columns]))
-    for i, least in enumerate(novelty.thresholds):
-        shares = [f"{column.shares[i]:.1%}" for column in columns]
-        rows.append((f"in copies of {least} or more", shares))
-    whole = [column.whole for column in columns if column.whole is not None]
-    if whole:
-        rows.append(("whole documents", [f"{share:.1%}" for share in whole]))
+    several = novelty.samples.whole is not None
+    rows = [
+        ("", ["samples", "unseen text"][: len(columns)]),
+        ("characters", [f"{column.n_characters:,}" for column in columns]),
+    ]
+    for least, *shares in zip(novelty.thresholds, *(c.shares for c in columns), strict=True):
+        rows.append((f"in copies of {least} or more", [f"{share:.1%}" for share in shares]))
+    if several:
+        rows.append(("whole documents", [f"{column.whole:.1%}" for column in columns]))
     rows.append(("mean copy", [f"{column.mean:.1f}" for column in columns]))
     rows.append(("median copy", [f"{column.median:.1f}" for column in columns]))
     rows.append(("longest copy", [f"{column.longest:,}" for column in columns]))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows]
     if novelty.copies:
-        lines += ["", "the longest copies, in characters", *_copy_lines(novelty)]
-    return "\n".join([*lines, "", novelty.verdict])
-
-
-def _copy_lines(novelty: Novelty) -> list[str]:
-    several = novelty.samples.whole is not None
-    width = len(f"{len(novelty.copies[0].text):,}")
-    lines = []
+        lines += ["", "the longest copies, in characters"]
     for copy in novelty.copies:
-        document, _, line, n = copy.place
-        here = f"sample {copy.sample + 1:,} at {copy.offset:,}"
-        there = (f"document {document + 1:,}, " if several else "") + f"line {line:,}"
-        there += f" and {n - 1:,} more" if n > 1 else ""
-        excerpt = _excerpt(copy.text)
-        lines.append(f"  {len(copy.text):>{width},}  {here} = {there}: {excerpt}")
-    return lines
+        size, place = f"{len(copy.text):,}", copy.place
+        there = f"document {place.document + 1:,}, " if several else ""
+        more = f" and {place.occurrences - 1:,} more" if place.occurrences > 1 else ""
+        lines.append(
+            f"  {size:>{len(f'{novelty.samples.longest:,}')}}  sample {copy.sample + 1:,} at "
+            f"{copy.offset:,} = {there}line {place.line:,}{more}: {_excerpt(copy.text)}"
+        )
+    return "\n".join([*lines, "", novelty.verdict])
 
 
 def _excerpt(text: str) -> str:
     """Return the start of a text on one line, with control characters escaped."""
-    shown = visible(text[:_EXCERPT]).replace("\n", r"\n").replace("\t", r"\t")
-    return shown[:_EXCERPT] + ("…" if len(shown) > _EXCERPT or len(text) > _EXCERPT else "")
+    shown = visible(text[: _EXCERPT + 1]).replace("\n", r"\n").replace("\t", r"\t")
+    return shown[:_EXCERPT] + ("…" if len(shown) > _EXCERPT else "")
 
 
 # --- of a run
@@ -430,26 +379,17 @@ def novelty_of_run(
     samples: str | Sequence[str] = (),
     encoding: str = "utf-8",
     held_out_characters: int = 100_000,
-    thresholds: Sequence[int] = THRESHOLDS,
-    n_copies: int = 5,
     report: Callable[[str], None] = lambda line: None,
 ) -> Novelty:
     """Measure how much a trained model copies from the text that it was trained on.
 
-    The validation part of that text serves for comparison, in pieces about as long as the samples.
+    The run's config.json names that text, which is opened and read. At most `held_out_characters`
+    of its validation part, evenly from all of it, serve for comparison, in pieces about as long as
+    the samples; 0: no comparison. `report` prints which files are read.
 
-    Args:
-        run: the run folder. Its config.json names the text, which is opened and read.
-        samples_file: what the model wrote: a file, perhaps of `chargpt sample`, a folder with one
-            file per sample, or ``-`` for standard input. If the run has a document separator, it
-            separates samples, too.
-        samples: what the model wrote, in addition to the file.
-        encoding: encoding of the file.
-        held_out_characters: at most this many characters of the validation part, evenly from all
-            of it; 0: no comparison.
-        thresholds: lengths from which a copy counts, in characters.
-        n_copies: how many of the longest copies to return.
-        report: prints which files of the training text are read.
+    What the model wrote are the `samples` and those of a file, perhaps of `chargpt sample`, a
+    folder with one file per sample, or ``-`` for standard input. If the run has a document
+    separator, it separates samples in a file, too.
 
     Raises:
         UserError: no such run, its text is missing or has changed, the samples are missing or
@@ -467,16 +407,11 @@ def novelty_of_run(
     try:
         corpus = training_corpus(config, report)
     except UserError as error:
-        remedy = "novelty needs the text that the run was trained on"
-        raise UserError(f"{error}: {remedy}") from error
-    typical = max(sum(map(len, texts)) // len(texts), _LEAST_PIECE)
-    return measure_novelty(
-        texts,
-        TrainingText(corpus.train, corpus.tokenizer),
-        _held_out_pieces(corpus.validation, corpus.tokenizer, held_out_characters, typical),
-        thresholds=thresholds,
-        n_copies=n_copies,
-    )
+        raise UserError(f"{error}: novelty needs the text that the run was trained on") from error
+    length = max(sum(map(len, texts)) // len(texts), _LEAST_PIECE)
+    validation = TrainingText(corpus.validation, corpus.tokenizer)
+    held_out = _held_out_pieces(validation, held_out_characters, length)
+    return measure_novelty(texts, TrainingText(corpus.train, corpus.tokenizer), held_out)
 
 
 def _read_samples(file: str, encoding: str, separator: str) -> list[str]:
@@ -489,23 +424,21 @@ def _read_samples(file: str, encoding: str, separator: str) -> list[str]:
     ]
 
 
-def _held_out_pieces(
-    ids: _Ints, tokenizer: CharTokenizer, n_characters: int, length: int
-) -> list[str]:
-    """Return pieces of at most `length`, evenly from all of `ids`, `n_characters` in total."""
+def _held_out_pieces(text: TrainingText, n_characters: int, length: int) -> list[str]:
+    """Return pieces of at most `length`, evenly from all of a text, `n_characters` in total."""
     if not n_characters:
         return []
-    length, end = min(length, n_characters), tokenizer.end_of_text_id
-    borders = np.flatnonzero(ids == end) if end is not None else np.array([], dtype=np.int64)
-    spans = [
-        (start, min(start + length, stop))
-        for begin, stop in zip([0, *(borders + 1)], [*borders, len(ids)], strict=True)
-        for start in range(int(begin), int(stop), length)
+    length, end = min(length, n_characters), text.tokenizer.end_of_text_id
+    documents = np.split(text.ids, np.flatnonzero(text.ids == end))  # each after its border
+    pieces = [
+        document[start : start + length]
+        for document in (part[part != end] for part in documents)
+        for start in range(0, len(document), length)
     ]
-    total = sum(stop - start for start, stop in spans)
+    total = sum(map(len, pieces))
     if total > n_characters:
-        keep = -(-len(spans) * n_characters // total)
-        spans = [spans[i * len(spans) // keep] for i in range(keep)]
-        while sum(stop - start for start, stop in spans) > n_characters:
-            spans.pop()
-    return [tokenizer.decode(ids[start:stop]) for start, stop in spans]
+        keep = -(-len(pieces) * n_characters // total)
+        pieces = [pieces[i * len(pieces) // keep] for i in range(keep)]
+        while sum(map(len, pieces)) > n_characters:
+            pieces.pop()
+    return [text.tokenizer.decode(piece) for piece in pieces]

@@ -16,7 +16,7 @@ from chargpt.compute.device import choose_device
 from chargpt.config import CheckpointName, Device, Unknown
 from chargpt.data import datasets
 from chargpt.data.corpus import Corpus, load_corpus, split_documents
-from chargpt.data.texts import STANDARD_INPUT, _find_files, decode, read_sources
+from chargpt.data.texts import STANDARD_INPUT, decode, find_files, read_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import log_probabilities, mean_nats
 from chargpt.measure.baselines import Baseline, baselines
@@ -32,17 +32,14 @@ _MOST_SEPARATORS = 100  # per document: empty documents are dropped, and not cou
 class Scorecard:
     """A model's loss on a text, and the baselines' bits per character."""
 
-    text: str
-    """Name of the text."""
+    text: str  # its name
     n_tokens: int
-    stride: int
-    """Tokens that the model's window moves; 0: block_size."""
+    stride: int  # tokens that the model's window moves; 0: block_size
     nats_per_char: float
     bits_per_char: float
     perplexity: float
     baselines: tuple[Baseline, ...]
-    note: str
-    """Why there are no baselines; empty if there are, or if they were not wanted."""
+    note: str  # why there are no baselines; empty if there are, or if they were not wanted
 
 
 def score_run(
@@ -60,29 +57,20 @@ def score_run(
 ) -> Scorecard:
     """Evaluate a trained model on a whole text, in fp32.
 
-    The run's config.json names the training text. It is opened only if no files are given, or if
-    baselines are wanted.
+    The run's config.json names the training text. It is opened only if no files are given (see
+    `chargpt.data.texts.read_sources`), to evaluate on a split of it, or for the baselines. They
+    learn from the training part, so the split "train" has none.
 
-    Args:
-        run: the run folder.
-        files: texts to evaluate on (see `chargpt.data.texts.read_sources`); none: a split of the
-            training text, read again from where it was.
-        split: the split to evaluate on if no files are given.
-        which: the checkpoint.
-        device: where to compute.
-        encoding: encoding of the files; default: as in training.
-        unknown: what to do with characters that the model has never seen.
-        stride: tokens that the model's window moves (see `chargpt.engine.scoring`); 0: block_size,
-            as in training. A smaller stride gives more context and takes longer.
-        with_baselines: compute what cheap methods reach. They learn from the training part, so the
-            split "train" has no baselines.
-        report: prints which files of the training text are read.
+    `encoding` is that of the files; None: as in training. `stride` is how many tokens the model's
+    window moves (see `chargpt.engine.scoring`); 0: block_size, as in training. A smaller stride
+    gives more context and takes longer. `report` prints which files of the training text are read.
 
     Raises:
         UserError: no such run, the text is missing or has changed, a character is unknown, or the
             stride is outside 0 … block_size.
     """
     config = read_config(Path(run))
+    data_config = config.data_config
     model, tokenizer = load(run, which=which, device=choose_device(device).device)
     note, corpus = "", None
     if with_baselines or not files:
@@ -93,13 +81,8 @@ def score_run(
                 raise UserError(f"{error}: name a file to evaluate on") from error
             note = f"no baselines: {error}"
     if files:
-        tokens = _read_tokens(
-            files,
-            tokenizer,
-            config.data_config.document_separator,
-            encoding or config.data_config.encoding,
-            unknown,
-        )
+        encoding, separator = encoding or data_config.encoding, data_config.document_separator
+        tokens = _read_tokens(files, tokenizer, separator, encoding, unknown)
         name = ", ".join(files)
     else:
         assert corpus is not None
@@ -122,23 +105,19 @@ def score_run(
 
 
 def _read_tokens(
-    files: Sequence[str],
-    tokenizer: CharTokenizer,
-    separator: str,
-    encoding: str,
-    unknown: Unknown,
+    files: Sequence[str], tokenizer: CharTokenizer, separator: str, encoding: str, unknown: Unknown
 ) -> npt.NDArray[Any]:
     """Return the token ids of all documents, each ended by end-of-text where the model has one."""
     end = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
-    pieces: list[npt.NDArray[Any]] = []
+    pieces = [np.array([], dtype=tokenizer.dtype)]
     for raw in read_sources(files):
-        for text in split_documents(decode(raw, encoding), separator):
+        for document in split_documents(decode(raw, encoding), separator):
             try:
-                pieces.append(tokenizer.encode(text, unknown=unknown))
+                ids = tokenizer.encode(document, unknown=unknown)
             except UserError as error:
                 raise UserError(f"{raw.name}: {error}") from error
-            pieces.append(np.array(end, dtype=tokenizer.dtype))
-    tokens = np.concatenate(pieces) if pieces else np.array([])
+            pieces += [ids, np.array(end, dtype=tokenizer.dtype)]
+    tokens = np.concatenate(pieces)
     if len(tokens) < 2:
         raise UserError(f"{', '.join(files)}: fewer than two known characters: give a longer text")
     return tokens
@@ -150,10 +129,8 @@ def _read_tokens(
 def training_corpus(config: RunConfig, report: Callable[[str], None]) -> Corpus:
     """Read the training text of a run again.
 
-    Args:
-        config: names the text. It may come from a stranger: only regular files are opened, and none
-            of them if their total size cannot be that of the run's text.
-        report: prints which files are read.
+    The config may come from a stranger: only regular files are opened, and none of them if their
+    total size cannot be that of the run's text. `report` prints which files are read.
 
     Raises:
         UserError: the text is missing, came from standard input, or has changed; the caller adds
@@ -163,35 +140,28 @@ def training_corpus(config: RunConfig, report: Callable[[str], None]) -> Corpus:
     if STANDARD_INPUT in sources:
         raise UserError("the run read its text from standard input")
     try:
-        _check_size(sources, config, report)
+        report(f"reading the run's text: {_check_size(sources, config)}")
         corpus = load_corpus(sources, config.data_config)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise UserError(f"the run's text cannot be read again: {error}") from error
     if corpus.facts.sha256 != config.text.sha256:
         raise UserError(f"{', '.join(sources)} has changed since the run")
     return corpus
 
 
-def _check_size(sources: Sequence[str], config: RunConfig, report: Callable[[str], None]) -> None:
-    """Report the files of a text, unless their size does not fit the run's number of characters.
-
-    Raises:
-        UserError: the text is missing, or cannot be the text of this run.
-    """
-    named = [source for source in sources if source in datasets.DATASETS]
-    try:
-        files = [file for source in sources if source not in named for file in _find_files(source)]
-        size = sum(file.stat().st_size for file in files)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{', '.join(sources):.200}: cannot be looked up ({error})") from error
-    size += sum(datasets.DATASETS[source].size for source in named)
-    names = ", ".join([*named, *map(str, files)])
-    text, separator = config.text, config.data_config.document_separator
+def _check_size(sources: Sequence[str], config: RunConfig) -> str:
+    """Return the names of the files, or raise UserError if their size cannot be the run's text."""
+    files = [file for source in sources for file in find_files(source)]
+    size = sum(
+        file.stat().st_size if isinstance(file, Path) else datasets.DATASETS[file].size
+        for file in files
+    )
+    names, text = ", ".join(map(str, files)), config.text
     most = text.n_characters + len(files)  # one byte-order mark per file
-    most += _MOST_SEPARATORS * len(separator) * text.n_documents
+    most += _MOST_SEPARATORS * len(config.data_config.document_separator) * text.n_documents
     if not text.n_characters <= size <= _MOST_BYTES * most:
         raise UserError(
             f"{names:.200} is not the text of this run (its size differs): {size:,} bytes for "
             f"{text.n_characters:,} characters"
         )
-    report(f"reading the run's text: {names}")
+    return names

@@ -7,7 +7,7 @@ import pytest
 
 from chargpt.measure import inspect
 from chargpt.measure.inspect import inspect_run
-from chargpt.runs.checkpoint import MANIFEST, MODEL, finish_save
+from chargpt.runs.checkpoint import MANIFEST, MODEL, recover
 from chargpt.train import TrainResult
 
 
@@ -25,15 +25,8 @@ def test_a_save_during_the_check_is_no_damage(run: Path, monkeypatch: pytest.Mon
     shutil.copytree(run / "last", run / ".last.new")
     shutil.copytree(run / "last", run / "last.previous", dirs_exist_ok=True)
     (run / "last.previous" / MANIFEST).unlink()
-    looks: list[float] = []
-
-    def finish(seconds: float) -> None:
-        looks.append(seconds)
-        finish_save(run, "last")
-
-    monkeypatch.setattr(inspect.time, "sleep", finish)
+    monkeypatch.setattr(inspect.time, "sleep", lambda seconds: recover(run, "last"))
     assert bad_parts(run) == []
-    assert len(looks) == 1
     assert not (run / ".last.new").exists()
 
 
@@ -47,26 +40,20 @@ def test_a_move_between_listing_and_reading_is_no_damage(
         checkpoint.rename(checkpoint.with_name("moved"))
         return find_problem(checkpoint)
 
-    def move_back(seconds: float) -> None:
-        (run / "moved").rename(run / "best")
-
     monkeypatch.setattr(inspect, "find_problem", move_first)
-    monkeypatch.setattr(inspect.time, "sleep", move_back)
+    back = run / "moved"
+    monkeypatch.setattr(inspect.time, "sleep", lambda seconds: back.rename(run / "best"))
     assert bad_parts(run) == []
 
 
-def test_damage_is_reported_after_one_look(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run / "last" / MODEL).write_bytes(b"damaged")
-    monkeypatch.setattr(inspect.time, "sleep", lambda seconds: pytest.fail("waited"))
-    assert bad_parts(run) == ["last"]
-
-
-def test_damage_beside_an_unfinished_save_is_reported(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("saving", "waits"), [(False, 0), (True, inspect.LOOKS - 1)])
+def test_damage_is_reported_with_an_unfinished_save_beside_it_or_not(
+    run: Path, monkeypatch: pytest.MonkeyPatch, saving: bool, waits: int
 ) -> None:
-    (run / ".best.new").mkdir()
+    if saving:
+        (run / ".best.new").mkdir()
     (run / "last" / MODEL).write_bytes(b"damaged")
     looks: list[float] = []
     monkeypatch.setattr(inspect.time, "sleep", looks.append)
     assert bad_parts(run) == ["last"]
-    assert len(looks) == inspect.LOOKS - 1
+    assert len(looks) == waits

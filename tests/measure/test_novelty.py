@@ -3,20 +3,23 @@
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QUICK as TRAINING
-from conftest import SMALL, words
+from conftest import QUICK, SMALL, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt.base.errors import UserError
+from chargpt.config import DataConfig
 from chargpt.data.corpus import load_corpus
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.measure import novelty as module
 from chargpt.measure.novelty import (
+    THRESHOLDS,
     CopyFinder,
     Novelty,
     Overlap,
@@ -34,39 +37,32 @@ MANY = "".join(map(chr, range(0x4E00, 0x4E00 + 300))) + "\U0001f600\U0001f601\U0
 MOST = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0xE000 + 70_000 - 0xD7FF)]))
 FEW = st.text("ab\n", min_size=1, max_size=40)
 STRANGE = "一丁\U0001f600\U00020000"
-QUICK = settings(deadline=None, max_examples=150, derandomize=True)
+EXAMPLES = settings(deadline=None, max_examples=150, derandomize=True)
 
 
 def slow_lengths(documents: Sequence[str], text: str) -> list[int]:
     """Try every length at every character."""
-    lengths = []
-    for start in range(len(text)):
-        length = 0
-        while start + length < len(text) and any(
-            text[start : start + length + 1] in document for document in documents
-        ):
-            length += 1
-        lengths.append(length)
-    return lengths
+    return [
+        max(
+            length
+            for length in range(len(text) - start + 1)
+            if any(text[start : start + length] in document for document in documents)
+        )
+        for start in range(len(text))
+    ]
 
 
-def slow_share(lengths: Sequence[int], least: int) -> float:
-    covered: set[int] = set()
-    for start, length in enumerate(lengths):
-        if length >= least:
-            covered |= set(range(start, start + length))
-    return len(covered) / len(lengths)
+def slow_n_copied(lengths: Sequence[int], least: int) -> int:
+    longest = [(start, length) for start, length in enumerate(lengths) if length >= least]
+    return len({at for start, length in longest for at in range(start, start + length)})
 
 
 def random_text(length: int, alphabet: str, seed: int) -> str:
     return "".join(random.Random(seed).choices(alphabet, k=length))
 
 
-def overlap(
-    samples: str | Sequence[str], training: str | Sequence[str], *thresholds: int
-) -> Overlap:
-    thresholds = thresholds or (20, 40, 80)
-    return measure_novelty(samples, TrainingText.of(training), thresholds=thresholds).samples
+def overlap(samples: str | Sequence[str], training: str | Sequence[str], *least: int) -> Overlap:
+    return measure_novelty(samples, TrainingText.of(training), thresholds=least or (20,)).samples
 
 
 def lengths_in(training: str | Sequence[str], text: str) -> list[int]:
@@ -81,14 +77,14 @@ def find(training: str | Sequence[str], text: str) -> Place | None:
 # --- the longest copy from each character
 
 
-@QUICK
+@EXAMPLES
 @given(documents=st.lists(FEW, min_size=1, max_size=4), text=st.text("ab\nc", max_size=30))
 def test_lengths_equal_a_slow_search(documents: list[str], text: str) -> None:
     """c is not in the training text; a and b repeat and often meet the end of a document."""
     assert lengths_in(documents, text) == slow_lengths(documents, text)
 
 
-@QUICK
+@EXAMPLES
 @given(training=st.text(STRANGE, max_size=30), text=st.text(STRANGE + "\U0001f602", max_size=30))
 def test_lengths_are_right_with_many_distinct_characters(training: str, text: str) -> None:
     """303 characters need ids wider than a byte; sorting by single bytes would be wrong."""
@@ -99,18 +95,14 @@ def test_lengths_are_right_with_many_distinct_characters(training: str, text: st
 
 def test_lengths_are_right_with_70_000_distinct_characters() -> None:
     rng = random.Random(0)
-    cuts = [rng.randrange(len(MOST) - 50) for _ in range(40)]
-    text = "".join(MOST[cut : cut + rng.randrange(50)] for cut in cuts) + "\0"
-    lengths = lengths_in(MOST, text)
-    assert lengths == slow_lengths([MOST], text)
-    assert lengths[-1] == 0
+    pieces = [MOST[cut : cut + 10] for cut in rng.choices(range(len(MOST) - 10), k=9)]
+    assert lengths_in(MOST, "".join(pieces) + "\0") == [*range(10, 0, -1)] * 9 + [0]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_lengths_equal_a_slow_search_in_a_longer_text(seed: int) -> None:
+def test_lengths_equal_a_slow_search_in_a_longer_text() -> None:
     """The training text repeats itself with changes; the sample is made of pieces of it."""
-    rng = random.Random(seed)
-    base = random_text(300, "abcd ", seed)
+    rng = random.Random(0)
+    base = random_text(300, "abcd ", seed=0)
     training = "".join(base[: rng.randrange(300)] + rng.choice("xyz") for _ in range(20))
     text = "".join(training[cut : cut + 90] for cut in rng.choices(range(len(training)), k=5))
     lengths = lengths_in(training, text)
@@ -139,77 +131,39 @@ def test_ids_of_one_byte_leave_room_for_the_borders(n_distinct: int) -> None:
 # --- where a copy stands
 
 
-def test_a_planted_sentence_is_found_with_its_place() -> None:
-    """Only the sentence has capitals, so that it is the only long copy."""
-    rng = random.Random(0)
-    lines = ["".join(rng.choices("abcdefgh ", k=rng.randrange(60))) for _ in range(500)]
-    sentence = "WHAT IS PLANTED HERE,\nOVER TWO LINES, IS FOUND AGAIN."
-    lines[321] = lines[321] + sentence
-    training = "\n".join(lines)
-    sample = random_text(700, "abcdefgh ", seed=1) + sentence + random_text(200, "xyz", seed=2)
-    place = Place(document=0, offset=training.index(sentence), line=322, occurrences=1)
-    novelty = measure_novelty(["nothing", sample], TrainingText.of(training), thresholds=(20, 40))
-    (copy, *others) = novelty.copies
-    start = copy.text.index(sentence)  # a letter or two before it may be copied, too
-    assert (copy.sample, copy.offset + start) == (1, 700)
-    assert copy.place == place._replace(offset=place.offset - start)
-    assert all(len(other.text) < 15 for other in others)
-    assert novelty.samples.longest == len(copy.text)
-    assert novelty.samples.shares == (len(copy.text) / (7 + len(sample)),) * 2
-
-
-def test_the_first_of_several_places_is_given() -> None:
-    documents = ["no", "a\nking,\na king", "king"]
-    assert find(documents, "king") == Place(document=1, offset=2, line=2, occurrences=3)
-    assert find(documents, "a king") == Place(document=1, offset=8, line=3, occurrences=1)
-    assert find(documents, "no") == Place(document=0, offset=0, line=1, occurrences=1)
-    assert find(documents, "kings") is None
-
-
-@QUICK
+@EXAMPLES
 @given(
     documents=st.lists(FEW, min_size=1, max_size=4), text=st.text("ab\n", min_size=1, max_size=6)
 )
 def test_places_equal_a_slow_search(documents: list[str], text: str) -> None:
     found = [
-        (number, start)
+        (number, start, document[:start].count("\n") + 1)
         for number, document in enumerate(documents)
         for start in range(len(document))
         if document.startswith(text, start)
     ]
-    expected = None
-    if found:
-        number, start = found[0]
-        line = documents[number][:start].count("\n") + 1
-        expected = Place(number, start, line, len(found))
-    assert find(documents, text) == expected
+    assert find(documents, text) == (Place(*found[0], len(found)) if found else None)
 
 
-def test_copies_do_not_cross_documents() -> None:
-    left, right = "the end of the first", "the start of the second"
-    assert lengths_in(left + right, left + right)[0] == len(left + right)
-    apart = lengths_in([left, right], left + right)
-    assert (apart[0], apart[len(left)]) == (len(left), len(right))
-
-
-@QUICK
+@EXAMPLES
 @given(text=st.text("abc", min_size=1, max_size=40))
 def test_the_longest_copies_are_maximal_and_apart(text: str) -> None:
     training = "abbaabab"
     copies = measure_novelty(text, TrainingText.of(training), n_copies=100).copies
     lengths = slow_lengths([training], text)
-    assert [len(copy.text) for copy in copies] == sorted(map(len, (c.text for c in copies)))[::-1]
+    sizes = [len(copy.text) for copy in copies]
+    assert sizes == sorted(sizes, reverse=True)
     assert len({copy.text for copy in copies}) == len(copies)
     covered: set[int] = set()
     for copy in copies:
-        end = copy.offset + len(copy.text)
-        assert text[copy.offset : end] == copy.text
+        span = range(copy.offset, copy.offset + len(copy.text))
+        assert text[span.start : span.stop] == copy.text
         assert training[copy.place.offset :].startswith(copy.text)
-        assert lengths[copy.offset] == len(copy.text)  # cannot be extended to the right
-        assert not copy.offset or text[copy.offset - 1 : end] not in training  # nor to the left
-        assert not covered & set(range(copy.offset, end))
-        covered |= set(range(copy.offset, end))
-    assert max(map(len, (copy.text for copy in copies)), default=0) == max(lengths)
+        assert lengths[span.start] == len(span)  # cannot be extended to the right
+        assert not span.start or text[span.start - 1 : span.stop] not in training  # nor to the left
+        assert covered.isdisjoint(span)
+        covered |= {*span}
+    assert max(sizes, default=0) == max(lengths)
 
 
 def test_a_text_copied_twice_is_listed_once() -> None:
@@ -226,31 +180,24 @@ def test_a_measure_by_hand() -> None:
     training = "abcdefghijklmnopqrstuvwxyz"
     # copies: abcdef (6), xyz (3), q (1); no hyphen
     novelty = measure_novelty("abcdef-xyz-q", TrainingText.of(training), thresholds=(1, 3, 4, 7))
-    samples = novelty.samples
-    assert samples.n_characters == 12
-    assert samples.shares == (10 / 12, 9 / 12, 6 / 12, 0.0)
     # from each character: 6 5 4 3 2 1, 0, 3 2 1, 0, 1
-    assert samples.mean == 28 / 12
-    assert samples.median == 2.0
-    assert samples.longest == 6
-    assert samples.longest_text == 12
-    assert samples.whole is None
+    assert novelty.samples == Overlap(
+        n_characters=12, longest_text=12, shares=(10 / 12, 9 / 12, 6 / 12, 0.0), mean=28 / 12,
+        median=2.0, longest=6, whole=None,
+    )  # fmt: skip
     assert novelty.held_out is None
-    assert [copy.text for copy in novelty.copies] == ["abcdef", "xyz", "q"]
-    assert [copy.offset for copy in novelty.copies] == [0, 7, 11]
-    assert [copy.place.offset for copy in novelty.copies] == [0, 23, 16]
+    copies = [(copy.text, copy.offset, copy.place.offset) for copy in novelty.copies]
+    assert copies == [("abcdef", 0, 0), ("xyz", 7, 23), ("q", 11, 16)]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_several_samples_are_each_measured_alone(seed: int) -> None:
-    rng = random.Random(seed)
-    documents = [random_text(200, "ab ", seed + 10 + i) for i in range(5)]
-    texts = [random_text(rng.randrange(60), "ab c", seed + 20 + i) for i in range(8)]
+def test_several_samples_are_each_measured_alone() -> None:
+    documents = [random_text(200, "ab ", seed=10 + i) for i in range(5)]
+    texts = [random_text(8 * i, "ab c", seed=20 + i) for i in range(8)]
     lengths = [slow_lengths(documents, text) for text in texts]
     every = [length for some in lengths for length in some]
     measured = overlap(texts, documents, 5, 8)
     for share, least in zip(measured.shares, (5, 8), strict=True):
-        copied = sum(slow_share(some, least) * len(some) for some in lengths if some)
+        copied = sum(slow_n_copied(some, least) for some in lengths)
         assert share == pytest.approx(copied / len(every), rel=1e-12)
     assert measured.mean == pytest.approx(sum(every) / len(every), rel=1e-12)
     assert measured.median == np.median(every)
@@ -261,26 +208,16 @@ def test_held_out_text_is_measured_like_the_samples() -> None:
     training = ["abcdefgh", "ijkl"]
     novelty = measure_novelty("abc", TrainingText.of(training), ["abcdefgh", "xx"], thresholds=(4,))
     assert novelty.held_out == overlap(["abcdefgh", "xx"], training, 4)
-    assert novelty.held_out is not None
-    assert novelty.held_out.shares == (0.8,)
+    assert novelty.held_out is not None and novelty.held_out.shares == (0.8,)
     assert measure_novelty("abc", TrainingText.of(training), ["", ""]).held_out is None
 
 
 def test_whole_documents_are_counted() -> None:
     """Parts of a document do not count; an empty text is not a sample."""
     training = ["emma", "anna", "annabel", "bel"]
-    assert overlap(["emma"], training).whole == 1.0
     assert overlap(["bel", "annabel", "anna", "emma", ""], training).whole == 1.0
     assert overlap(["ann", "nna", "nn", "emmaanna", "abel", "mia"], training).whole == 0.0
     assert overlap(["anna", "ann", "mia", "anna"], training).whole == 0.5
-    assert overlap(["mia", ""], ["a", "", "b"]).whole == 0.0
-
-
-@QUICK
-@given(documents=st.lists(st.text("ab", max_size=4), min_size=2, max_size=6), text=st.text("ab"))
-def test_whole_documents_equal_a_search_in_the_list(documents: list[str], text: str) -> None:
-    text, documents = text[:4] or "a", ["ab", *documents]
-    assert overlap(text, documents).whole == float(text in documents)
 
 
 @pytest.mark.parametrize("samples", ["", [], ["", ""]])
@@ -293,8 +230,8 @@ def test_an_empty_training_text_and_thresholds_below_one_are_refused() -> None:
     for texts in ("", [], [""]):
         with pytest.raises(UserError, match="at least one character"):
             TrainingText.of(texts)
+    empty = TrainingText(np.array([], dtype=np.uint8), CharTokenizer("ab"))
     with pytest.raises(UserError, match="training text is empty"):
-        empty = TrainingText(np.array([], dtype=np.uint8), CharTokenizer("ab"))
         measure_novelty("abc", empty)
     for thresholds in ((), (20, 0)):
         with pytest.raises(UserError, match="thresholds"):
@@ -324,8 +261,7 @@ def test_the_table_has_the_figures_and_the_copies() -> None:
     assert ["longest", "copy", "50", "24"] in rows
     assert f"50  sample 1 at 0 = line 3: {training[8:58]}" in table
     assert "whole documents" not in table
-    alone = table_of("one", training)
-    assert "unseen" not in alone
+    assert "unseen" not in table_of("one", training)
 
 
 def test_the_table_names_the_document_if_there_are_several() -> None:
@@ -354,31 +290,24 @@ def test_only_the_start_of_a_long_copy_is_shown() -> None:
 # --- the verdict
 
 
-def verdict(share: float, usual: float | None, **changes: object) -> str:
-    def of(share: float, **changes: object) -> Overlap:
-        fields = {"n_characters": 10_000, "longest_text": 500, "shares": (1.0, share, 0.0)}
-        return Overlap(**{**fields, "mean": 9.0, "median": 8.0, "longest": 60, "whole": None,
-                          **changes})  # type: ignore[arg-type]  # fmt: skip
-
-    return Novelty(
-        thresholds=(20, 40, 80),
-        samples=of(share, **changes),
-        held_out=None if usual is None else of(usual),
-        copies=(),
-    ).verdict
+def verdict(share: float, usual: float | None, **changes: Any) -> str:
+    samples = Overlap(
+        n_characters=10_000, longest_text=500, shares=(1.0, share, 0.0), mean=9.0, median=8.0,
+        longest=60, whole=None,
+    )  # fmt: skip
+    held_out = None if usual is None else replace(samples, shares=(1.0, usual, 0.0))
+    samples = replace(samples, **changes)
+    return Novelty(thresholds=(20, 40, 80), samples=samples, held_out=held_out, copies=()).verdict
 
 
 def test_the_verdict_says_what_the_figures_mean() -> None:
-    fact = (
-        "31.0% of the text stands word for word in the training text in stretches of 40 "
-        "characters or more"
-    )
+    fact = "31.0% of the text stands word for word in the training text in stretches of 40 "
+    fact += "characters or more"
     assert verdict(0.31, None) == f"{fact}."
     beside = f"{fact}; of real unseen text 2.0% does: the model "
     assert verdict(0.31, 0.02) == f"{beside}recites its training text."
     assert verdict(0.05, 0.02).endswith("copies somewhat more than real text does.")
     assert verdict(0.31, 0.31).endswith("copies no more than real text does.")
-    assert verdict(0.0, 0.0).endswith("copies no more than real text does.")
 
 
 def test_the_verdict_admits_short_samples_and_counts_documents() -> None:
@@ -386,11 +315,9 @@ def test_the_verdict_admits_short_samples_and_counts_documents() -> None:
     assert "rough" not in verdict(0.3, 0.0)
     short = verdict(0.0, 0.0, longest_text=12)
     assert short == "Every sample is shorter than 40 characters, the least that counts."
-    whole = verdict(0.0, 0.0, longest_text=12, whole=0.25)
-    assert whole.endswith("25.0% of the samples are whole documents of the training text.")
     novelty = measure_novelty(["anna", "mia"], TrainingText.of(["anna", "emma"]), ["ida", "emma"])
-    assert "50.0% of the samples are whole documents" in novelty.verdict
-    assert "of the unseen documents 50.0% are." in novelty.verdict
+    fact = "50.0% of the samples are whole documents of the training text"
+    assert f"{fact}; of the unseen documents 50.0% are." in novelty.verdict
 
 
 # --- of a run
@@ -402,15 +329,9 @@ def test_a_run_is_measured_against_its_own_text(result: TrainResult, text_file: 
     novelty = novelty_of_run(result.run, samples=[text[100:300]])
     assert novelty.samples.shares == (1.0, 1.0, 1.0)
     assert novelty.copies[0].place.offset <= 100  # the text repeats itself
-    assert novelty.held_out is not None
-    assert novelty.held_out.n_characters == 3000 - cut
     pieces = [text[i : i + 200] for i in range(cut, 3000, 200)]
-    assert novelty.held_out == overlap(pieces, text[:cut])
-    # The validation part is not training text.
-    validation = novelty_of_run(result.run, samples=text[cut:], held_out_characters=0)
-    assert validation.samples == overlap(text[cut:], text[:cut])
-    assert validation.samples.longest < 3000 - cut
-    assert validation.held_out is None
+    assert novelty.held_out == overlap(pieces, text[:cut], *THRESHOLDS)
+    assert novelty_of_run(result.run, samples="a", held_out_characters=0).held_out is None
 
 
 def test_samples_of_a_file_are_those_given(result: TrainResult, tmp_path: Path) -> None:
@@ -427,13 +348,6 @@ def test_samples_of_a_file_are_those_given(result: TrainResult, tmp_path: Path) 
     assert novelty_of_run(result.run, file) == given
 
 
-def test_a_file_is_cut_at_the_runs_document_separator(tmp_path: Path) -> None:
-    file = tmp_path / "names.txt"
-    file.write_bytes(b"emma\n\nanna\n")
-    assert module._read_samples(str(file), "utf-8", "\n") == ["emma", "anna"]
-    assert module._read_samples(str(file), "utf-8", "") == ["emma\n\nanna"]
-
-
 def test_missing_and_empty_samples_are_named(result: TrainResult, tmp_path: Path) -> None:
     file = tmp_path / "none.txt"
     with pytest.raises(UserError, match=r"there is no file .*none\.txt"):
@@ -448,38 +362,37 @@ def test_missing_and_empty_samples_are_named(result: TrainResult, tmp_path: Path
         novelty_of_run(result.run, samples="a", held_out_characters=-1)
 
 
-def test_a_text_that_changed_or_is_missing_is_named(tmp_path: Path) -> None:
-    text, run = tmp_path / "hearts.txt", tmp_path / "run"
+def test_a_file_is_cut_at_the_separator_of_a_run_whose_text_must_not_change(tmp_path: Path) -> None:
+    text, file, run = tmp_path / "hearts.txt", tmp_path / "names.txt", tmp_path / "run"
     text.write_text(words(3000), encoding="utf-8")
+    file.write_bytes(b"emma\n\nanna\n")
     train(
-        str(text), model_config=SMALL, train_config=TRAINING.replace(steps=1), out=run, quiet=True
-    )
+        str(text), model_config=SMALL, train_config=QUICK.replace(steps=1),
+        data_config=DataConfig(document_separator="\n"), out=run, quiet=True,
+    )  # fmt: skip
+    overlap = novelty_of_run(run, file).samples
+    assert (overlap.n_characters, overlap.longest_text) == (8, 4)
     text.write_text(words(3000, seed=1), encoding="utf-8")
-    for problem in ("has changed since the run", "no such file"):
-        with pytest.raises(UserError, match=rf"hearts\.txt.*{problem}.*: novelty needs the text"):
+    for problem in (r"hearts\.txt has changed since the run", r"there is no file .*hearts\.txt"):
+        with pytest.raises(UserError, match=rf"{problem}.*: novelty needs the text"):
             novelty_of_run(run, samples="a")
         text.unlink(missing_ok=True)
 
 
 def held_out(documents: list[str], n_characters: int, length: int) -> list[str]:
-    ids, tokenizer = TrainingText.of(documents)
-    return module._held_out_pieces(ids, tokenizer, n_characters, length)
+    return module._held_out_pieces(TrainingText.of(documents), n_characters, length)
 
 
 def test_held_out_text_is_taken_evenly_from_all_of_the_split() -> None:
     text = random_text(10_000, "abcdefgh", seed=0)
-    assert held_out([text], 10_000, 3000) == [
-        text[:3000], text[3000:6000], text[6000:9000], text[9000:]
-    ]  # fmt: skip
-    pieces = held_out([text], 1000, 100)
-    assert pieces == [text[i : i + 100] for i in range(0, 10_000, 1000)]
+    assert held_out([text], 10_000, 3000) == [text[i : i + 3000] for i in range(0, 10_000, 3000)]
+    assert held_out([text], 1000, 100) == [text[i : i + 100] for i in range(0, 10_000, 1000)]
     assert held_out([text], 50, 100) == [text[:50]]
     assert held_out([text], 0, 100) == []
 
 
 def test_held_out_documents_stay_whole() -> None:
-    rng = random.Random(0)
-    documents = ["".join(rng.choices("abc", k=rng.randrange(1, 9))) for _ in range(500)]
+    documents = [random_text(1 + seed % 8, "abc", seed) for seed in range(500)]
     assert held_out(documents, 100_000, 100) == documents
     pieces = held_out(documents, 300, 100)
     assert set(pieces) <= set(documents)
