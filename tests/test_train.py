@@ -122,21 +122,21 @@ def test_training_several_files_makes_documents(tmp_path: Path, text_file: Path)
 
 
 @pytest.mark.parametrize(
-    ("best", "last", "step", "best_step", "reason", "expected"),
+    ("best", "last", "best_step", "reason", "expected"),
     [
-        (1.467, 1.467, 300, 300, "budget", "still improving when the budget ended: a longer one"),
-        (1.467, 1.7, 300, 175, "budget", "overfitting since step 175: best kept; more text"),
-        (1.467, 1.47, 300, 175, "patience", "no longer improving"),
-        (1.467, 1.47, 300, 275, "budget", "no longer improving"),
-        (1.467, 1.467, 300, 300, "interrupted", "interrupted at step 300: best and last are kept"),
-        (3.3, 3.3, 300, 300, "budget", "no better than guessing by letter frequency: train longer"),
+        (1.467, 1.467, 300, "budget", "still improving when the budget ended: a longer one"),
+        (1.467, 1.7, 175, "budget", "overfitting since step 175: best kept; more text"),
+        (1.467, 1.47, 175, "patience", "no longer improving"),
+        (1.467, 1.47, 275, "budget", "no longer improving"),
+        (1.467, 1.467, 300, "interrupted", "interrupted at step 300: best and last are kept"),
+        (3.3, 3.3, 300, "budget", "no better than guessing by letter frequency: train longer"),
     ],
 )
 def test_the_verdict_rates_the_model_and_names_the_next_step(
-    best: float, last: float, step: int, best_step: int, reason: Any, expected: str
+    best: float, last: float, best_step: int, reason: Any, expected: str
 ) -> None:
     losses = {"best_val_loss": best, "val_loss": last}
-    state = TrainState(step=step, evaluated_step=step, best_step=best_step, **losses)
+    state = TrainState(step=300, evaluated_step=300, best_step=best_step, **losses)
     text = verdict(state, 3.3473, reason)
     assert expected in text
     assert "\n" not in text
