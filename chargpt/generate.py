@@ -4,9 +4,8 @@
 one text as a string. For token ids, use `chargpt.engine.scheduler.Engine`.
 
 A model reads at most block_size tokens. When the context is full, the model re-reads its last part
-(the share ``context_kept``) from position 0 and continues: positions are absolute, so the window
-cannot slide. With 0.5, the context is between half of block_size and all of it. With 1, it is
-always the last block_size tokens, which re-reads block_size tokens per character and is slow.
+(the share ``context_kept``) from position 0 and continues. With 0.5, the context is between half of
+block_size and all of it; with 1, always the last block_size tokens, re-read per character (slow).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -96,7 +95,7 @@ def generate(
         seeds = [derive_seed(config.seed, SAMPLE, number) for number in range(config.num_samples)]
     encoded = [tokenizer.encode_prompt(prompt, unknown=config.unknown) for prompt in prompts]
     jobs = [
-        _Job(Completion(prompt=prompt, index=index, number=number), encoded[index], seed)
+        (Completion(prompt=prompt, index=index, number=number), seed)
         for index, prompt in enumerate(prompts)
         for number, seed in enumerate(seeds)
     ]
@@ -104,7 +103,7 @@ def generate(
     with _enough_memory(n_slots):
         engine = Engine(make_decoder(model, n_slots, kernels))
     options = {"top_logprobs": top_logprobs, "prompt_logprobs": prompt_logprobs}
-    return _stream(engine, jobs, config, tokenizer, bias=bias, **options)
+    return _stream(engine, encoded, jobs, config, tokenizer, bias=bias, **options)
 
 
 def complete(
@@ -128,11 +127,8 @@ def sample(
 ) -> str:
     """Return one text: the prompt (unless ``echo`` is off) and its continuation.
 
-    Args:
-        model: a GPT2 with this tokenizer's vocabulary.
-        tokenizer: the model's.
-        config: prompt and sampling; ``num_samples`` is not used.
-        **changes: fields of `SampleConfig` to change, such as ``prompt="ROMEO: "``.
+    The configuration gives the prompt and the sampling, but not the number of texts; `changes`
+    replace fields of `SampleConfig`, such as ``prompt="ROMEO: "``.
 
     Raises:
         UserError: an unknown field or a value out of range; see also `generate`.
@@ -145,15 +141,10 @@ def sample(
 
 
 def make_decoder(model: GPT2, n_slots: int, kernels: OnOffAuto = "auto") -> Decoder:
-    """Return the fastest decoder for a model.
+    """Return the fastest decoder for a model, for `n_slots` sequences at the same time.
 
-    Args:
-        model: on any device.
-        n_slots: sequences at the same time.
-        kernels: ``auto`` takes `NativeDecoder` on Linux if it supports the model and compiles.
-
-    Raises:
-        UserError: kernels is "on", and they do not support the model or do not compile.
+    With kernels "auto", `NativeDecoder` on Linux if it supports the model and compiles; with "on",
+    it or a `UserError`.
     """
     reason = "they do not support this model's device, type, activation or widths"
     if kernels == "on" or (kernels == "auto" and sys.platform.startswith("linux")):
@@ -203,58 +194,46 @@ def _bias(config: SampleConfig, tokenizer: CharTokenizer) -> torch.Tensor | None
 # --- streaming
 
 
-class _Job(NamedTuple):
-    completion: Completion
-    prompt_ids: list[int]
-    seed: int
-
-
 def _stream(
     engine: Engine,
-    waiting: list[_Job],
+    encoded: list[list[int]],
+    waiting: list[tuple[Completion, int]],
     config: SampleConfig,
     tokenizer: CharTokenizer,
     **options: Any,
 ) -> Iterator[tuple[Completion, str]]:
-    """Yield the pieces of `generate`; `options` are those of `Engine.add`."""
+    """Yield the pieces of `generate`; `waiting` has the seeds, `options` are for `Engine.add`."""
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     writing: dict[TokenSequence, tuple[Completion, StopStringFilter]] = {}
     with _enough_memory(engine.decoder.n_slots):
         while waiting or engine.active:
             while waiting and engine.n_free:
-                first = waiting[0]  # read its prompt once for as many of its samples as fit
-                jobs = [j for j in waiting[: engine.n_free] if j.completion.index == first[0].index]
+                index = waiting[0][0].index  # read a prompt once for as many samples as fit
+                jobs = [job for job in waiting[: engine.n_free] if job[0].index == index]
                 del waiting[: len(jobs)]
-                seeds, end_id = [job.seed for job in jobs], tokenizer.end_of_text_id
-                added = engine.add(first.prompt_ids, config, seeds, end_id=end_id, **options)
-                for job, sequence in zip(jobs, added, strict=True):
-                    job.completion.prompt_tokens = sequence.prompt_tokens
-                    writing[sequence] = job.completion, StopStringFilter(config.stop)
+                seeds, end_id = [seed for _, seed in jobs], tokenizer.end_of_text_id
+                added = engine.add(encoded[index], config, seeds, end_id=end_id, **options)
+                for (completion, _), sequence in zip(jobs, added, strict=True):
+                    completion.prompt_tokens = sequence.prompt_tokens
+                    writing[sequence] = completion, StopStringFilter(config.stop)
             for sequence, token in engine.step():
                 completion, stop_filter = writing[sequence]
                 piece = ""
                 if token is not None:
                     completion.tokens.append(token)
                     piece = stop_filter.push(texts[token.id])
-                finish: Finish | None = "stop" if stop_filter.found else sequence.finish
-                if finish:
-                    engine.remove(sequence, finish)
-                    del writing[sequence]
+                completion.finish = "stop" if stop_filter.found else sequence.finish
+                if completion.finish:
+                    engine.remove(sequence, completion.finish)
                     piece += stop_filter.rest()
+                    del writing[sequence], completion.tokens[len(completion.text + piece) :]
                 completion.text += piece
-                completion.finish = finish
-                if finish:
-                    del completion.tokens[len(completion.text) :]
-                if piece or finish:
+                if piece or completion.finish:
                     yield completion, piece
 
 
 class StopStringFilter:
-    """Hold back text that may be part of a stop string.
-
-    Args:
-        stop: strings that end the text; empty: nothing is held back.
-    """
+    """Hold back text that may be part of a stop string."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.found = False
@@ -264,28 +243,22 @@ class StopStringFilter:
 
     def push(self, piece: str) -> str:
         """Add text of any length; return the text that cannot be part of a stop string."""
-        if not self._stop or self.found:
-            return "" if self.found else piece
-        self._held += piece
-        places = [i for i in map(self._held.find, self._stop) if i >= 0]
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [i for i in map(text.find, self._stop) if i >= 0]
         if places:
-            self.found = True
-            free, self._held = self._held[: min(places)], ""
-        else:
-            n = len(self._held) - max(_overlap(self._held, s) for s in self._stop)
-            free, self._held = self._held[:n], self._held[n:]
-        return free
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        starts = (s[:n] for s in self._stop for n in range(1, len(s)))
+        n = len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
+        self._held = text[n:]
+        return text[:n]
 
     def rest(self) -> str:
         """Return the text held back, when the text has ended without a stop string."""
         free, self._held = self._held, ""
         return free
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 make_callable(__name__, generate)

@@ -1,9 +1,7 @@
 """Read tokens into a cache, so that earlier tokens are not read again.
 
-A decoder has slots; each holds the keys and values of one sequence. `PyTorchDecoder` runs on any
-device; `chargpt.engine.native_decoder` has the fast decoder for CPUs. Positions are absolute
-(learned embeddings), so a full slot cannot slide: the scheduler re-reads part of the text from
-position 0.
+A decoder has slots; each holds the keys and values of one sequence. Positions are absolute (learned
+embeddings), so a full slot cannot slide: the scheduler re-reads part of the text from position 0.
 
 Shapes: B sequences, T new tokens, H heads, D head size, V vocabulary.
 """
@@ -51,12 +49,7 @@ class Decoder(Protocol):
 
 
 class PyTorchDecoder:
-    """The model itself with a cache; rounding depends on the batch size.
-
-    Args:
-        model: on any device; stays in its mode.
-        n_slots: sequences in the cache at the same time.
-    """
+    """A model on any device, in any mode, with a cache; rounding depends on the batch size."""
 
     def __init__(self, model: GPT2, n_slots: int) -> None:
         config, weight = model.config, model.token_embedding.weight

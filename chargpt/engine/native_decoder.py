@@ -21,11 +21,10 @@ THREADS_FROM = 4_000_000  # multiply-adds; with fewer, one thread is faster
 class NativeDecoder:
     """A snapshot of a model's weights and a cache, in float32.
 
-    The logits of a sequence are the same to the bit whatever its neighbours are and however it is
-    cut into chunks.
+    The logits of a sequence are the same to the bit for any neighbours and any cut into chunks.
 
     Args:
-        model: on a CPU, of a shape that `decodes` accepts.
+        model: one that `decodes` accepts.
         n_slots: sequences in the cache at the same time.
 
     Raises:
@@ -40,9 +39,8 @@ class NativeDecoder:
         self.n_slots = n_slots
         self._weights = sum(p.numel() for p in model.parameters())
         tensors = [None if t is None else t.detach().float().contiguous() for t in _tensors(model)]
-        pointers = (_Pointer * len(tensors))(
-            *(None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        )
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        pointers = (_Pointer * len(tensors))(*addresses)
         shape = (config.n_layer, config.n_head, config.d_model, config.d_ff)
         sizes = (_Int * 7)(*shape, config.vocab_size, config.block_size, n_slots)
         self._handle = self._library.decoder_new(sizes, model.final_norm.eps, pointers)
@@ -64,29 +62,22 @@ class NativeDecoder:
         assert ids.min() >= 0 and ids.max() < self.vocab_size
         assert slots.max() < self.n_slots and positions.max() < self.block_size
         wanted = np.arange(n, dtype=np.int32) if every else np.cumsum(lengths, dtype=np.int32) - 1
-        size = (len(wanted), self.vocab_size)
-        logits = torch.empty(size, dtype=torch.float32, device="cpu")  # (n or chunks, V)
+        # (n or chunks, V)
+        logits = torch.empty(len(wanted), self.vocab_size, dtype=torch.float32, device="cpu")
         threads = torch.get_num_threads() if n * self._weights >= THREADS_FROM else 1
-        arrays = (array.ctypes.data for array in (ids, slots, positions))
-        self._library.decoder_forward(
-            *(self._handle, n, *arrays),
-            *(len(wanted), wanted.ctypes.data, logits.data_ptr(), threads),
-        )
+        inputs = (n, *(array.ctypes.data for array in (ids, slots, positions)))
+        outputs = (len(wanted), wanted.ctypes.data, logits.data_ptr())
+        self._library.decoder_forward(self._handle, *inputs, *outputs, threads)
         return logits
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder`."""
-        assert max(source, target) < self.n_slots
-        assert length <= self.block_size
+        assert max(source, target) < self.n_slots and length <= self.block_size
         self._library.decoder_copy(self._handle, source, target, length)
 
 
 def decodes(model: GPT2) -> bool:
-    """Return whether `NativeDecoder` supports the model's shape, type and device.
-
-    Raises:
-        KernelsError: the kernels cannot be compiled.
-    """
+    """Return whether `NativeDecoder` supports a model; `KernelsError`: it cannot be compiled."""
     config, lanes = model.config, load_kernels().lanes
     sizes = (config.d_model // config.n_head, config.d_model, config.d_ff)
     return (

@@ -8,7 +8,7 @@ and its seed, not on its neighbours. With `NativeDecoder` this holds to the bit;
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -40,7 +40,7 @@ class TokenSequence:
 
     ids: list[int]
     """Prompt and new tokens."""
-    seed: int
+    uniforms: Iterator[float]
     slot: int
     config: SampleConfig
     bias: Tensor | None
@@ -60,16 +60,9 @@ class TokenSequence:
     seen: Tensor | None = None
     """Tokens in the text, (V,) of bool; None: no repetition penalty."""
 
-    def __post_init__(self) -> None:
-        self.uniforms = uniform_stream(self.seed)
-
 
 class Engine:
-    """Write sequences with one decoder.
-
-    Args:
-        decoder: its number of slots limits the sequences at the same time.
-    """
+    """Write sequences with one decoder, at most `n_slots` at the same time."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -97,8 +90,7 @@ class Engine:
 
         Args:
             prompt: at least one id. If longer than block_size, only its end is read.
-            config: sampling filters, ``max_new_tokens`` and ``context_kept``; other fields are
-                unused.
+            config: its filters, ``max_new_tokens`` and ``context_kept`` are used.
             seeds: of the random numbers; at most `n_free`.
             bias: see `filter_logits`.
             end_id: token that ends a sequence without becoming a part of it.
@@ -106,8 +98,7 @@ class Engine:
             prompt_logprobs: return the log-probabilities of the prompt's tokens, too.
 
         Raises:
-            UserError: an empty prompt, an id outside the vocabulary, a seed or a number of
-                alternatives out of range, or a model that gives NaN.
+            UserError: an empty prompt, a value out of range, or a model that gives NaN.
         """
         ids = [int(i) for i in prompt]
         if not ids:
@@ -121,7 +112,7 @@ class Engine:
             raise UserError(f"top_logprobs is {top_logprobs}: give a whole number of at least 0")
         assert 0 < len(seeds) <= self.n_free
         added = [
-            TokenSequence(ids.copy(), seed, slot, config, bias, end_id, top_logprobs)
+            TokenSequence([*ids], uniform_stream(seed), slot, config, bias, end_id, top_logprobs)
             for seed, slot in zip(seeds, self._free, strict=False)
         ]
         self._read_prompt(added, prompt_logprobs=prompt_logprobs)
@@ -132,10 +123,10 @@ class Engine:
     def _read_prompt(self, added: list[TokenSequence], *, prompt_logprobs: bool) -> None:
         """Read the prompt into the first sequence's slot and copy it to the other slots."""
         leader = added[0]
-        ids, end_id, n_top = leader.ids, leader.end_id, leader.top_logprobs
         logits = self.decoder.read([self._chunk(leader)], every=prompt_logprobs)  # (1 or T, V)
         if prompt_logprobs:
-            leader.prompt_tokens = _tokens(logits[:-1], ids[leader.first + 1 :], n_top)
+            ids = leader.ids[leader.first + 1 :]
+            leader.prompt_tokens = _tokens(logits[:-1], ids, leader.top_logprobs)
         for sequence in added:
             if sequence is not leader:
                 self.decoder.copy(leader.slot, sequence.slot, leader.n_read - leader.first)
@@ -143,9 +134,9 @@ class Engine:
             sequence.prompt_tokens, sequence.logits = leader.prompt_tokens, logits[-1]
             if sequence.config.repetition_penalty != 1:
                 sequence.seen = torch.zeros_like(logits[-1], dtype=torch.bool)
-                sequence.seen[ids] = True
-                if end_id is not None:  # not a character of the text
-                    sequence.seen[end_id] = False
+                sequence.seen[sequence.ids] = True
+                if sequence.end_id is not None:  # not a character of the text
+                    sequence.seen[sequence.end_id] = False
 
     @torch.inference_mode()
     def step(self) -> list[tuple[TokenSequence, Token | None]]:
@@ -208,10 +199,8 @@ class Engine:
             if sequence.n_read:
                 kept = max(1, round(sequence.config.context_kept * block_size))
             sequence.first = sequence.n_read = n - kept
-        start = sequence.n_read - sequence.first
-        new = sequence.ids[sequence.n_read :]
-        sequence.n_read = n
-        return Chunk(sequence.slot, start, new)
+        read, sequence.n_read = sequence.n_read, n
+        return Chunk(sequence.slot, read - sequence.first, sequence.ids[read:])
 
 
 def _draw(logits: Tensor, sequences: list[TokenSequence]) -> list[Token]:
@@ -224,19 +213,13 @@ def _draw(logits: Tensor, sequences: list[TokenSequence]) -> list[Token]:
 
 
 def _tokens(logits: Tensor, ids: Sequence[int], top_logprobs: int) -> list[Token]:
-    """Return n tokens with the log-probabilities that the logits (n, V) give them.
-
-    Raises:
-        UserError: the logits are NaN.
-    """
+    """Return n tokens with the log-probabilities that the logits (n, V) give them."""
     logprobs = logits.log_softmax(dim=-1)  # (n, V)
-    chosen = torch.tensor(ids)[:, None]  # (n, 1)
-    of_chosen: list[float] = logprobs.gather(-1, chosen)[:, 0].tolist()
+    of_chosen: list[float] = logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
     if any(map(math.isnan, of_chosen)):
         raise UserError("the model gives NaN: its weights are damaged, train it again")
     if not top_logprobs:
         return [Token(i, p) for i, p in zip(ids, of_chosen, strict=True)]
     best = logprobs.topk(min(top_logprobs, logits.size(-1)), dim=-1)
-    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    tops = [tuple(zip(*pair, strict=True)) for pair in top]
-    return [Token(*row) for row in zip(ids, of_chosen, tops, strict=True)]
+    rows = zip(ids, of_chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [Token(i, p, tuple(zip(*top, strict=True))) for i, p, *top in rows]

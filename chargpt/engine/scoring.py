@@ -1,16 +1,9 @@
 """How likely is a text? The log-probability that a model gives to each of its characters.
 
-A window of T = block_size tokens moves over the text by `stride` tokens, and scores the tokens
-that the previous window did not score (Hugging Face, "Perplexity of fixed-length models"). A small
-stride gives each character more context, and takes T / stride times as long:
-
-======  ====================================================================
-stride  context of a token after the first window
-======  ====================================================================
-0, T    1 to T tokens: each block starts without context, as in `evaluate`
-S       T - S + 1 to T tokens
-1       T tokens, the most that the model can read
-======  ====================================================================
+A window of T = block_size tokens moves over the text by S = stride tokens, and scores the tokens
+that the previous window did not score (Hugging Face, "Perplexity of fixed-length models"). After
+the first window, a token has a context of T - S + 1 to T tokens; with S = T, as in `evaluate`, each
+block starts without context. A small stride takes T / S times as long.
 """
 
 from __future__ import annotations
@@ -31,8 +24,7 @@ from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.windows import blocks
 from chargpt.model import GPT2, evaluating
 
-BATCH_SIZE = 32
-"""Default number of windows per forward pass."""
+BATCH_SIZE = 32  # windows per forward pass
 
 
 def evaluate(
@@ -73,8 +65,7 @@ def log_probabilities(
         block_size: T, tokens per window; None: the block_size of a GPT2.
         stride: tokens from one window to the next, 1 to T; 0: T (disjoint blocks).
         batch_size: windows per forward pass; changes speed and memory only.
-        autocast: a reusable context for each forward pass, such as
-            ``torch.autocast("cpu", torch.bfloat16)``.
+        autocast: a reusable context for each forward pass, such as a `torch.autocast`.
 
     Returns:
         Natural logarithms, (n - 1,): entry i belongs to ``tokens[i + 1]``.
@@ -88,24 +79,18 @@ def log_probabilities(
     if not len(tokens):
         raise UserError("there are no tokens to score: give at least one")
     if not 0 <= stride <= block_size:
-        raise UserError(
-            f"stride is {stride}: give 1 (most context) to {block_size} (block_size), or 0 for "
-            "disjoint blocks"
-        )
+        most = f"{block_size} (block_size), or 0 for disjoint blocks"
+        raise UserError(f"stride is {stride}: give 1 (most context) to {most}")
     device = next(model.parameters()).device
     # On the model's device: copying each batch to the CPU would make a GPU wait.
-    scores = torch.empty(len(tokens) - 1, dtype=torch.float32, device=device)
-    done = 0
+    scores = [torch.empty(0, device=device)]
     with evaluating(model), torch.inference_mode():
         for inputs, targets in _windows(tokens, block_size, stride or block_size, batch_size):
             with autocast or nullcontext():
                 logits = model(inputs.to(device))  # (B, ≤T, V)
             logits = logits[:, -targets.size(1) :].float().flatten(0, 1)  # (B × ≤S, V)
-            nats = F.cross_entropy(logits, targets.to(device).flatten(), reduction="none")
-            scores[done : done + len(nats)] = -nats
-            done += len(nats)
-    assert done == len(scores)
-    result: npt.NDArray[np.float32] = scores.cpu().numpy()
+            scores.append(-F.cross_entropy(logits, targets.to(device).flatten(), reduction="none"))
+    result: npt.NDArray[np.float32] = torch.cat(scores).cpu().numpy()
     return result
 
 
@@ -124,11 +109,9 @@ def _windows(
         return
     ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
     before = ids.unfold(0, lead, stride) if lead else ids.new_empty(len(ids), 0)  # (·, T - S)
-    done = 0
     for inputs, targets in blocks(tokens[lead:], stride, batch_size):
-        context = before[done : done + len(inputs)]  # (B, T - S)
-        yield torch.cat([context, inputs], dim=1), targets  # (B, T), (B, S)
-        done += len(inputs)
+        yield torch.cat([before[: len(inputs)], inputs], dim=1), targets  # (B, T), (B, S)
+        before = before[len(inputs) :]
 
 
 def score(
@@ -143,18 +126,12 @@ def score(
 ) -> npt.NDArray[np.float32]:
     """Return ln p of each character of a text, given the characters before it.
 
-    The text is treated as one document: its first character follows the start of a document (see
+    The text is one document: its first character follows the start of a document (see
     `CharTokenizer.encode_prompt`). The end of the document is not scored.
 
-    Args:
-        model: a GPT2 with this tokenizer's vocabulary; stays in its mode.
-        tokenizer: the model's.
-        text: at least one character.
-        stride: see `log_probabilities`.
-        unknown: what to do with characters outside the vocabulary: ``error`` refuses them; ``skip``
-            hides them from the model and scores them NaN; ``replace`` scores the replacement.
-        batch_size: see `log_probabilities`.
-        autocast: see `log_probabilities`.
+    Takes the model's own tokenizer, and the options of `log_probabilities`. For characters outside
+    the vocabulary, `unknown` is ``error`` (refuse them), ``skip`` (hide them from the model and
+    score them NaN) or ``replace`` (score the replacement).
 
     Returns:
         Natural logarithms, (len(text),); divide by -ln 2 for bits of surprise.

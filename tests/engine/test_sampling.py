@@ -16,7 +16,6 @@ from torch import Tensor
 from chargpt.config import SampleConfig
 from chargpt.engine.sampling import filter_logits, sample_next, uniform_stream
 
-LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
 INF = math.inf
 
 FILTERS: list[dict[str, Any]] = [
@@ -24,14 +23,12 @@ FILTERS: list[dict[str, Any]] = [
     {"temperature": 0.3},
     {"temperature": 2.5},
     {"temperature": 0},
-    {"top_k": 1},
     {"top_k": 3},
     {"top_k": 99},
     {"top_p": 0.2},
     {"top_p": 0.9},
     {"top_p": 0.9999},
     {"min_p": 0.05},
-    {"min_p": 0.5},
     {"min_p": 1.0},
     {"repetition_penalty": 1.8, "seen": [0, 2, 7]},
     {"repetition_penalty": 0.6, "seen": [1, 2, 3]},
@@ -39,16 +36,8 @@ FILTERS: list[dict[str, Any]] = [
     {"temperature": 1.4, "top_k": 6, "top_p": 0.8, "min_p": 0.1},
     {"temperature": 0.7, "top_k": 8, "min_p": 0.02, "repetition_penalty": 1.3, "seen": [0, 5, 11]},
     {"temperature": 3.0, "top_p": 0.7, "bias": [0.0] * 6 + [-INF] * 2 + [2.0] * 4},
-    {
-        "temperature": 1.7,
-        "top_k": 7,
-        "top_p": 0.95,
-        "min_p": 0.03,
-        "repetition_penalty": 2.5,
-        "seen": [2, 3, 4, 9],
-        "bias": [1, 0, -INF, 0, 2, 0, 0, 0, 0, 0, -1, 0],
-    },
 ]
+FILTERS.append(FILTERS[-1] | FILTERS[-2])  # all filters
 V = 12
 
 
@@ -114,7 +103,8 @@ def test_each_row_has_its_own_seen_tokens() -> None:
 
 @pytest.mark.parametrize("temperature", [0, 1e-30, 5e-324])
 def test_temperatures_near_zero_take_the_likeliest_token(temperature: float) -> None:
-    assert probabilities(LOGITS, temperature=temperature) == [1, 0, 0, 0, 0]
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
+    assert probabilities(logits, temperature=temperature) == [1, 0, 0, 0, 0]
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits() -> None:
@@ -148,10 +138,12 @@ LISTS = st.lists(
     logits=LISTS,
     config=st.builds(
         SampleConfig,
-        temperature=st.one_of(st.just(0.0), st.floats(0, 100), st.floats(0, 1e30)),
+        temperature=st.one_of(st.sampled_from([0.0, 5e-324, 1e300]), st.floats(0, 100)),
         top_k=st.integers(0, 80),
-        top_p=st.one_of(st.just(1.0), st.floats(1e-9, 1)),
-        min_p=st.one_of(st.just(0.0), st.floats(0, 1)),
+        top_p=st.one_of(
+            st.sampled_from([1.0, math.nextafter(1, 0), 1e-50, 5e-324]), st.floats(1e-9, 1)
+        ),
+        min_p=st.one_of(st.sampled_from([0.0, 5e-324]), st.floats(0, 1)),
         repetition_penalty=st.one_of(st.just(1.0), st.floats(0.01, 100)),
     ),
     data=st.data(),
@@ -175,28 +167,6 @@ def test_an_allowed_token_is_left_to_draw(
     for uniform in (0.0, 0.5, 1 - 2**-53, data.draw(st.floats(0, 1, exclude_max=True))):
         drawn = sample_next(filtered, torch.tensor([uniform], dtype=torch.float64))
         assert drawn.tolist()[0] in left
-
-
-@pytest.mark.parametrize(
-    "filters",
-    [
-        {"top_p": 1e-50},
-        {"top_p": 5e-324},
-        {"top_p": math.nextafter(1, 0)},
-        {"min_p": 5e-324},
-        {"temperature": 5e-324},
-        {"temperature": 1e300},
-        {"repetition_penalty": 0.01},
-        {"repetition_penalty": 100},
-    ],
-    ids=str,
-)
-def test_extreme_settings_leave_a_token(filters: dict[str, float]) -> None:
-    seen, bias = torch.ones(5, dtype=torch.bool), torch.tensor([0, -INF, 0, 0, 0])
-    for logits in (LOGITS, LOGITS - 10, LOGITS + 10):
-        p = filter_logits(logits, config_of(**filters), seen=seen, bias=bias).softmax(-1)
-        assert torch.isfinite(p).all()
-        assert p[1] == 0
 
 
 # --- the draw
@@ -237,12 +207,10 @@ def test_draws_follow_the_probabilities(filters: dict[str, Any]) -> None:
 def test_a_draw_inverts_the_cumulative_distribution() -> None:
     p = [0.0, 0.25, 0.0, 0.5, 0.125, 0.125, 0.0]
     logits = torch.tensor(p).log()
-    edges = {0.0: 1, 0.2499: 1, 0.2501: 3, 0.7499: 3, 0.7501: 4, 0.8749: 4, 0.8751: 5}
-    edges[1 - 2**-53] = 5
+    edges = {0.0: 1, 0.2499: 1, 0.2501: 3, 0.7499: 3, 0.7501: 4, 0.8749: 4, 1 - 2**-53: 5}
     uniforms = torch.tensor(list(edges), dtype=torch.float64)
     drawn = sample_next(logits.expand(len(edges), -1), uniforms)
     assert drawn.tolist() == list(edges.values())
-    assert drawn.shape == (len(edges),)
     for uniform, token in edges.items():
         assert slow.draw(p, uniform) == token
 
@@ -270,13 +238,10 @@ def test_a_stream_depends_on_its_seed_only() -> None:
 
 def test_near_seeds_and_near_positions_are_unrelated() -> None:
     n = 1000
-    table = torch.tensor(
-        [list(itertools.islice(uniform_stream(seed), 20)) for seed in range(n)],
-        dtype=torch.float64,
-    )
+    rows = [list(itertools.islice(uniform_stream(seed), 20)) for seed in range(n)]
+    table = torch.tensor(rows, dtype=torch.float64)
     for values in (table[:, 0], table[:, 19], table.flatten()):
-        cells = (values * 20).long().tolist()
-        assert_distribution(cells, [1 / 20] * 20)
+        assert_distribution((values * 20).long().tolist(), [1 / 20] * 20)
     centred = (table - 0.5) * math.sqrt(12)  # mean 0, variance 1
     for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):
         assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
