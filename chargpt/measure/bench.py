@@ -154,7 +154,7 @@ def _measure(
     theirs = set(steps) - {OWN}
     best = max(theirs, key=lambda name: speeds[name]["characters_per_second"], default=None)
     per_token = training_flops_per_token(trainer.model.config)
-    flops = speeds[OWN]["characters_per_second"] * per_token  # FLOP/s
+    share = speeds[OWN]["characters_per_second"] * per_token / ceilings[precision.name]
 
     def peer(name: str | None) -> dict[str, Any]:
         speed = speeds[name] if name else dict.fromkeys(speeds[OWN])
@@ -168,7 +168,7 @@ def _measure(
             **speeds[OWN],
             "characters_per_step": n_characters,
             "parameters": count_parameters(trainer.model),
-            "ceiling_share": flops / ceilings[precision.name],
+            "ceiling_share": share,
             "peak_memory_bytes": memory,
             "vs_huggingface": rows[best].times if best else None,
             "vs_nanogpt": rows[NANOGPT].times if clone else None,
@@ -218,11 +218,8 @@ def seconds_to_loss(loss: float, texts: Sequence[str], **configs: Any) -> dict[s
 
 def table(figures: dict[str, Any]) -> str:
     """Return the figures of `bench` as lines for a person."""
-    machine, own, memory = (
-        figures["machine"],
-        figures["train"],
-        figures["train"]["peak_memory_bytes"],
-    )
+    machine, own = figures["machine"], figures["train"]
+    memory = own["peak_memory_bytes"]
     rows = [
         ("precision", f"{machine['precision']} ({machine['precision_reason']})"),
         *figures["choices"].items(),
@@ -261,8 +258,6 @@ def _reached(loss: dict[str, Any]) -> str:
 
 
 def _speed(name: str, speed: dict[str, Any], times: str) -> str:
-    median, slowest, fastest = (
-        speed[f"characters_per_second{end}"] for end in ("", "_min", "_max")
-    )
-    line = f"{name:<34}{median:>13,.0f}{slowest:>11,.0f}{fastest:>11,.0f}"
+    numbers = [speed[f"characters_per_second{end}"] for end in ("", "_min", "_max")]
+    line = f"{name:<34}{numbers[0]:>13,.0f}{numbers[1]:>11,.0f}{numbers[2]:>11,.0f}"
     return f"{line}{speed['milliseconds_per_step']:>10.2f}{times}"

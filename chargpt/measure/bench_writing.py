@@ -49,12 +49,12 @@ def bench_generation(
 ) -> dict[str, Any]:
     """Measure generation on this machine.
 
-    `kernels` are those of `chargpt.generate.make_decoder`; `config` gives rounds and peers.
+    `kernels`: see `chargpt.generate.make_decoder`. `config` gives rounds and peers.
 
     Returns:
         What ``--json`` prints: ``machine``, ``model``, ``parameters``, ``decoder`` and
-        ``generate`` (for ``batch_1`` and ``batch_32``: characters per second of all texts together,
-        from block_size on, and of the others; chargpt's ratios to them; None: not there).
+        ``generate``, for ``batch_1`` and ``batch_32``: characters per second of all texts together,
+        also past block_size, and chargpt's ratios to the others; None: such a peer is missing.
 
     Raises:
         UserError: a setting or a peer is wrong.

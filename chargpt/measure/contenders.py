@@ -35,10 +35,7 @@ _NANOGPT_TIME = re.compile(r"^iter \d+: loss \S+, time ([\d.]+)ms", re.MULTILINE
 
 
 class Figures(NamedTuple):
-    """A contender's ``characters_per_second`` with ``…_min`` and ``…_max``; chargpt's ratio to it.
-
-    Both are medians over the rounds.
-    """
+    """A contender's ``characters_per_second``, ``…_min`` and ``…_max``; chargpt's ratio to it."""
 
     speed: dict[str, float]
     times: float
@@ -102,11 +99,7 @@ _ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu_squared": "relu2
 
 
 def hugging_face_model(config: GPT2Config, device: torch.device) -> Any:
-    """Return an untrained ``GPT2LMHeadModel`` of a shape.
-
-    Raises:
-        ImportError: the package transformers is not installed.
-    """
+    """Return an untrained ``GPT2LMHeadModel``; ImportError without the package transformers."""
     transformers = importlib.import_module("transformers")
     activation = config.activation_function
     its_config = transformers.GPT2Config(
