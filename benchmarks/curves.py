@@ -33,16 +33,15 @@ import torch
 from protocols import learning_curve, whole_loss
 from torch import Tensor, nn
 
-import chargpt
 from chargpt.base import files as durable
 from chargpt.base.errors import UserError
 from chargpt.base.seeding import own_random_state
 from chargpt.cli.flags import preset_configs
-from chargpt.compute.device import cpu_name, describe_device, synchronize
+from chargpt.compute.device import synchronize
 from chargpt.compute.optimizers import schedule
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
-from chargpt.measure.contenders import HuggingFace, NanoGPT, own_step, parse_peers
-from chargpt.measure.timing import median_seconds
+from chargpt.measure.contenders import HuggingFace, NanoGPT, describe_machine, find_clone
+from chargpt.measure.timing import median_seconds, own_step
 from chargpt.train import train
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         presets = {name: as_preset(name) for name in given.presets}
         clone = None
         if given.nanogpt is not None:
-            clone = parse_peers([f"nanogpt={given.nanogpt}"])["nanogpt"]
+            clone = find_clone([f"nanogpt={given.nanogpt}"])
         measure(presets, clone, given.seconds, given.out)
     except UserError as error:
         parser.error(str(error))
@@ -116,12 +115,7 @@ def measure(presets: dict[str, Preset], clone: Path | None, seconds: float, out:
     for curve in _contenders(presets, clone, seconds, out):
         curves.append(curve)
         report = {
-            "machine": {
-                "device": describe_device(torch.device("cpu")),
-                "cpu": cpu_name(),
-                "chargpt": chargpt.__version__,
-                "torch": torch.__version__,
-            },
+            "machine": describe_machine(torch.device("cpu")),
             "seconds": seconds,
             "curves": [c._asdict() for c in curves],
         }
@@ -231,22 +225,20 @@ def nanogpt_curve(
         seconds: approximate end of the schedule.
         limit: at most this many iterations.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        validation = trainer.validation
-        nanogpt = NanoGPT(clone, trainer, Path(folder), guess=0.05, validation=validation)
-        iterations = int(seconds / nanogpt.step_seconds(min(seconds, TRIAL_SECONDS)))
-        iterations = max(2, iterations if limit is None else min(iterations, limit))
-        interval = max(2, iterations // N_EVALUATIONS)
-        iterations -= iterations % interval  # so that the last one is evaluated
-        characters = trainer.train_config.batch_size * trainer.windows.block_size
-        output = nanogpt.train(
-            iterations,
-            learning_rate=PEAK,
-            warmup_iters=min(100, iterations // 2),
-            lr_decay_iters=iterations,
-            eval_interval=interval,
-            eval_iters=math.ceil(len(validation) / characters),
-        )
+    nanogpt = NanoGPT(clone, trainer, step_seconds=0.05)
+    iterations = int(seconds / nanogpt.step_seconds(min(seconds, TRIAL_SECONDS)))
+    iterations = max(2, iterations if limit is None else min(iterations, limit))
+    interval = max(2, iterations // N_EVALUATIONS)
+    iterations -= iterations % interval  # so that the last one is evaluated
+    characters = trainer.train_config.batch_size * trainer.windows.block_size
+    output, _ = nanogpt.train(
+        iterations,
+        learning_rate=PEAK,
+        warmup_iters=min(100, iterations // 2),
+        lr_decay_iters=iterations,
+        eval_interval=interval,
+        eval_iters=math.ceil(len(trainer.validation) / characters),
+    )
     return Curve(name, parse_nanogpt(output))
 
 
@@ -265,8 +257,7 @@ class TimedHuggingFace(HuggingFace):
 
     def __init__(self, trainer: Trainer) -> None:
         torch.manual_seed(trainer.train_config.seed)
-        compiled = trainer.device.type == "cuda"
-        super().__init__(trainer, trainer.precision, compiled=compiled)
+        super().__init__(trainer, trainer.precision)
 
     def curve(self, seconds: float) -> list[Point]:
         """Train for `seconds`, not counting evaluations."""

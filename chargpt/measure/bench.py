@@ -1,34 +1,32 @@
 """How fast is this machine, and how much of that does training use? ``chargpt bench`` in Python.
 
-All contenders take turns, on one synthetic text. A speed is the median over the rounds, a ratio the
-median of the rounds' ratios.
+All contenders take turns, on one random text. Figures are medians over the rounds.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import string
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from chargpt.base.checks import check
-from chargpt.base.errors import TrainingError, is_out_of_memory
+from chargpt.base.checks import PositiveFloat, PositiveInt, Rule, check_fields
 from chargpt.base.seeding import own_random_state
 from chargpt.base.units import human_count
-from chargpt.base.version import __version__
 from chargpt.compute.counts import count_parameters, training_flops_per_token
-from chargpt.compute.device import DTYPES, choose_device, cpu_name, describe_device
+from chargpt.compute.device import DTYPES, PrecisionChoice
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import load_corpus
 from chargpt.data.texts import STANDARD_INPUT
 from chargpt.measure import contenders, timing
-from chargpt.measure.contenders import NANOGPT, OWN, Contender, ratio, summary
+from chargpt.measure.contenders import NANOGPT, OWN
+from chargpt.measure.timing import median_seconds
 from chargpt.runs.report import read_metrics
 from chargpt.train import train
 from chargpt.training.plan import make_plan
@@ -37,30 +35,26 @@ from chargpt.training.trainer import Trainer
 N_CHARACTERS = 200_000
 SYMBOLS = string.ascii_letters + string.digits + ".,\n"  # 65, as many as Shakespeare's
 ENDLESS = 1_000_000_000  # a budget in steps that no measurement reaches
+CHOICES = ("kernels", "attention", "compile")
+MISSING = "not installed: pip install transformers"
+_LOSS = Rule(lambda loss: loss > 0, "give a positive number, in nats per character")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """What to measure, and for how long.
+    """What to measure, and for how long; a UserError names a number outside its range."""
 
-    Raises:
-        UserError: a number outside its range.
-    """
-
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Turns of each contender."""
-    seconds: float = 5.0
+    seconds: PositiveFloat = 5.0
     """Seconds per turn, without the warm-up."""
     peers: tuple[str, ...] = ()
-    """Each ``name=folder``; see `chargpt.measure.contenders.parse_peers`."""
-    loss: float | None = None
+    """``nanogpt=folder``, the folder of a local clone; or empty."""
+    loss: Annotated[float | None, _LOSS] = None
     """Validation loss to reach, in nats per character; None: do not try."""
 
     def __post_init__(self) -> None:
-        check(self.rounds >= 1, self, "rounds", "give a whole number of at least 1")
-        check(0 < self.seconds < math.inf, self, "seconds", "give a positive number")
-        good = self.loss is None or 0 < self.loss < math.inf
-        check(good, self, "loss", "give a positive number, in nats per character")
+        check_fields(self)
 
 
 def bench(
@@ -74,52 +68,38 @@ def bench(
 ) -> dict[str, Any]:
     """Measure training on this machine.
 
-    Args:
-        texts: the texts for ``config.loss``; not read without it.
-        model_config: the shape.
-        train_config: batch, device, precision, compilation; its budget matters for the loss only.
-        data_config: how to read the texts.
-        config: what to measure, and for how long.
-        report: prints a line of progress.
+    The texts and the budget matter for ``config.loss`` only.
 
     Returns:
-        What ``--json`` prints: ``machine``, ``choices`` (each with its reason),
-        ``ceilings_gflops`` by dtype, ``train`` (speed, share of the ceiling, peak memory, ratios),
-        ``model``, ``parts_milliseconds``, ``huggingface``, ``nanogpt`` (None without that peer) and
-        ``loss`` (None without ``config.loss``). Speeds are in characters per second; None stands
-        for what could not be measured.
+        What ``--json`` prints: ``machine``, ``choices`` with reasons, ``ceilings_gflops``,
+        ``train``, ``model``, ``parts_milliseconds``, ``huggingface``, ``nanogpt`` and ``loss``.
+        Speeds are in characters per second; None stands for what was not measured.
 
     Raises:
         UserError: a setting, a peer or a text is wrong.
         TrainingError: out of memory, or the loss is NaN or infinite.
     """
     data_config, config = data_config or DataConfig(), config or BenchConfig()
-    clones = contenders.parse_peers(config.peers)
+    clone = contenders.find_clone(config.peers)
     if config.loss is not None and STANDARD_INPUT not in texts:  # it can be read only once
         load_corpus(texts, data_config)  # so that a mistake shows before the measurements
-    try:
-        with own_random_state():
-            lines: list[str] = []
-            trainer = synthetic_trainer(model_config, train_config, lines.append)
-            figures = _measure(trainer, _choices(lines, report), clones, config, report)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        device = describe_device(choose_device(train_config.device).device)
-        raise TrainingError(
-            f"out of memory on {device}: give a lower --batch-size ({train_config.batch_size}) or "
-            f"--block-size ({model_config.block_size})"
-        ) from error
+    sizes = f"--batch-size ({train_config.batch_size}) or --block-size ({model_config.block_size})"
+    choices: dict[str, str] = {}
+
+    def note(line: str) -> None:
+        name, _, reason = line.partition(" ")
+        if name in CHOICES:
+            choices[name] = reason.strip()
+            report(line)
+
+    with contenders.enough_memory(train_config.device, sizes), own_random_state():
+        trainer = synthetic_trainer(model_config, train_config, note)
+        figures = _measure(trainer, choices, clone, config, report)
     figures["loss"] = None
     if config.loss is not None:
         report(f"training to a validation loss of {config.loss:g}")
-        figures["loss"] = seconds_to_loss(
-            config.loss,
-            texts,
-            model_config=model_config,
-            train_config=train_config,
-            data_config=data_config,
-        )
+        configs = {"model_config": model_config, "train_config": train_config}
+        figures["loss"] = seconds_to_loss(config.loss, texts, **configs, data_config=data_config)
     return figures
 
 
@@ -128,11 +108,7 @@ def synthetic_trainer(
     train_config: TrainConfig,
     report: Callable[[str], None] = lambda line: None,
 ) -> Trainer:
-    """Return a trainer, as `chargpt train` makes it, for a random text of 65 symbols.
-
-    Raises:
-        UserError: a setting is wrong.
-    """
+    """Return a trainer, as `chargpt train` makes it, for a random text of 65 symbols."""
     rng = random.Random(train_config.seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "random.txt")
@@ -151,150 +127,82 @@ def synthetic_trainer(
 def _measure(
     trainer: Trainer,
     choices: dict[str, str],
-    clones: dict[str, Path],
+    clone: Path | None,
     config: BenchConfig,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    device, n_characters = trainer.device, trainer.tokens_per_step
+    device, n_characters, precision = trainer.device, trainer.tokens_per_step, trainer.precision
+    machine = contenders.describe_machine(device)
     report("matrix products")
     dtypes = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
     ceilings = {name: timing.ceiling(DTYPES[name], device) for name in dtypes}
-    compiled = trainer.forward is not trainer.model
-    timing.forget_peak_memory(device)
-    guess = timing.median_seconds(contenders.own_step(trainer), 0, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    steps = {OWN: timing.own_step(trainer)}
+    guess = median_seconds(steps[OWN], 0, device)
     memory = timing.peak_memory_bytes(device)  # before other contenders take memory
     parts = timing.step_parts(trainer)
-    with tempfile.TemporaryDirectory() as folder:
-        turns = _contenders(trainer, config.seconds, compiled=compiled)
-        if clones:
-            nanogpt = contenders.NanoGPT(clones["nanogpt"], trainer, Path(folder), guess)
-            turns.append(
-                Contender(NANOGPT, lambda: n_characters / nanogpt.step_seconds(config.seconds))
-            )
-        rates = contenders.take_turns(turns, config.rounds, report)
-    speeds = {name: _speed(of_name, n_characters) for name, of_name in rates.items()}
-    medians = {name: speed["characters_per_second"] for name, speed in speeds.items()}
-    theirs = [name for name in rates if name not in (OWN, NANOGPT)]
-    best = max(theirs, key=medians.__getitem__, default=None)
-    needed = medians[OWN] * training_flops_per_token(trainer.model.config)  # FLOP/s
+    steps |= _hugging_face_steps(trainer)
+    seconds = config.seconds
+    jobs = {name: partial(median_seconds, step, seconds, device) for name, step in steps.items()}
+    if clone:
+        jobs[NANOGPT] = partial(contenders.NanoGPT(clone, trainer, guess).step_seconds, seconds)
+    rows = contenders.compare(jobs, n_characters, config.rounds, report)
+    speeds: dict[str, dict[str, Any]] = {name: dict(row.speed) for name, row in rows.items()}
+    for speed in speeds.values():
+        speed["milliseconds_per_step"] = 1000 * n_characters / speed["characters_per_second"]
+    theirs = set(steps) - {OWN}
+    best = max(theirs, key=lambda name: speeds[name]["characters_per_second"], default=None)
+    per_token = training_flops_per_token(trainer.model.config)
+    share = speeds[OWN]["characters_per_second"] * per_token / ceilings[precision.name]
+
+    def peer(name: str | None) -> dict[str, Any]:
+        speed = speeds[name] if name else dict.fromkeys(speeds[OWN])
+        return {"name": name, **speed, "note": "" if name else MISSING}
+
     return {
-        "machine": {
-            **describe_machine(device),
-            "precision": trainer.precision.name,
-            "precision_reason": trainer.precision.reason,
-        },
+        "machine": {**machine, "precision": precision.name, "precision_reason": precision.reason},
         "choices": choices,
         "ceilings_gflops": {name: rate / 1e9 for name, rate in ceilings.items()},
         "train": {
             **speeds[OWN],
             "characters_per_step": n_characters,
             "parameters": count_parameters(trainer.model),
-            "ceiling_share": needed / ceilings[trainer.precision.name],
+            "ceiling_share": share,
             "peak_memory_bytes": memory,
-            "vs_huggingface": ratio(rates, best),
-            "vs_nanogpt": ratio(rates, NANOGPT),
+            "vs_huggingface": rows[best].times if best else None,
+            "vs_nanogpt": rows[NANOGPT].times if clone else None,
         },
         "model": asdict(trainer.model.config),
         "parts_milliseconds": parts,
-        "huggingface": _peer(best, speeds),
-        "nanogpt": _peer(NANOGPT, speeds) if clones else None,
+        "huggingface": peer(best),
+        "nanogpt": peer(NANOGPT) if clone else None,
     }
 
 
-def _contenders(trainer: Trainer, seconds: float, *, compiled: bool) -> list[Contender]:
-    """Return chargpt and Hugging Face's models, which train in this process."""
-
-    def contender(name: str, step: Callable[[], None]) -> Contender:
-        def measure() -> float:
-            step_seconds = timing.median_seconds(step, seconds, trainer.device)
-            return trainer.tokens_per_step / step_seconds
-
-        return Contender(name, measure)
-
-    theirs = contenders.hugging_face_trainers(trainer, compiled=compiled)
-    own = contender(OWN, contenders.own_step(trainer))
-    return [own, *(contender(peer.name, peer.step) for peer in theirs)]
+def _hugging_face_steps(trainer: Trainer) -> dict[str, Callable[[], None]]:
+    """Return a step of Hugging Face's GPT-2, by name, in fp32 and in the trainer's precision."""
+    fp32 = PrecisionChoice("fp32", "the precision of the weights")
+    precisions = {choice.name: choice for choice in (fp32, trainer.precision)}.values()
+    try:
+        twins = [contenders.HuggingFace(trainer, choice) for choice in precisions]
+    except ImportError:
+        twins = []
+    return {twin.name: twin.step for twin in twins}
 
 
-# --- the machine
+def seconds_to_loss(loss: float, texts: Sequence[str], **configs: Any) -> dict[str, Any]:
+    """Train with the whole budget, and return when the validation loss first reached `loss`.
 
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return the device, the processor, the threads and the versions."""
-    return {
-        "device": describe_device(device),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "chargpt": __version__,
-        "torch": torch.__version__,
-    }
-
-
-# --- training
-
-
-def _choices(lines: Sequence[str], report: Callable[[str], None]) -> dict[str, str]:
-    """Return how the trainer was made fast: each choice by name, with its reason."""
-    choices = {name: why.strip() for name, _, why in (line.partition(" ") for line in lines)}
-    choices = {name: choices[name] for name in ("kernels", "attention", "compile")}
-    for name, why in choices.items():
-        report(f"{name:<11}{why}")
-    return choices
-
-
-def _speed(rates: Sequence[float], characters_per_step: int) -> dict[str, Any]:
-    speed = summary(rates)
-    step = characters_per_step / speed["characters_per_second"]
-    return {**speed, "milliseconds_per_step": 1000 * step}
-
-
-def _peer(name: str | None, speeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return a peer's name and speed, or a note on why it did not take part."""
-    if name is None:
-        note = "not installed: pip install transformers"
-        return {"name": None, **dict.fromkeys(speeds[OWN]), "note": note}
-    return {"name": name, **speeds[name], "note": ""}
-
-
-# --- seconds to a loss
-
-
-def seconds_to_loss(
-    loss: float,
-    texts: Sequence[str],
-    *,
-    model_config: GPT2Config,
-    train_config: TrainConfig,
-    data_config: DataConfig,
-) -> dict[str, Any]:
-    """Train with the whole budget and find out when the validation loss first reached a value.
-
-    Args:
-        loss: mean over the whole validation part, in nats per character.
-        texts: the texts to train on.
-        model_config: the shape.
-        train_config: how to train; its budget also sets the schedule.
-        data_config: how to read the texts.
-
-    Returns:
-        ``target``; ``seconds`` of training at the first evaluation at or below it, with compilation
-        and without evaluations, and its ``step`` (both None if the budget ended first); ``best``
-        loss; ``train_seconds`` of the whole run.
-
-    Raises:
-        UserError: a text is wrong.
-        TrainingError: training cannot continue.
+    It is the loss over the whole validation part, in nats per character. `configs` are those of
+    `chargpt.train.train`. ``seconds`` are those of training, with compilation and without
+    evaluations; they and ``step`` are None if the budget ended first.
     """
-    train_config = train_config.replace(log_interval=1, sample_length=0)  # logs the time of steps
+    # Log the time of every step; write no samples.
+    configs["train_config"] = configs["train_config"].replace(log_interval=1, sample_length=0)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        summary = train(
-            texts,
-            model_config=model_config,
-            train_config=train_config,
-            data_config=data_config,
-            out=out,
-        ).summary
+        summary = train(texts, **configs, out=out).summary
         rows = read_metrics(out)
     clock = {row["step"]: row["train_seconds"] for row in rows if row["split"] == "train"}
     evaluations = [row for row in rows if row["split"] == "validation"]
@@ -308,37 +216,38 @@ def seconds_to_loss(
     }
 
 
-# --- for people
-
-
 def table(figures: dict[str, Any]) -> str:
     """Return the figures of `bench` as lines for a person."""
     machine, own = figures["machine"], figures["train"]
+    memory = own["peak_memory_bytes"]
     rows = [
-        ("device", f"{machine['device']} ({machine['cpu']})"),
-        ("torch", machine["torch"]),
         ("precision", f"{machine['precision']} ({machine['precision_reason']})"),
         *figures["choices"].items(),
-    ]
-    for dtype, rate in figures["ceilings_gflops"].items():
-        rows.append((f"ceiling {dtype}", f"{rate:,.0f} GFLOP/s in matrix products"))
-    rows += [
+        *(
+            (f"ceiling {dtype}", f"{rate:,.0f} GFLOP/s in matrix products")
+            for dtype, rate in figures["ceilings_gflops"].items()
+        ),
         (
             "training",
             f"{human_count(own['parameters'])} parameters, {own['characters_per_step']:,} "
             f"characters/step; {own['ceiling_share']:.0%} of the {machine['precision']} ceiling",
         ),
         ("a step", ", ".join(f"{k} {v:.2f} ms" for k, v in figures["parts_milliseconds"].items())),
-        ("memory", _memory(own["peak_memory_bytes"])),
+        ("memory", f"{human_count(memory)}B at peak" if memory else "not reported by this system"),
     ]
     if figures["loss"] is not None:
         rows.append((f"loss {figures['loss']['target']:g}", _reached(figures["loss"])))
-    lines = [f"{name:<15}{value}" for name, value in rows]
-    return "\n".join([*lines, "", *_speeds(figures)])
-
-
-def _memory(n_bytes: int | None) -> str:
-    return "not reported by this system" if n_bytes is None else f"{human_count(n_bytes)}B at peak"
+    lines = contenders.heading(machine, rows)
+    lines.append(f"{'':<34}{'characters/s':>13}{'slowest':>11}{'fastest':>11}{'ms/step':>10}")
+    lines.append(_speed(OWN, own, ""))
+    for key in ("huggingface", "nanogpt"):
+        peer = figures[key]
+        if peer and peer["name"]:
+            times = f"  chargpt is {own[f'vs_{key}']:.2f}× as fast"
+            lines.append(_speed(peer["name"], peer, times))
+        elif peer:
+            lines.append(f"{'Hugging Face GPT-2':<34}{peer['note']}")
+    return "\n".join(lines)
 
 
 def _reached(loss: dict[str, Any]) -> str:
@@ -348,19 +257,7 @@ def _reached(loss: dict[str, Any]) -> str:
     return f"after {loss['seconds']:.1f} s of training (step {loss['step']:,})"
 
 
-def _speeds(figures: dict[str, Any]) -> list[str]:
-    own = figures["train"]
-    rows = [(OWN, own, None)]
-    for key in ("huggingface", "nanogpt"):
-        if figures[key] is not None:
-            rows.append((figures[key]["name"], figures[key], own[f"vs_{key}"]))
-    lines = [f"{'':<34}{'characters/s':>13}{'slowest':>11}{'fastest':>11}{'ms/step':>10}"]
-    for name, speed, times in rows:
-        if name is None:
-            lines.append(f"{'Hugging Face GPT-2':<34}{speed['note']}")
-            continue
-        numbers = [speed[f"characters_per_second{end}"] for end in ("", "_min", "_max")]
-        line = f"{name:<34}{numbers[0]:>13,.0f}{numbers[1]:>11,.0f}{numbers[2]:>11,.0f}"
-        line += f"{speed['milliseconds_per_step']:>10.2f}"
-        lines.append(line + (f"  chargpt is {times:.2f}× as fast" if times else ""))
-    return lines
+def _speed(name: str, speed: dict[str, Any], times: str) -> str:
+    numbers = [speed[f"characters_per_second{end}"] for end in ("", "_min", "_max")]
+    line = f"{name:<34}{numbers[0]:>13,.0f}{numbers[1]:>11,.0f}{numbers[2]:>11,.0f}"
+    return f"{line}{speed['milliseconds_per_step']:>10.2f}{times}"

@@ -2,17 +2,16 @@
 
 All contenders take turns at the same job: from one character to as many as fit block_size, at
 temperature 0.8, one text or 32 at a time, with random weights. chargpt also writes past block_size.
-A speed is the median over the rounds, a ratio the median of the rounds' ratios.
+Figures are medians over the rounds.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from chargpt.config import Device, GPT2Config, OnOffAuto, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.generate import complete, make_decoder
 from chargpt.measure import contenders
-from chargpt.measure.bench import SYMBOLS, BenchConfig, describe_machine
-from chargpt.measure.contenders import NANOGPT, OWN, Contender, Rates
+from chargpt.measure.bench import SYMBOLS, BenchConfig
+from chargpt.measure.contenders import NANOGPT, OWN
 from chargpt.measure.timing import seconds_of
 from chargpt.model import GPT2
 
@@ -50,44 +49,38 @@ def bench_generation(
 ) -> dict[str, Any]:
     """Measure generation on this machine.
 
-    Args:
-        model_config: the shape.
-        device: where to compute.
-        kernels: see `chargpt.generate.make_decoder`.
-        config: rounds and peers.
-        report: prints a line of progress.
+    `kernels`: see `chargpt.generate.make_decoder`. `config` gives rounds and peers.
 
     Returns:
-        What ``--json`` prints: ``machine``, ``model`` and ``generate``, which has for ``batch_1``
-        and ``batch_32``: ``characters_per_second`` of all texts together, its ``_min`` and
-        ``_max``, ``past_block_size`` (the speed from there), ``huggingface``, ``nanogpt`` (their
-        speeds) and ``vs_huggingface``, ``vs_nanogpt``; None for a contender that is missing.
+        What ``--json`` prints: ``machine``, ``model``, ``parameters``, ``decoder`` and
+        ``generate``, for ``batch_1`` and ``batch_32``: characters per second of all texts together,
+        also past block_size, and chargpt's ratios to the others; None: such a peer is missing.
 
     Raises:
         UserError: a setting or a peer is wrong.
+        TrainingError: out of memory.
     """
     config = config or BenchConfig()
-    clones = contenders.parse_peers(config.peers)
+    clone = contenders.find_clone(config.peers)
     chosen = choose_device(device).device
     shape = model_config.replace(vocab_size=len(SYMBOLS))
-    with own_random_state(), ExitStack() as stack:
+    sizes = f"--d-model ({shape.d_model}) or --block-size ({shape.block_size})"
+    with contenders.enough_memory(device, sizes), own_random_state():
         torch.manual_seed(0)
         model = GPT2(shape).to(chosen).eval()
         writers = {OWN: own_writer(model, kernels)}
         with suppress(ImportError):
             writers[HUGGING_FACE] = hugging_face_writer(shape, chosen)
-        if clones:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            writers[NANOGPT] = nanogpt_writer(clones["nanogpt"], shape, chosen, folder)
+        if clone:
+            writers[NANOGPT] = nanogpt_writer(clone, shape, chosen)
         rows = {}
-        for n_texts in BATCHES:
-            report(f"texts at a time: {n_texts}")
-            turns = make_contenders(writers, n_texts, shape.block_size)
-            rates = contenders.take_turns(turns, config.rounds, report)
-            rows[f"batch_{n_texts}"] = _row(rates)
+        for n in BATCHES:
+            report(f"texts at a time: {n}")
+            block_size = shape.block_size
+            rows[f"batch_{n}"] = compare_writers(writers, n, block_size, config.rounds, report)
         decoder = type(make_decoder(model, 1, kernels)).__name__
     return {
-        "machine": describe_machine(chosen),
+        "machine": contenders.describe_machine(chosen),
         "model": asdict(shape),
         "parameters": count_parameters(model),
         "decoder": decoder,
@@ -95,34 +88,30 @@ def bench_generation(
     }
 
 
-def make_contenders(writers: dict[str, Write], n_texts: int, block_size: int) -> list[Contender]:
-    """Return a contender for each writer, and one for chargpt past block_size."""
+def compare_writers(
+    writers: dict[str, Write],
+    n_texts: int,
+    block_size: int,
+    rounds: int,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return the figures for one number of texts: the values of ``generate`` above."""
     n_new = block_size - 1 or 1
-    own = writers[OWN]
 
     def past() -> float:
-        """Return the speed of the characters that follow the first block_size."""
-        shorter, longer = own(n_texts, n_new), own(n_texts, n_new + block_size)
-        return n_texts * block_size / max(longer - shorter, 1e-9)
+        """Return the seconds of n_new characters after the first n_new."""
+        shorter, longer = (writers[OWN](n_texts, n) for n in (n_new, n_new + block_size))
+        return max(longer - shorter, 1e-9) * n_new / block_size
 
-    def within(write: Write) -> Callable[[], float]:
-        return lambda: n_texts * n_new / write(n_texts, n_new)
-
-    turns = [Contender(name, within(write)) for name, write in writers.items()]
-    return [*turns, Contender(PAST, past)]
-
-
-def _row(rates: Rates) -> dict[str, Any]:
-    """Return the row of the report for one number of texts."""
-    row: dict[str, Any] = contenders.summary(rates[OWN])
-    row["past_block_size"] = statistics.median(rates[PAST])
+    jobs = {name: partial(write, n_texts, n_new) for name, write in writers.items()}
+    table = contenders.compare({**jobs, PAST: past}, n_texts * n_new, rounds, report)
+    row: dict[str, Any] = dict(table[OWN].speed)
+    row["past_block_size"] = table[PAST].speed["characters_per_second"]
     for key, name in (("huggingface", HUGGING_FACE), ("nanogpt", NANOGPT)):
-        row[key] = statistics.median(rates[name]) if name in rates else None
-        row[f"vs_{key}"] = contenders.ratio(rates, name)
+        its = table.get(name)
+        row[key] = its and its.speed["characters_per_second"]
+        row[f"vs_{key}"] = its and its.times
     return row
-
-
-# --- writers
 
 
 def own_writer(model: GPT2, kernels: OnOffAuto) -> Write:
@@ -137,20 +126,14 @@ def own_writer(model: GPT2, kernels: OnOffAuto) -> Write:
 
 
 def hugging_face_writer(shape: GPT2Config, device: torch.device) -> Write:
-    """Return ``generate`` of an untrained Hugging Face GPT-2, with its cache.
-
-    Raises:
-        ImportError: the package transformers is not installed.
-    """
+    """Return ``generate`` of an untrained Hugging Face GPT-2 with its cache; or ImportError."""
     model = contenders.hugging_face_model(shape, device).eval()
     options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "use_cache": True}
 
     def write(n_texts: int, n_new: int) -> None:
         ids = torch.zeros(n_texts, 1, dtype=torch.long, device=device)  # (B, 1)
-        lengths = {"max_new_tokens": n_new, "min_new_tokens": n_new}
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options, **lengths
-        )
+        lengths = {"max_new_tokens": n_new, "min_new_tokens": n_new, "pad_token_id": 0}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options, **lengths)
 
     return _timed(write, device)
 
@@ -165,6 +148,7 @@ def _timed(write: Callable[[int, int], object], device: torch.device) -> Write:
     return timed
 
 
+# Prints its time as train.py prints that of an iteration.
 _DRIVER = """
 import json, sys, time
 import torch
@@ -172,56 +156,30 @@ from model import GPT, GPTConfig
 device, shape, batch_size, n_new = json.loads(sys.argv[1])
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(**shape)).to(device).eval()
-def wait():
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-gpt.generate(ids, 2)
-wait()
+gpt.generate(ids, 2).tolist()  # waits for a GPU
 start = time.perf_counter()
-gpt.generate(ids, n_new, temperature=0.8)
-wait()
-print("seconds", time.perf_counter() - start)
+gpt.generate(ids, n_new, temperature=0.8).tolist()
+print(f"iter 0: loss -, time {1000 * (time.perf_counter() - start):.9f}ms")
 """
 
 
-def nanogpt_writer(clone: Path, shape: GPT2Config, device: torch.device, folder: Path) -> Write:
-    """Return ``generate`` of a clone of nanoGPT, run in an empty folder by another process."""
-    copy = contenders.Clone(clone, folder)
-    its_shape = {
-        "vocab_size": shape.vocab_size,
-        "block_size": shape.block_size,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_embd": shape.d_model,
-        "bias": shape.bias,
-    }
+def nanogpt_writer(clone: Path, shape: GPT2Config, device: torch.device) -> Write:
+    """Return ``generate`` of a clone of nanoGPT, run by another process."""
+    its = contenders.nanogpt_shape(shape) | {"vocab_size": shape.vocab_size, "bias": shape.bias}
 
     def write(n_texts: int, n_new: int) -> float:
-        job = json.dumps([str(device), its_shape, n_texts, n_new])
-        lines = copy.run("model.py", ["-c", _DRIVER, job]).splitlines()
-        times = [line.split()[1] for line in lines if line.startswith("seconds ")]
-        if not times:
-            raise copy.failure("model.py", "it printed no time")
-        return float(times[0])
+        job = json.dumps([str(device), its, n_texts, n_new])
+        return contenders.run_clone(clone, "model.py", ["-c", _DRIVER, job])[1][0]
 
     return write
 
 
-# --- for people
-
-
 def generation_table(figures: dict[str, Any]) -> str:
     """Return the figures of `bench_generation` as lines for a person."""
-    machine = figures["machine"]
-    lines = [
-        f"{'device':<15}{machine['device']} ({machine['cpu']})",
-        f"{'torch':<15}{machine['torch']}",
-        f"{'model':<15}{human_count(figures['parameters'])} parameters, fp32, random weights; "
-        f"{figures['decoder']}",
-        "",
-        f"{'characters/s':<22}{'one text':>12}{'32 texts':>12}",
-    ]
+    model = f"{human_count(figures['parameters'])} parameters, fp32, random weights"
+    lines = contenders.heading(figures["machine"], [("model", f"{model}; {figures['decoder']}")])
+    lines.append(f"{'characters/s':<22}{'one text':>12}{'32 texts':>12}")
     one, many = (figures["generate"][f"batch_{n}"] for n in BATCHES)
     for key, name in (
         ("characters_per_second", OWN),

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -28,10 +29,7 @@ def seconds_of(job: Callable[[], object], device: torch.device) -> float:
 
 
 def median_seconds(step: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """Return the median seconds of a step, after a warm-up.
-
-    The measurement takes about `seconds`, and at least `MIN_STEPS` steps.
-    """
+    """Return the median of at least `MIN_STEPS` steps in about `seconds`, after a warm-up."""
     for _ in range(WARM_UP_STEPS):
         step()
     times: list[float] = []
@@ -41,27 +39,27 @@ def median_seconds(step: Callable[[], object], seconds: float, device: torch.dev
     return statistics.median(times)
 
 
-def ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the best speed of products of square matrices, in FLOP/s.
+def own_step(
+    trainer: Trainer, lap: Callable[[str], None] = lambda part: None
+) -> Callable[[], None]:
+    """Return a function that trains for one step, as `chargpt train` does."""
+    trainer.model.train()
 
-    They are 1024³ on a CPU, 4096³ and 8192³ elsewhere.
-    """
+    def step() -> None:
+        train_step(trainer, lap)
+        trainer.state.step += 1
+
+    return step
+
+
+def ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the best FLOP/s of n × n matrix products: n is 1024 on a CPU, else 4096 or 8192."""
     sizes = (1024,) if device.type == "cpu" else (4096, 8192)
     return max(matmul_flops(dtype, device, (n, n, n), CEILING_SECONDS) for n in sizes)
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Reset `peak_memory_bytes`, which is possible on CUDA only."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the peak memory of this process, in bytes: on the GPU, or else in total.
-
-    Returns:
-        None where the system does not report it.
-    """
+    """Return the peak memory of this process: on the GPU, or else in total; None: not reported."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -72,31 +70,21 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# --- the parts of a step
-
-
 def step_parts(trainer: Trainer) -> dict[str, float]:
     """Return the median milliseconds of each of `PARTS`, over ten steps."""
-    trainer.model.train()
+    marks: list[tuple[str, float]] = []
+
+    def lap(part: str) -> None:
+        synchronize(trainer.device)
+        marks.append((part, time.perf_counter()))
+
+    step = own_step(trainer, lap)
     rows: list[dict[str, float]] = []
     for _ in range(PART_STEPS):
-        watch = _Stopwatch(trainer.device)
-        train_step(trainer, watch.lap)
-        rows.append(watch.milliseconds)
-        trainer.state.step += 1
+        marks.clear()
+        lap("start")
+        step()
+        rows.append(dict.fromkeys(PARTS, 0.0))
+        for (_, start), (part, end) in pairwise(marks):
+            rows[-1][part] += 1000 * (end - start)
     return {part: statistics.median(row[part] for row in rows) for part in PARTS}
-
-
-class _Stopwatch:
-    def __init__(self, device: torch.device) -> None:
-        self.milliseconds = dict.fromkeys(PARTS, 0.0)
-        self._device = device
-        synchronize(device)
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """Add the time since the last call to a part."""
-        synchronize(self._device)
-        now = time.perf_counter()
-        self.milliseconds[part] += 1000 * (now - self._last)
-        self._last = now
