@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import torch
 
-from chargpt.base.checks import PositiveFloat, PositiveInt, Rule, check_fields
+from chargpt.base.checks import Rule, check_fields
 from chargpt.base.seeding import own_random_state
 from chargpt.base.units import human_count
 from chargpt.compute.counts import count_parameters, training_flops_per_token
 from chargpt.compute.device import DTYPES, PrecisionChoice
-from chargpt.config import DataConfig, GPT2Config, TrainConfig
+from chargpt.config import DataConfig, GPT2Config, PositiveFloat, PositiveInt, TrainConfig
 from chargpt.data.corpus import load_corpus
 from chargpt.data.texts import STANDARD_INPUT
 from chargpt.measure import contenders, timing
