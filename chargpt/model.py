@@ -52,18 +52,13 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """Return softmax(q kᵀ / √D + mask), (B, H, T, T): how much positions attend to each other.
 
-    Args:
-        q: queries, (B, H, T, D).
-        k: keys, (B, H, T, D).
+    Queries and keys are (B, H, T, D).
     """
-    T = q.size(-2)
+    B, H, T, D = q.shape
     mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)  # (T, T)
     # A single call, because each pass over (B, H, T, T) takes as long as a product.
-    scores = torch.baddbmm(
-        mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5
-    )  # (B × H, T, T)
-    weights: Tensor = scores.softmax(dim=-1).view(*q.shape[:2], T, T)  # (B, H, T, T)
-    return weights
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D**-0.5)  # (B×H, T, T)
+    return scores.softmax(dim=-1).view(B, H, T, T)
 
 
 def causal_attention(
@@ -71,15 +66,10 @@ def causal_attention(
 ) -> Tensor:
     """Average the values up to each position, weighted by how well their keys match its query.
 
-    Args:
-        q: queries, (B, H, T, D).
-        k: keys, (B, H, T, D).
-        v: values, (B, H, T, D).
-        dropout: acts on the attention weights.
-        backend: default: ``sdpa``, or ``matmul`` for dropout on a CPU, which ``sdpa`` cannot do.
+    The default backend is ``sdpa``, or ``matmul`` for dropout on a CPU, which ``sdpa`` cannot do.
 
     Returns:
-        dropout(softmax(q kᵀ / √D + mask)) v, shape (B, H, T, D).
+        dropout(softmax(q kᵀ / √D + mask)) v, (B, H, T, D) like the queries, keys and values.
     """
     dropout_p = dropout.p if dropout.training else 0.0
     if backend is None:
@@ -96,26 +86,16 @@ def causal_attention(
 class LayerCache(NamedTuple):
     """The keys and values of one layer, and what a forward pass reads and writes of them."""
 
-    keys: Tensor
-    """(slots, H, block_size, D)."""
-    values: Tensor
-    """(slots, H, block_size, D)."""
-    slots: Tensor
-    """The slot of each sequence, (B,)."""
-    positions: Tensor
-    """Positions of the new tokens, (B, T)."""
-    length: int
-    """S, the positions in the longest sequence, including the new ones."""
+    keys: Tensor  # (slots, H, block_size, D)
+    values: Tensor  # (slots, H, block_size, D)
+    slots: Tensor  # the slot of each sequence, (B,)
+    positions: Tensor  # positions of the new tokens, (B, T)
+    length: int  # S, the positions in the longest sequence, including the new ones
 
     def attend(self, qkv: Tensor, n_head: int) -> Tensor:
         """Store the new keys and values, and attend from each new token to all tokens up to it.
 
-        Args:
-            qkv: queries, keys and values of the new tokens side by side, (B, T, 3C).
-            n_head: H.
-
-        Returns:
-            (B, T, C).
+        `qkv` holds those of the new tokens side by side, (B, T, 3C); the result is (B, T, C).
         """
         q, k, v = split_heads(qkv, n_head)  # 3 × (B, H, T, D)
         self.keys[self.slots[:, None], :, self.positions] = k.transpose(1, 2)  # (B, T, H, D)
@@ -132,8 +112,7 @@ class Cache(NamedTuple):
     """The cache of all layers, for one forward pass."""
 
     layers: Sequence[LayerCache]
-    positions: Tensor
-    """Positions of the new tokens, (B, T)."""
+    positions: Tensor  # positions of the new tokens, (B, T)
 
 
 # --- the layers
@@ -181,11 +160,7 @@ class FeedForward(nn.Module):
 
 
 class ResidualSum(nn.Module):
-    """Add a sublayer's output to the residual stream, with dropout.
-
-    Args:
-        p: probability of dropping a value, in [0, 1).
-    """
+    """Add a sublayer's output to the residual stream, with dropout."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -210,15 +185,14 @@ class Residual(nn.Module):
     def __init__(self, sublayer: nn.Module, config: GPT2Config) -> None:
         super().__init__()
 
-        def norm_if(wanted: bool) -> nn.Module:
-            return layer_norm(config) if wanted else nn.Identity()
+        def norm_if(*placements: str) -> nn.Module:
+            return layer_norm(config) if config.norm_placement in placements else nn.Identity()
 
-        placement = config.norm_placement
-        self.norm = norm_if(placement in ("pre", "sandwich"))
+        self.norm = norm_if("pre", "sandwich")
         self.sublayer = sublayer
-        self.sublayer_norm = norm_if(placement == "sandwich")
+        self.sublayer_norm = norm_if("sandwich")
         self.sum = ResidualSum(config.dropout)
-        self.sum_norm = norm_if(placement == "post")
+        self.sum_norm = norm_if("post")
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         """Map (B, T, C) to (B, T, C); the sublayer also receives the context."""
@@ -247,9 +221,6 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """A decoder-only transformer over token ids.
 
-    Args:
-        config: shape and dropout; ``vocab_size`` must not be 0.
-
     Raises:
         UserError: the vocabulary size is 0.
     """
@@ -273,14 +244,9 @@ class GPT2(nn.Module):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return logits for the token after each position.
+        """Map token ids, (B, T), to logits for the token after each position, (B, T, V).
 
-        Args:
-            ids: token ids, (B, T) with T ≤ block_size.
-            cache: keys and values of earlier tokens.
-
-        Returns:
-            Unnormalised log-probabilities, (B, T, V).
+        With a cache, the T new positions also see earlier ones.
 
         Raises:
             UserError: T is larger than block_size.

@@ -21,16 +21,8 @@ DROPOUT_PLACES = ("embeddings", "weights", "attention", "feed_forward")  # in or
 
 def config(**changes: Any) -> GPT2Config:
     """Return a tiny shape whose d_ff is not 4 × d_model."""
-    small: dict[str, Any] = {
-        "block_size": 7,
-        "vocab_size": VOCAB,
-        "n_layer": 2,
-        "n_head": 3,
-        "d_model": 12,
-        "d_ff": 20,
-        "dropout": 0.0,
-    }
-    return GPT2Config(**small | changes)
+    shape: dict[str, Any] = {"block_size": 7, "vocab_size": VOCAB, "d_model": 12, "d_ff": 20}
+    return GPT2Config(**{"n_layer": 2, "n_head": 3, "dropout": 0.0} | shape | changes)
 
 
 def some_ids(seed: int, *shape: int, vocab_size: int = VOCAB) -> torch.Tensor:
@@ -73,8 +65,6 @@ def test_logits_and_gradients_equal_hugging_faces(activation: str, bias: bool) -
     [
         *itertools.product(("pre", "post", "sandwich"), ("gelu",), (True, False)),
         *itertools.product(("pre",), sorted(ACTIVATIONS.keys() - {"gelu"}), (True,)),
-        ("post", "relu_squared", True),
-        ("sandwich", "sigmoid", True),
     ],
 )
 def test_logits_and_gradients_equal_the_formulas(
@@ -91,9 +81,8 @@ def test_logits_and_gradients_equal_the_formulas(
     loss_of(logits).backward()
     loss_of(expected).backward()
     for name, weight in weights.items():
-        torch.testing.assert_close(
-            model.get_parameter(name).grad, weight.grad, rtol=1e-8, atol=1e-10
-        )
+        gradient = model.get_parameter(name).grad
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-8, atol=1e-10)
 
 
 # --- causality
@@ -147,13 +136,6 @@ def test_the_initial_loss_is_close_to_a_uniform_guess(placement: str) -> None:
     assert abs(loss - math.log(65)) < 0.1
 
 
-def test_the_head_is_the_token_embedding() -> None:
-    model = GPT2(config())
-    assert model.head.weight is model.token_embedding.weight
-    assert "head.weight" not in dict(model.named_parameters())
-    assert model.double().head.weight is model.token_embedding.weight
-
-
 @pytest.mark.parametrize(
     ("preset", "vocab_size", "published"),
     [("gpt2", 50257, 124_439_808), ("tiny", 65, 818_048), ("baby", 65, 10_770_816)],
@@ -162,7 +144,7 @@ def test_number_of_parameters(preset: str, vocab_size: int, published: int) -> N
     shape = PRESETS[preset]().model_config.replace(vocab_size=vocab_size)
     with torch.device("meta"):
         model = GPT2(shape)
-    assert count_parameters(model) == parameters_of(shape) == published
+    assert count_parameters(model) == parameters_of(shape) == published  # the head is tied
 
 
 # --- dropout
@@ -196,13 +178,8 @@ def test_dropout_acts_at_the_right_places_in_training_mode(
     assert len(seen) == 1 + 3 * 2  # none in evaluation
 
 
-# --- errors
-
-
 def test_errors() -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="^vocab_size is 0: give the number of distinct tokens"):
         GPT2(config(vocab_size=0))
-    assert str(caught.value) == "vocab_size is 0: give the number of distinct tokens, e.g. 65"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="^8 tokens do not fit block_size 7: crop them$"):
         GPT2(config())(some_ids(1, 1, 8))
-    assert str(caught.value) == "8 tokens do not fit block_size 7: crop them"

@@ -13,11 +13,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def parameters_of(config: GPT2Config) -> int:
-    """Return the number of parameters without building the model.
-
-    Args:
-        config: its vocabulary size must be known.
-    """
+    """Return the number of parameters of a known vocabulary size, without building the model."""
     C, F = config.d_model, config.d_ff
     matrices = 4 * C * C + 2 * C * F
     biases = (3 * C + C) + (F + C) if config.bias else 0
@@ -31,10 +27,8 @@ def training_flops_per_token(config: GPT2Config) -> int:
     """Return the floating-point operations per trained token, of matrix products only.
 
     A multiply-add counts as two, and the backward pass costs twice the forward pass. Attention
-    counts the whole T × T square, as in Chowdhery et al. 2022 (PaLM), appendix B.
-
-    Args:
-        config: its vocabulary size must be known.
+    counts the whole T × T square, as in Chowdhery et al. 2022 (PaLM), appendix B. The vocabulary
+    size must be known.
     """
     C, T = config.d_model, config.block_size
     matrices = config.n_layer * (4 * C * C + 2 * C * config.d_ff) + C * config.vocab_size

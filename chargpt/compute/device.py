@@ -17,6 +17,10 @@ from chargpt.base.errors import UserError
 from chargpt.config import Device, OnOffAuto, Precision
 
 BF16_MIN_GAIN = 1.5  # bf16 rounds more, so it must be clearly faster
+UNSUPPORTED = {
+    ("fp16", "cpu"): "is many times slower than fp32 on a CPU: give --precision auto, fp32 or bf16",
+    ("fp16", "mps"): "needs loss scaling, available on CUDA only: give --precision fp32",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,19 +57,14 @@ def choose_device(requested: Device) -> DeviceChoice:
     Raises:
         UserError: PyTorch does not find the requested device.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [*(name for name in found if found[name]), "cpu"]
     if requested == "auto":
-        name = next(name for name, found in available.items() if found)
-        return DeviceChoice(torch.device(name), "the fastest one here")
-    if not available[requested]:
-        names = ", ".join(name for name, found in available.items() if found)
+        return DeviceChoice(torch.device(available[0]), "the fastest one here")
+    if requested not in available:
         raise UserError(
             f"device is {requested!r}, which PyTorch does not find here: "
-            f"give --device auto, or one of {names}"
+            f"give --device auto, or one of {', '.join(available)}"
         )
     return DeviceChoice(torch.device(requested), "asked for")
 
@@ -78,20 +77,11 @@ def choose_precision(requested: Precision, device: torch.device) -> PrecisionCho
     """
     if requested == "auto":
         return _auto_precision(device)
-    if requested == "fp16" and device.type == "cpu":
-        raise UserError(
-            "precision is 'fp16', which is many times slower than fp32 on a CPU: "
-            "give --precision auto, fp32 or bf16"
-        )
+    problem = UNSUPPORTED.get((requested, device.type))
     if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError(
-            "precision is 'bf16', which this GPU does not support: give --precision fp16 or fp32"
-        )
-    if requested == "fp16" and device.type == "mps":
-        raise UserError(
-            "precision is 'fp16', which needs loss scaling, available on CUDA only: "
-            "give --precision fp32"
-        )
+        problem = "this GPU does not support: give --precision fp16 or fp32"
+    if problem:
+        raise UserError(f"precision is {requested!r}, which {problem}")
     return PrecisionChoice(requested, "asked for")
 
 
@@ -118,12 +108,10 @@ def _auto_precision(device: torch.device) -> PrecisionChoice:
     gain = bf16 / matmul_flops(torch.float32, device, size, seconds)
     if gain >= BF16_MIN_GAIN:
         return PrecisionChoice("bf16", f"bf16 is {gain:.1f} times as fast as fp32 here")
+    reason = f"fp32 is faster here: bf16 runs at {max(gain, 0.01):.0%} of its speed"
     if gain >= 1:
-        return PrecisionChoice(
-            "fp32", f"bf16 is only {gain:.1f} times as fast here, and less exact"
-        )
-    share = f"{max(gain, 0.01):.0%}"
-    return PrecisionChoice("fp32", f"fp32 is faster here: bf16 runs at {share} of its speed")
+        reason = f"bf16 is only {gain:.1f} times as fast here, and less exact"
+    return PrecisionChoice("fp32", reason)
 
 
 def synchronize(device: torch.device) -> None:
@@ -137,16 +125,13 @@ def synchronize(device: torch.device) -> None:
 def matmul_flops(
     dtype: torch.dtype, device: torch.device, size: tuple[int, int, int], seconds: float
 ) -> float:
-    """Measure the FLOP/s of a matrix product; torch's default generators stay as they are.
+    """Return the highest FLOP/s of a matrix product; torch's default generators stay as they are.
 
     Args:
         dtype: type of both factors.
         device: where to multiply.
         size: (m, k, n) for the product of (m, k) and (k, n).
         seconds: how long to measure; at least three products are timed.
-
-    Returns:
-        The rate of the fastest product.
     """
     m, k, n = size
     # Random factors, because a GPU multiplies constant ones faster.
@@ -193,10 +178,7 @@ def cpu_info(field: str) -> list[str]:
 
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Inside the context, let PyTorch use only algorithms whose results are bit-reproducible.
-
-    Args:
-        enabled: False changes nothing.
+    """If enabled, let PyTorch use only algorithms whose results are bit-reproducible.
 
     Raises:
         UserError: an operation has no such algorithm here.

@@ -24,15 +24,8 @@ _TABLE_SEED = 0x5EED
 def dropout(x: Tensor, p: float) -> Tensor:
     """Set each value of `x` to zero with probability `p` and scale the rest by 1 / (1 - p).
 
-    Random numbers come from torch's default generator of the device. On a CPU, `p` is first rounded
-    to a multiple of 2^-16.
-
-    Args:
-        x: floating point, any shape.
-        p: in [0, 1).
-
-    Returns:
-        A tensor with the shape of `x`.
+    Random numbers come from torch's default generator of the device. On a CPU, `p`, in [0, 1), is
+    first rounded to a multiple of 2^-16.
     """
     if p == 0.0:
         return x

@@ -15,14 +15,7 @@ from torch import Tensor, nn
 from chargpt.compute import native
 from chargpt.compute.dropout import dropout
 from chargpt.compute.muon import MuonSettings, Tensors, muon_update
-from chargpt.model import (
-    ACTIVATIONS,
-    GPT2,
-    CausalSelfAttention,
-    FeedForward,
-    Residual,
-    ResidualSum,
-)
+from chargpt.model import ACTIVATIONS, GPT2, CausalSelfAttention, FeedForward, Residual, ResidualSum
 
 Backend = Literal["matmul", "sdpa", "native"]
 """``native`` is the kernel; the other two are PyTorch: see `chargpt.model.AttentionBackend`."""
@@ -109,9 +102,7 @@ def use_fast_dropout(model: nn.Module) -> None:
 def set_attention(model: nn.Module, backend: Backend) -> None:
     """Set the backend of every attention layer of a model, in place.
 
-    Args:
-        model: its layers change their class or backend.
-        backend: ``native`` falls back to ``matmul`` for tensors that the kernel does not support.
+    ``native`` falls back to ``matmul`` for tensors that the kernel does not support.
     """
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):

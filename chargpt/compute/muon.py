@@ -39,14 +39,10 @@ ADAMW_EPS = 1e-8
 class MuonSettings(NamedTuple):
     """What all matrices of an update share."""
 
-    momentum: float
-    """Share of the old momentum that is kept."""
-    decay: float
-    """Factor that multiplies the weights before the step."""
-    dtype: torch.dtype
-    """Type that the orthogonalisation computes in."""
+    momentum: float  # share of the old momentum that is kept
+    decay: float  # factor that multiplies the weights before the step
+    dtype: torch.dtype  # type that the orthogonalisation computes in
     steps: Steps
-    """Steps of the orthogonalisation."""
 
 
 Tensors = list[Tensor]
@@ -69,9 +65,8 @@ def muon_update(
         lengths: the step length of each matrix, about the singular values of its update.
         settings: what all matrices share.
     """
-    momentum = settings.momentum
-    torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-    torch._foreach_lerp_(gradients, momenta, momentum)  # Nesterov; in place saves memory traffic
+    torch._foreach_lerp_(momenta, gradients, 1 - settings.momentum)
+    torch._foreach_lerp_(gradients, momenta, settings.momentum)  # Nesterov; in place is faster
     updates = orthogonalize(gradients, settings.dtype, settings.steps)
     torch._foreach_mul_(updates, [-length for length in lengths])
     torch._foreach_mul_(weights, settings.decay)
@@ -95,7 +90,6 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: shares of AdamW's running means that a step keeps: gradient, squared gradient.
         dtype: type that the orthogonalisation computes in; bfloat16 is exact enough.
         fused: whether to run AdamW as one kernel.
-        steps: steps of the orthogonalisation.
         parts: number of equal matrices that a parameter stacks along its first axis; default 1.
     """
 
@@ -109,11 +103,10 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float,
         lr: float,
         betas: tuple[float, float],
-        embedding_decay: float = 0.0,
+        embedding_decay: float,
         dtype: torch.dtype,
         fused: bool,
-        steps: Steps = POLAR_EXPRESS,
-        parts: Mapping[Tensor, int] | None = None,
+        parts: Mapping[Tensor, int],
     ) -> None:
         assert all(matrix.dim() == 2 for matrix in matrices)
         muon = {"lr": matrix_lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype}
@@ -121,8 +114,7 @@ class MuonAdamW(torch.optim.Optimizer):
             {"params": list(matrices), **muon},
             {"params": list(others), "lr": lr, "betas": betas, "weight_decay": embedding_decay},
         ]
-        self.steps = steps
-        self.parts: dict[Tensor, int] = dict(parts or {})
+        self.steps, self.parts = POLAR_EXPRESS, parts
         self.update: MuonUpdate = muon_update
         super().__init__(groups, {"fused": fused})
 
@@ -132,25 +124,19 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> float | None:
         """Update every parameter that has a gradient; the gradients of `matrices` are overwritten.
 
-        Args:
-            closure: computes the loss and its gradients again, as in other PyTorch optimizers.
-
-        Returns:
-            The loss that `closure` returned, or None without a closure.
+        As in other PyTorch optimizers, `closure` computes the gradients and the loss to return.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        muon, rest = self.param_groups
-        self._step_matrices(muon)
-        self._step_others(rest)
+        for group, step in zip(self.param_groups, (self._muon, self._adamw), strict=True):
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                step(group, params, [p.grad for p in params])
         return loss
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        params, grads = _with_gradient(group)
-        if not params:
-            return
+    def _muon(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         buffers = self._states(params, "momentum_buffer", torch.zeros_like)
         counts = [self.parts.get(p, 1) for p in params]
         # The whole parameter sets the factor, even if it stacks several matrices.
@@ -168,14 +154,11 @@ class MuonAdamW(torch.optim.Optimizer):
             ),
         )
 
-    def _step_others(self, group: dict[str, Any]) -> None:
-        params, grads = _with_gradient(group)
-        if not params:
-            return
+    def _adamw(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
         tables = [p for p in params if p.dim() == 2]
         if tables:
             torch._foreach_mul_(tables, 1 - group["lr"] * group["weight_decay"])
-        fused = group["fused"]
+        fused, (beta1, beta2) = group["fused"], group["betas"]
         steps = self._states(
             params, "step", lambda p: torch.zeros((), device=p.device if fused else "cpu")
         )
@@ -188,8 +171,8 @@ class MuonAdamW(torch.optim.Optimizer):
             steps,
             fused=fused or None,  # None: PyTorch chooses another
             amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+            beta1=beta1,
+            beta2=beta2,
             lr=group["lr"],
             weight_decay=0.0,
             eps=ADAMW_EPS,
@@ -204,10 +187,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return [self.state[param][name] for param in params]
 
 
-def _cut(matrices: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+def _cut(matrices: Tensors, counts: Sequence[int]) -> Tensors:
     """Return views of the equal parts of each matrix."""
-    pairs = zip(matrices, counts, strict=True)
-    return [part for matrix, count in pairs for part in matrix.chunk(count)]
+    return [part for m, count in zip(matrices, counts, strict=True) for part in m.chunk(count)]
 
 
 def orthogonalize(
@@ -215,15 +197,8 @@ def orthogonalize(
 ) -> list[Tensor]:
     """Return about U Vᵀ for each matrix U S Vᵀ; its singular values are not exactly 1: see `Steps`.
 
-    Matrices of one shape, or of its transpose, are computed together.
-
-    Args:
-        matrices: matrices of any shapes.
-        dtype: type to compute in.
-        steps: steps of the iteration.
-
-    Returns:
-        Matrices with the shapes and dtypes of `matrices`.
+    The matrices keep their shapes and dtypes; `dtype` is the type to compute in. Matrices of one
+    shape, or of its transpose, are computed together.
     """
     alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
@@ -243,16 +218,10 @@ def orthogonalize(
 
 
 def newton_schulz(x: Tensor, steps: Steps) -> Tensor:
-    """Move the singular values of each matrix in a stack to about 1.
+    """Move the singular values of each matrix in a stack, (n, R, C), from at most 1 to about 1.
 
     A step maps X to a X + b (X Xᵀ) X + c (X Xᵀ)² X, which acts on each singular value separately.
-
-    Args:
-        x: (n, R, C), singular values at most 1; R ≤ C makes the products small.
-        steps: a, b and c of each step.
-
-    Returns:
-        (n, R, C), in the dtype of `x`.
+    R ≤ C makes the products small.
     """
     for a, b, c in steps:
         gram = x @ x.mT  # (n, R, R)
@@ -262,18 +231,11 @@ def newton_schulz(x: Tensor, steps: Steps) -> Tensor:
 
 
 def newton_schulz_gram(x: Tensor, steps: Steps) -> Tensor:
-    """Compute `newton_schulz` with products of R × R matrices, except the first and the last.
+    """Compute `newton_schulz`, for R < C, with R × R products, except the first and the last.
 
     A step multiplies X from the left by a polynomial P of its Gram matrix G = X Xᵀ, which turns G
     into P G P; all of these commute. For C = 4 R this takes 25 products of R³ instead of 45. It
     needs fp32: bf16 may round a small eigenvalue to a negative one, which then grows.
-
-    Args:
-        x: (n, R, C), R < C, singular values at most 1.
-        steps: a, b and c of each step.
-
-    Returns:
-        (n, R, C), in the dtype of `x`.
     """
     gram = x @ x.mT  # (n, R, R)
     (a, b, c), *rest = steps
@@ -286,11 +248,6 @@ def newton_schulz_gram(x: Tensor, steps: Steps) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         product = torch.baddbmm(product, polynomial, product, beta=a)
     return product @ x
-
-
-def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    params = [p for p in group["params"] if p.grad is not None]
-    return params, [p.grad for p in params]
 
 
 def _ratio(matrix: Tensor) -> float:

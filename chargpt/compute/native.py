@@ -64,18 +64,14 @@ class KernelsError(Exception):
 class Kernels:
     """The functions of the compiled library; those of ``kernels.cpp`` by name and value type.
 
-    Args:
-        path: the shared library.
+    `library` gives access to ``decoder.cpp``; see `chargpt.engine.native_decoder`. Row widths must
+    be multiples of `lanes`, the values per vector; `dtypes` are the supported value types.
     """
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
-        self.library = library
-        """Gives access to ``decoder.cpp``; see `chargpt.engine.native_decoder`."""
+        self.library = library = ctypes.CDLL(str(path))
         self.lanes: int = library.chargpt_lanes()
-        """Values per vector: row widths must be multiples of it."""
         self.dtypes: set[torch.dtype] = set()
-        """The value types that the kernels support on this processor."""
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, signature in _SIGNATURES.items():
             for dtype, suffix in _SUFFIXES.items():
@@ -126,7 +122,7 @@ def library_path() -> Path:
 
 def _compile(path: Path) -> None:
     """Compile the library to `path`; no process sees a part of it."""
-    compiler = find_compiler()
+    compiler = _find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The kernels share the OpenMP threads of PyTorch. Apple's Clang has no OpenMP.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -135,17 +131,12 @@ def _compile(path: Path) -> None:
         _run([*compiler, *flags, *map(str, SOURCES), "-o", str(library)])
 
 
-def find_compiler() -> list[str]:
-    """Return the C++ compiler's command: ``$CXX``, which may include arguments, or the first found.
-
-    Raises:
-        KernelsError: there is none.
-    """
-    chosen = shlex.split(os.environ.get("CXX", ""))
-    found = next(filter(shutil.which, COMPILERS), None)
-    if not chosen and found is None:
+def _find_compiler() -> list[str]:
+    """Return ``$CXX``, which may include arguments, or the first C++ compiler found."""
+    command = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, COMPILERS)][:1]
+    if not command:
         raise KernelsError(f"no C++ compiler found ({', '.join(COMPILERS)})")
-    return chosen or [str(found)]
+    return command
 
 
 def gcc_flags(compiler: Sequence[str]) -> tuple[str, ...]:
@@ -180,12 +171,52 @@ def supports(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | 
     )
 
 
-def _contiguous(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.contiguous()
+def product_dtype() -> torch.dtype:
+    """Return the type of the factors of matrix products, as autocast sets it."""
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.float32
+    return torch.get_autocast_dtype("cpu")
 
 
-def _empty_like(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else torch.empty_like(weight)
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, name: str, rest: Any, out: list[Tensor], kept: Any, *inputs: Any
+    ) -> Tensor:
+        ctx.name, ctx.rest, ctx.n_inputs = name, rest, len(inputs)
+        ctx.save_for_backward(*inputs, *kept)
+        return out[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        saved, n = ctx.saved_tensors, ctx.n_inputs
+        inputs, kept = saved[:n], saved[n:]
+        gradients = [None if x is None else torch.empty_like(x) for x in inputs]
+        tensors = (inputs[0], *inputs[1::2], *kept, d_out.contiguous(), *gradients)
+        load_kernels()(f"{ctx.name}_backward", d_out.dtype, *tensors, *ctx.rest)
+        return None, None, None, None, *gradients
+
+
+def _with_backward(
+    name: str, rest: Sequence[float], out: Tensor, kept: Sequence[Tensor], *inputs: Tensor | None
+) -> Tensor:
+    """Return `out` as a differentiable function of x and of weights and biases in turn, `inputs`.
+
+    The backward kernel takes x and the weights, the tensors in `kept`, the gradient of `out`, room
+    for the gradient of each input, and `rest`.
+    """
+    result: Tensor = _Backward.apply(name, rest, [out], kept, *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _seed(dropout_p: float) -> int:
+    """Draw the seed of a mask from torch's default generator."""
+    return int(torch.randint(2**62, ())) if dropout_p > 0 else 0
 
 
 def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
@@ -199,83 +230,27 @@ def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
     Returns:
         (B, T, C).
     """
-    out: Tensor = _Attention.apply(qkv, n_head, dropout_p)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
-        qkv = qkv.contiguous()
-        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        out = qkv.new_empty(B, T, C)
-        log_sums = torch.empty(B, n_head, T)  # the backward pass recomputes the softmax from them
-        ctx.rest = (B, T, n_head, C // n_head, dropout_p, _seed(dropout_p))
-        load_kernels()("attention_forward", qkv.dtype, qkv, out, log_sums, *ctx.rest)
-        ctx.save_for_backward(qkv, out, log_sums)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> Any:
-        qkv, out, log_sums = ctx.saved_tensors
-        d_qkv = torch.empty_like(qkv)
-        tensors = (qkv, out, log_sums, d_out.contiguous(), d_qkv)
-        load_kernels()("attention_backward", qkv.dtype, *tensors, *ctx.rest)
-        return d_qkv, None, None
-
-
-def _seed(dropout_p: float) -> int:
-    """Draw the seed of a mask from torch's default generator."""
-    return int(torch.randint(2**62, ())) if dropout_p > 0 else 0
+    qkv = qkv.contiguous()
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    out = qkv.new_empty(B, T, C)
+    log_sums = torch.empty(B, n_head, T)  # the backward pass recomputes the softmax from them
+    rest = (B, T, n_head, C // n_head, dropout_p, _seed(dropout_p))
+    load_kernels()("attention_forward", qkv.dtype, qkv, out, log_sums, *rest)
+    return _with_backward("attention", rest, out, (out, log_sums), qkv)
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise the last axis, like `torch.nn.functional.layer_norm`.
+    """Normalise the last axis of x, float32, (…, C), like `torch.nn.functional.layer_norm`.
 
     Under autocast the result already has the type of the next matrix product, which saves a pass.
-
-    Args:
-        x: float32, (…, C).
-        gain: (C,).
-        bias: (C,).
-        eps: added to the variance.
-
-    Returns:
-        (…, C).
     """
-    gain, bias = gain.contiguous(), _contiguous(bias)
-    out: Tensor = _LayerNorm.apply(x, gain, bias, eps)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        x = x.contiguous()
-        out = torch.empty_like(x, dtype=product_dtype())
-        n, C = x.numel() // x.size(-1), x.size(-1)
-        means, inverse_stds = torch.empty(n), torch.empty(n)
-        tensors = (x, gain, bias, out, means, inverse_stds)
-        load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
-        ctx.save_for_backward(x, gain, bias, means, inverse_stds)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, gain, bias, means, inverse_stds = ctx.saved_tensors
-        d_x, d_gain, d_bias = map(_empty_like, (x, gain, bias))
-        tensors = (x, gain, means, inverse_stds, d_out.contiguous(), d_x, d_gain, d_bias)
-        load_kernels()("layer_norm_backward", d_out.dtype, *tensors, means.numel(), x.size(-1))
-        return d_x, d_gain, d_bias, None
-
-
-def product_dtype() -> torch.dtype:
-    """Return the type of the factors of matrix products, as autocast sets it."""
-    if not torch.is_autocast_enabled("cpu"):
-        return torch.float32
-    return torch.get_autocast_dtype("cpu")
+    x, gain, bias = _contiguous(x, gain, bias)
+    out = torch.empty_like(x, dtype=product_dtype())
+    n, C = x.numel() // x.size(-1), x.size(-1)
+    means, inverse_stds = torch.empty(n), torch.empty(n)
+    tensors = (x, gain, bias, out, means, inverse_stds)
+    load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
+    return _with_backward("layer_norm", (n, C), out, (means, inverse_stds), x, gain, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -289,30 +264,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (…, outputs), in the type of matrix products.
     """
-    x, weight, bias = x.to(product_dtype()), weight.contiguous(), _contiguous(bias)
-    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()
-        outputs, inputs = weight.shape
-        ctx.sizes = (x.numel() // inputs, inputs, outputs)
-        out = x.new_empty(*x.shape[:-1], outputs)
-        load_kernels()("linear_forward", x.dtype, x, weight, bias, out, *ctx.sizes)
-        ctx.save_for_backward(x, weight, bias)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
-        d_x, d_weight, d_bias = map(_empty_like, (x, weight, bias))
-        tensors = (x, weight, d_out.contiguous(), d_x, d_weight, d_bias)
-        load_kernels()("linear_backward", x.dtype, *tensors, *ctx.sizes)
-        return d_x, d_weight, d_bias
+    x, weight, bias = _contiguous(x.to(product_dtype()), weight, bias)
+    outputs, inputs = weight.shape
+    sizes = (x.numel() // inputs, inputs, outputs)
+    out = x.new_empty(*x.shape[:-1], outputs)
+    load_kernels()("linear_forward", x.dtype, x, weight, bias, out, *sizes)
+    return _with_backward("linear", sizes, out, (), x, weight, bias)
 
 
 def feed_forward(
@@ -330,45 +287,16 @@ def feed_forward(
     Returns:
         (…, C), in the type of matrix products.
     """
-    x = x.to(product_dtype())
-    weights = [_contiguous(weight) for weight in (expand, expand_bias, project, bias)]
-    out: Tensor = _FeedForward.apply(x, *weights)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _FeedForward(torch.autograd.Function):
-    @staticmethod
-    def forward(  # noqa: PLR0917
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
-    ) -> Tensor:
-        x = x.contiguous()
-        F, C = w1.shape
-        ctx.sizes = (x.numel() // C, C, F)
-        before, out = x.new_empty(*x.shape[:-1], F), torch.empty_like(x)
-        tensors = (x, w1, b1, w2, b2, before, out)
-        load_kernels()("feed_forward_forward", x.dtype, *tensors, *ctx.sizes)
-        ctx.save_for_backward(x, w1, b1, w2, b2, before)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> Any:
-        *inputs, before = ctx.saved_tensors
-        x, w1, _, w2, _ = inputs
-        gradients = [_empty_like(tensor) for tensor in inputs]
-        tensors = (x, w1, w2, before, d_out.contiguous(), *gradients)
-        load_kernels()("feed_forward_backward", x.dtype, *tensors, *ctx.sizes)
-        return tuple(gradients)
+    inputs = _contiguous(x.to(product_dtype()), expand, expand_bias, project, bias)
+    x, (F, C) = inputs[0], expand.shape
+    sizes = (x.numel() // C, C, F)
+    before, out = x.new_empty(*x.shape[:-1], F), torch.empty_like(x)
+    load_kernels()("feed_forward_forward", x.dtype, *inputs, before, out, *sizes)
+    return _with_backward("feed_forward", sizes, out, (before,), *inputs)
 
 
 def residual_sum(x: Tensor, update: Tensor, dropout_p: float) -> Tensor:
-    """Return x + dropout(update).
-
-    Args:
-        x: float32, any shape.
-        update: the same shape.
-        dropout_p: probability of dropping a value of `update`.
-    """
+    """Return x + dropout(update), for float32 `x` and `update` of one shape."""
     out: Tensor = _ResidualSum.apply(x, update, dropout_p)  # type: ignore[no-untyped-call]
     return out
 
@@ -399,17 +327,12 @@ def muon_update(
     settings: MuonSettings,
 ) -> None:
     """Call Muon's kernel, like `chargpt.compute.muon.muon_update`; gradients stay unchanged."""
-    n = len(weights)
+    n, n_steps = len(weights), len(settings.steps)
     addresses = [
         (_Pointer * n)(*(t.data_ptr() for t in ts)) for ts in (weights, gradients, momenta)
     ]
     shapes = (_Int * (2 * n))(*(size for weight in weights for size in weight.shape))
-    scales = (ctypes.c_float * n)(*lengths)
-    numbers = [number for step in settings.steps for number in step]
-    steps = (ctypes.c_float * len(numbers))(*numbers)
-    load_kernels()(
-        "muon",
-        settings.dtype,
-        *(*addresses, shapes, scales, n),
-        *(settings.momentum, settings.decay, steps, len(settings.steps)),
-    )
+    steps = (_Float * (3 * n_steps))(*(number for step in settings.steps for number in step))
+    tensors = (*addresses, shapes, (_Float * n)(*lengths))
+    numbers = (n, settings.momentum, settings.decay, steps, n_steps)
+    load_kernels()("muon", settings.dtype, *tensors, *numbers)

@@ -18,16 +18,10 @@ def make_optimizer(
     """Return the optimizer that `train_config` names.
 
     Each group has an ``lr`` and a ``peak``, the learning rate that `schedule` returns a share of.
-
-    Args:
-        model: on its final device.
-        train_config: the optimizer's name, learning rates, momenta and decay.
-        muon_dtype: type that Muon orthogonalises in.
+    The model must be on its final device. Muon orthogonalises in `muon_dtype`.
     """
-    if train_config.optimizer == "muon":
-        optimizer: torch.optim.Optimizer = muon(model, train_config, muon_dtype)
-    else:
-        optimizer = adamw(model, train_config)
+    use_muon = train_config.optimizer == "muon"
+    optimizer = muon(model, train_config, muon_dtype) if use_muon else adamw(model, train_config)
     for group in optimizer.param_groups:
         group["peak"] = group["lr"]
     return optimizer
@@ -37,10 +31,6 @@ def adamw(model: nn.Module, train_config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter 2019), which decays matrices and embeddings only.
 
     Decay would pull biases and LayerNorm gains toward zero, against their purpose.
-
-    Args:
-        model: on its final device.
-        train_config: learning rate, betas and decay.
     """
     parameters = _trainable(model)
     decayed = [p for p in parameters if p.dim() >= 2]
@@ -61,11 +51,6 @@ def muon(model: GPT2, train_config: TrainConfig, dtype: torch.dtype) -> MuonAdam
 
     Queries, keys and values count as three matrices, although one parameter stores them. Embeddings
     (the head is one) are tables of vectors, which orthogonalisation would distort.
-
-    Args:
-        model: on its final device.
-        train_config: learning rates, momenta and decay.
-        dtype: type that Muon orthogonalises in.
     """
     parameters = _trainable(model)
     matrices = [p for p in _trainable(model.blocks) if p.dim() == 2]
@@ -88,14 +73,8 @@ def muon(model: GPT2, train_config: TrainConfig, dtype: torch.dtype) -> MuonAdam
 def schedule(progress: float, train_config: TrainConfig) -> float:
     """Return the learning rate as a share of its peak: linear warm-up, constant, then cool-down.
 
-    It depends on progress, so the same schedule fits a budget in steps and one in minutes.
-
-    Args:
-        progress: share of the budget already used; above 1 counts as 1.
-        train_config: length of the warm-up; form, length and floor of the cool-down.
-
-    Returns:
-        A share in [0, 1].
+    It depends on progress, the share of the budget already used (above 1 counts as 1), so the same
+    schedule fits a budget in steps and one in minutes.
     """
     progress = min(progress, 1.0)
     warmup, floor = train_config.warmup_fraction, train_config.learning_rate_floor

@@ -21,12 +21,7 @@ class ParallelChoice(NamedTuple):
 
 
 def choose_parallel(requested: Parallel, device: torch.device, batch_size: int) -> ParallelChoice:
-    """Return which GPUs to use, in one process.
-
-    Args:
-        requested: ``dp`` uses all GPUs; ``auto`` and ``none`` use one device.
-        device: the model's device.
-        batch_size: sequences per batch, at least one per GPU.
+    """Return which GPUs to use, in one process: all for ``dp``, else the model's device alone.
 
     Raises:
         UserError: ``dp`` with fewer than two GPUs, or with more GPUs than sequences.
@@ -53,8 +48,7 @@ class _Replica(nn.Module):
 
     def __init__(self, model: nn.Module, precision: PrecisionChoice) -> None:
         super().__init__()
-        self.model = model
-        self.precision = precision
+        self.model, self.precision = model, precision
 
     def forward(self, ids: Tensor) -> Tensor:
         with self.precision.autocast(ids.device):
@@ -63,13 +57,7 @@ class _Replica(nn.Module):
 
 
 def parallelize(model: nn.Module, choice: ParallelChoice, precision: PrecisionChoice) -> nn.Module:
-    """Return a module that runs `model` on the chosen GPUs, with the parameters of `model`.
-
-    Args:
-        model: maps ids (B, T) to logits (B, T, V).
-        choice: the GPUs; each gets a share of B.
-        precision: precision of the matrix products.
-    """
+    """Return a module that maps ids (B, T) to the logits of `model`; each GPU gets a share of B."""
     if not choice.device_ids:
         return model
     return nn.DataParallel(_Replica(model, precision), device_ids=choice.device_ids)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pytest
@@ -12,7 +13,7 @@ from variants import COMPILERS
 from chargpt.compute import native
 from chargpt.compute.native import KernelsError, library_path
 
-needs_compiler = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler here")
 # The least that `Kernels` needs; it compiles quickly. Like kernels.cpp, it is not ASCII.
 TINY_SOURCE = """
 extern "C" __attribute__((visibility("default"))) int chargpt_lanes() { return 12; }  // H × D
@@ -48,14 +49,12 @@ def test_source_flags_and_processor_determine_the_path(
     assert not cache.exists()  # the path alone creates nothing
 
 
-@needs_compiler
 def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_uncached().lanes == 12
     monkeypatch.setattr(native, "_compile", lambda _: pytest.fail("compiled again"))
     assert load_uncached().lanes == 12
 
 
-@needs_compiler
 @pytest.mark.parametrize(("source", "path"), [("this is not C++", ""), (TINY_SOURCE, "/nowhere")])
 def test_a_failed_compilation_is_an_error_of_one_line(
     cache: Path, monkeypatch: pytest.MonkeyPatch, source: str, path: str
@@ -78,14 +77,12 @@ def test_a_cache_that_is_not_a_folder_is_a_kernels_error(cache: Path) -> None:
         load_uncached()
 
 
-@needs_compiler
 def test_a_damaged_library_is_compiled_again(cache: Path) -> None:
     library_path().parent.mkdir(parents=True)
     library_path().touch()
     assert load_uncached().lanes == 12
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("version", "has_gcc_flags"), [("g++ 14", True), ("Ubuntu clang version 18", False)]
 )
@@ -119,28 +116,21 @@ except native.KernelsError as error:
 """
 
 
-@needs_compiler
 def test_two_processes_may_compile_at_once(cache: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(cache), str(native.SOURCES[0])]
-    children = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:  # both have imported the module: now they race
-        assert child.stdin is not None
-        child.stdin.write("start\n")
-        child.stdin.flush()
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    children = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
     try:
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+        for child in children:  # both have imported the module: now they race
+            child.stdin.write("start\n")
+            child.stdin.flush()
         assert [child.communicate(timeout=120)[0] for child in children] == ["12\n"] * 2
     finally:
         for child in children:
             child.kill()
 
 
-@needs_compiler
 @pytest.mark.parametrize(("source", "printed"), [(TINY_SOURCE, "12"), ("× is not C++", "failed")])
 def test_the_locale_does_not_matter(cache: Path, source: str, printed: str) -> None:
     """In the C locale, Python's default encoding is ASCII; sources and messages are UTF-8."""

@@ -18,7 +18,7 @@ def mask(p: float, n: int = N, seed: int = 0) -> torch.Tensor:
     return dropout(torch.ones(n), p) != 0
 
 
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.25, 0.5, 0.9])
 def test_rate_of_each_lane(p: float) -> None:
     """Words without a random sign bit would never drop a value in the highest lane."""
     kept = mask(p).view(-1, LANES).double()
@@ -52,8 +52,8 @@ def test_positions_are_independent(p: float) -> None:
 
 
 def test_positions_are_independent_from_mask_to_mask() -> None:
-    """All masks come from one table. If they began at the same place in it, positions whose words
-    share some bits would always drop together, with a correlation of 1."""
+    """If all masks began at one place in the table, positions whose words share some bits would
+    always drop together."""
     torch.manual_seed(0)
     n_masks, n = 400, 4096
     kept = torch.stack([dropout(torch.ones(n), 0.5) for _ in range(n_masks)])
@@ -67,8 +67,6 @@ def test_a_mask_longer_than_the_table_does_not_repeat() -> None:
     served = 1 << 20
     kept = mask(0.5, n=2 * served + 5).double()
     first, second, rest = kept.split(served)
-    for part in (first, second):
-        assert abs(part.mean().item() - 0.5) < 5 * 0.5 / math.sqrt(served)
     agreement = (first == second).double().mean().item()
     assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(served)
     assert len(rest) == 5
@@ -103,25 +101,15 @@ def test_torchs_seed_determines_the_mask() -> None:
     assert torch.equal(mask(0.5, seed=1), mask(0.5, seed=1))
     agreement = (mask(0.5, seed=1) == mask(0.5, seed=2)).double().mean().item()
     assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(N)
-    torch.manual_seed(1)
-    first, second = (dropout(torch.ones(1000), 0.5) for _ in range(2))
-    assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (5,), (2, 3, 7), (0, 3)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 7), (0, 3)])
 def test_any_shape(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    seen = {value for _ in range(50) for value in dropout(torch.ones(shape), 0.5).unique().tolist()}
-    assert dropout(torch.ones(shape), 0.5).shape == shape
+    outs = [dropout(torch.ones(shape), 0.5) for _ in range(50)]
+    assert all(out.shape == shape for out in outs)
+    seen = {value for out in outs for value in out.unique().tolist()}
     assert seen == ({0.0, 2.0} if 0 not in shape else set())
-
-
-def test_a_tensor_that_is_not_contiguous() -> None:
-    x = torch.arange(1.0, 13.0).view(3, 4).t()
-    torch.manual_seed(0)
-    out = dropout(x, 0.5)
-    assert (out != 0).any()
-    assert torch.equal(out, torch.where(out != 0, 2 * x, 0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -136,12 +124,11 @@ def test_the_type_stays_the_same(dtype: torch.dtype) -> None:
 
 def test_the_gradient_is_the_scaled_mask() -> None:
     torch.manual_seed(0)
-    x = torch.randn(999, requires_grad=True)
+    x = torch.randn(27, 37).t().requires_grad_()  # not contiguous
     out = dropout(x, 0.2)
     out.sum().backward()
-    scaled_mask = torch.where(out == 0, 0.0, 1 / (1 - round(0.2 * 65536) / 65536))
-    torch.testing.assert_close(x.grad, scaled_mask)
     torch.testing.assert_close(out, x * x.grad)
+    assert torch.equal(x.grad == 0, out == 0)
 
 
 @pytest.mark.parametrize("training", [True, False])

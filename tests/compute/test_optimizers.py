@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -36,8 +37,7 @@ def gpt2(**changes: Any) -> GPT2:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_groups_hold_every_parameter_once_and_decay_matrices_only(bias: bool) -> None:
-    shape = GPT2Config(vocab_size=5, block_size=4, n_layer=2, n_head=1, d_model=4, bias=bias)
-    model = GPT2(shape)
+    model = gpt2(bias=bias)
     optimizer = adamw(model, TrainConfig(weight_decay=0.3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -46,13 +46,6 @@ def test_groups_hold_every_parameter_once_and_decay_matrices_only(bias: bool) ->
     for name, share in decay.items():
         vector = name.endswith(".bias") or "norm" in name
         assert share == (0.0 if vector else 0.3), name
-
-
-def test_frozen_parameters_are_left_out() -> None:
-    layer = nn.Linear(3, 2)
-    layer.weight.requires_grad_(False)
-    groups = adamw(layer, TrainConfig()).param_groups
-    assert [len(group["params"]) for group in groups] == [0, 1]
 
 
 def test_adamw_equals_the_formulas() -> None:
@@ -97,6 +90,12 @@ def give_gradients(model: nn.Module, seed: int) -> None:
         parameter.grad = gradient * 10.0 ** -(i % 4)
 
 
+def step(model: GPT2, optimizer: torch.optim.Optimizer, seeds: Sequence[int] = (0,)) -> None:
+    for seed in seeds:
+        give_gradients(model, seed)
+        optimizer.step()
+
+
 def assert_same_weights(a: nn.Module, b: nn.Module, atol: float) -> None:
     for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
@@ -129,12 +128,9 @@ def test_muon_equals_pytorchs_muon_and_adamw(dtype: torch.dtype, atol: float) ->
     for seed in range(5):
         give_gradients(model, seed)
         give_gradients(reference, seed)
-        share = 1 / (seed + 1)
-        for group, peak in zip(optimizer.param_groups, (0.02, 6e-3), strict=True):
-            group["lr"] = peak * share
-        for theirs_, peak in zip(theirs, (0.02, 6e-3), strict=True):
-            theirs_.param_groups[0]["lr"] = peak * share
-            theirs_.step()
+        for group, their, peak in zip(optimizer.param_groups, theirs, (0.02, 6e-3), strict=True):
+            group["lr"] = their.param_groups[0]["lr"] = peak / (seed + 1)
+            their.step()
         optimizer.step()
     assert_same_weights(model, reference, atol)
     for (name, moved), start in zip(model.named_parameters(), gpt2().parameters(), strict=True):
@@ -143,14 +139,12 @@ def test_muon_equals_pytorchs_muon_and_adamw(dtype: torch.dtype, atol: float) ->
 
 def test_queries_keys_and_values_are_orthogonalized_separately() -> None:
     model, whole = gpt2(), gpt2()
-    optimizer = muon(model, MUON, torch.float32)
-    reference = muon(whole, MUON, torch.float32)
+    optimizer, reference = (muon(m, MUON, torch.float32) for m in (model, whole))
     reference.parts = {}
     weight = model.blocks[0].attention.sublayer.qkv.weight
     before = weight.detach().clone()
-    for optimizer_, model_ in ((optimizer, model), (reference, whole)):
-        give_gradients(model_, 0)
-        optimizer_.step()
+    step(model, optimizer)
+    step(whole, reference)
     rate = optimizer.param_groups[0]["lr"]
     moved = (weight - (1 - rate * MUON.weight_decay) * before) / (rate * math.sqrt(3))
     for part in moved.detach().chunk(3):
@@ -162,17 +156,11 @@ def test_queries_keys_and_values_are_orthogonalized_separately() -> None:
 
 def test_embeddings_decay() -> None:
     model, plain = gpt2(), gpt2()
-    optimizers = [
-        muon(m, MUON.replace(embedding_decay=d), torch.float32)
-        for m, d in ((model, 0.5), (plain, 0.0))
-    ]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for optimizer, model_ in zip(optimizers, (model, plain), strict=True):
-        give_gradients(model_, 0)
-        optimizer.step()
-    rate = optimizers[0].param_groups[1]["lr"]
+    step(model, muon(model, MUON.replace(embedding_decay=0.5), torch.float32))
+    step(plain, muon(plain, MUON.replace(embedding_decay=0.0), torch.float32))
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        decay = rate * 0.5 if "embedding" in name else 0.0
+        decay = MUON.learning_rate * 0.5 if "embedding" in name else 0.0
         torch.testing.assert_close(ours, theirs - decay * before[name], rtol=0, atol=1e-7)
 
 
@@ -244,12 +232,9 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert isinstance(optimizer, MuonAdamW)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     hidden, rest = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
-    linear = ("qkv.weight", "projection.weight", "expand.weight")
-    assert hidden | rest == set(names.values()) - {"blocks.0.attention.sublayer.qkv.weight"}
-    assert not hidden & rest
-    assert len(hidden) == 7
-    assert all(name.startswith("blocks.") and name.endswith(linear) for name in hidden)
-    assert {"token_embedding.weight", "position_embedding.weight"} <= rest
+    frozen = "blocks.0.attention.sublayer.qkv.weight"
+    assert hidden == {names[id(p)] for p in hidden_matrices(model)} - {frozen}
+    assert rest == set(names.values()) - hidden - {frozen}
 
 
 def test_parameters_without_a_gradient_do_not_change() -> None:
@@ -279,20 +264,15 @@ def test_step_returns_the_loss_of_its_closure() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_state_dict_restores_an_optimizer(name: Any) -> None:
     config = MUON.replace(optimizer=name)
-
-    def steps(model: GPT2, optimizer: torch.optim.Optimizer, seeds: range) -> None:
-        for seed in seeds:
-            give_gradients(model, seed)
-            optimizer.step()
-
     model, again = gpt2(), gpt2()
-    optimizer = make_optimizer(model, config, muon_dtype=torch.float32)
-    steps(model, optimizer, range(2))
+    optimizer, restored = (
+        make_optimizer(m, config, muon_dtype=torch.float32) for m in (model, again)
+    )
+    step(model, optimizer, range(2))
     again.load_state_dict(model.state_dict())
-    restored = make_optimizer(again, config, muon_dtype=torch.float32)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps(model, optimizer, range(2, 4))
-    steps(again, restored, range(2, 4))
+    step(model, optimizer, range(2, 4))
+    step(again, restored, range(2, 4))
     assert_same_weights(model, again, atol=0)
 
 
@@ -300,8 +280,7 @@ def test_state_dict_restores_an_optimizer(name: Any) -> None:
 def test_every_group_has_its_peak(name: Any, peaks: list[float]) -> None:
     config = TrainConfig(optimizer=name, muon_learning_rate=0.05)
     groups = make_optimizer(gpt2(), config).param_groups
-    assert [group["peak"] for group in groups] == peaks
-    assert [group["lr"] for group in groups] == peaks
+    assert [group["peak"] for group in groups] == [group["lr"] for group in groups] == peaks
 
 
 # --- the schedule
@@ -317,19 +296,15 @@ HIGH, LOW = (1 + math.sqrt(0.5)) / 2, (1 - math.sqrt(0.5)) / 2  # a cosine's qua
         (0.05, "cosine", 0.2, 1.0, 0.1, 0.25),
         (0.2, "cosine", 0.2, 1.0, 0.1, 1.0),  # the peak
         (0.4, "cosine", 0.2, 1.0, 0.1, 0.1 + 0.9 * HIGH),
-        (0.6, "cosine", 0.2, 1.0, 0.1, 0.55),
         (0.8, "cosine", 0.2, 1.0, 0.1, 0.1 + 0.9 * LOW),
         (1.0, "cosine", 0.2, 1.0, 0.1, 0.1),
         (math.inf, "cosine", 0.2, 1.0, 0.1, 0.1),  # beyond the end
         (0.0, "cosine", 0.0, 1.0, 0.1, 1.0),  # no warm-up
-        (0.5, "cosine", 0.0, 1.0, 0.1, 0.55),
         (1.0, "cosine", 0.2, 1.0, 0.0, 0.0),  # down to zero
         (0.7, "cosine", 0.2, 1.0, 1.0, 1.0),  # constant
         (0.5, "cosine", 1.0, 1.0, 0.1, 0.5),  # warm-up only
         (0.6, "cosine", 0.2, 0.4, 0.1, 1.0),  # constant until now
         (0.7, "cosine", 0.2, 0.4, 0.1, 0.1 + 0.9 * HIGH),
-        (0.1, "linear", 0.2, 0.4, 0.1, 0.5),
-        (0.6, "linear", 0.2, 0.4, 0.1, 1.0),  # constant until now
         (0.7, "linear", 0.2, 0.4, 0.1, 0.1 + 0.9 * 0.75),
         (1.0, "linear", 0.2, 0.4, 0.1, 0.1),
         (0.6, "linear", 0.2, 0.9, 0.1, 0.55),  # warm-up shortens the cool-down
@@ -340,12 +315,8 @@ HIGH, LOW = (1 + math.sqrt(0.5)) / 2, (1 - math.sqrt(0.5)) / 2  # a cosine's qua
 def test_schedule(
     progress: float, form: Any, warmup: float, fraction: float, floor: float, share: float
 ) -> None:
-    config = TrainConfig(
-        cooldown=form,
-        warmup_fraction=warmup,
-        cooldown_fraction=fraction,
-        learning_rate_floor=floor,
-    )
+    shape = {"cooldown_fraction": fraction, "learning_rate_floor": floor}
+    config = TrainConfig(cooldown=form, warmup_fraction=warmup, **shape)
     assert schedule(progress, config) == pytest.approx(share, rel=1e-12, abs=1e-15)
 
 
@@ -353,7 +324,5 @@ def test_schedule_has_no_jump() -> None:
     config = TrainConfig(warmup_fraction=0.02)
     rates = [schedule(i / 10000, config) for i in range(12000)]
     assert max(abs(a - b) for a, b in pairwise(rates)) < 1.01 / 200
-    peak = rates.index(max(rates))
-    assert peak == 200
     assert rates[:201] == sorted(rates[:201])
     assert rates[200:] == sorted(rates[200:], reverse=True)
