@@ -51,7 +51,7 @@ PARTS = ("data", "forward", "backward", "clip", "optimizer")
 
 
 class TrainResult(NamedTuple):
-    """The best model of a run, and its record."""
+    """The best model of a run, in evaluation mode, and its record."""
 
     model: GPT2
     tokenizer: CharTokenizer
@@ -69,20 +69,16 @@ def train(
     resume: Resume = False,
     quiet: bool = False,
 ) -> TrainResult:
-    """Train a GPT-2 on text and leave a run folder.
+    """Train a GPT-2 on text, leave a run folder, and return the best model found.
 
     Args:
-        texts: files, folders, globs, "-" or names of data sets, see
-            `chargpt.data.corpus.load_corpus`.
+        texts: files, folders, globs, "-", names of data sets; see `chargpt.data.corpus`.
         model_config: its shape; default: the preset ``tiny``. ``vocab_size`` 0 follows the text.
         train_config: budget, optimizer, device; default: the preset ``tiny``.
         data_config: encoding, documents, split.
         out: the run folder; default: a new one below ``runs/``.
         resume: continue the run in `out`; "auto": or start it, if there is none.
         quiet: print nothing.
-
-    Returns:
-        The best model found, in evaluation mode, with its tokenizer, summary and run folder.
 
     Raises:
         UserError: anything wrong with texts, configuration or `out`; nothing has been written.
@@ -190,8 +186,7 @@ def _out_of_memory(trainer: Trainer) -> TrainingError:
 def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     """Train until the budget is spent, nothing improves any more, or the user stops it.
 
-    Returns:
-        Why it ended. The best and the last state are in the run folder.
+    Return why it ended; the best and the last state are then in the run folder.
 
     Raises:
         TrainingError: the loss is not finite; the last good state is in the run folder.
@@ -201,7 +196,7 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
     with StopSignals() as signals:
         try:
             while trainer.progress < 1:
-                if _evaluation_is_due(trainer):
+                if state.step > 0 and state.step % trainer.eval_interval == 0:
                     _evaluate_and_save(trainer, reporter, signals)
                 if _patience_is_over(trainer):  # possibly before this process started
                     return "patience"
@@ -209,18 +204,11 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
                 signals.check()
                 if save_interval and state.step % save_interval == 0:
                     save_last(trainer)
-            if state.evaluated_step != state.step:
-                _evaluate_and_save(trainer, reporter, signals)
+            _evaluate_and_save(trainer, reporter, signals)
         except StopRequested as request:
             save_last(trainer)
             return request.reason
     return "budget"
-
-
-def _evaluation_is_due(trainer: Trainer) -> bool:
-    """Return whether to evaluate after the last step, which may be from before a resume."""
-    step = trainer.state.step
-    return step > 0 and step % trainer.eval_interval == 0 and trainer.state.evaluated_step != step
 
 
 def _patience_is_over(trainer: Trainer) -> bool:
@@ -229,7 +217,10 @@ def _patience_is_over(trainer: Trainer) -> bool:
 
 
 def _evaluate_and_save(trainer: Trainer, reporter: Reporter, signals: StopSignals) -> None:
+    """Evaluate the model, unless that was done before a resume, and save it."""
     state = trainer.state
+    if state.evaluated_step == state.step:
+        return
     if not has_checkpoint(trainer.out, "last"):
         save_last(trainer)  # a folder with best/ alone has therefore lost its last/
     start = time.perf_counter()
@@ -248,10 +239,11 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, signals: StopSignal
             f"in {trainer.out}: try --precision fp32, or a lower --learning-rate in a new run"
         )
     state.val_loss, state.evaluated_step = val_loss, state.step
+    state.evaluations_since_best += 1
     is_best = state.best_val_loss is None or val_loss < state.best_val_loss
     if is_best:
         state.best_val_loss, state.best_step = val_loss, state.step
-    state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
+        state.evaluations_since_best = 0
     reporter.evaluation(step=state.step, val_loss=val_loss, is_best=is_best)
     if is_best:
         save_best(trainer)
@@ -276,9 +268,10 @@ def _step(trainer: Trainer, reporter: Reporter) -> None:
         ) from error
     state.train_seconds += time.perf_counter() - start
     state.step += 1
-    loss = None if result.skipped else _finite(result.loss)
-    grad_norm = None if result.skipped else _finite(result.grad_norm)
-    state.train_loss = state.train_loss if loss is None else loss
+    measured = (result.loss, result.grad_norm)  # JSON has neither NaN nor infinity
+    loss, grad_norm = (x if math.isfinite(x) and not result.skipped else None for x in measured)
+    if loss is not None:
+        state.train_loss = loss
     _count_skipped(trainer, result)
     if grad_norm is not None:
         _report_spike(trainer, grad_norm, reporter)
@@ -294,11 +287,6 @@ def _step(trainer: Trainer, reporter: Reporter) -> None:
         progress=trainer.progress,
         log=state.step % trainer.train_config.log_interval == 0,
     )
-
-
-def _finite(value: float) -> float | None:
-    """Return a number that JSON can hold, or None."""
-    return value if math.isfinite(value) else None
 
 
 def _count_skipped(trainer: Trainer, result: StepResult) -> None:
@@ -332,14 +320,10 @@ def _report_spike(trainer: Trainer, norm: float, reporter: Reporter) -> None:
 class StepResult(NamedTuple):
     """What a step measured."""
 
-    loss: float
-    """Nats a token, over all the step's sequences, with dropout."""
-    grad_norm: float
-    """Norm of the whole gradient, before clipping."""
-    learning_rate: float
-    """AdamW's."""
-    skipped: bool
-    """Whether the scaled gradient overflowed, so that no update was made."""
+    loss: float  # nats a token, over all the step's sequences, with dropout
+    grad_norm: float  # norm of the whole gradient, before clipping
+    learning_rate: float  # AdamW's
+    skipped: bool  # whether the scaled gradient overflowed, so that no update was made
 
 
 class NonFiniteError(TrainingError):
@@ -347,11 +331,9 @@ class NonFiniteError(TrainingError):
 
 
 def train_step(trainer: Trainer, lap: Callable[[str], None] = lambda part: None) -> StepResult:
-    """Make one optimizer update.
+    """Make one optimizer update, which leaves ``trainer.state`` as it is.
 
-    Args:
-        trainer: its parameters and its optimizer's state change; ``trainer.state`` does not.
-        lap: called with the name of each part that has ended, one of `PARTS`.
+    `lap` is called with the name of each part that has ended, one of `PARTS`.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite, and there is no loss scaling that could
@@ -370,13 +352,7 @@ def train_step(trainer: Trainer, lap: Callable[[str], None] = lambda part: None)
         lap("backward")
         loss += micro_loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = _gradient_norm(trainer)
-    is_finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    if not is_finite and not scaler.is_enabled():
-        reason = _first_non_finite(trainer, float(loss))
-        optimizer.zero_grad()
-        raise NonFiniteError(reason)
-    _clip_gradient(trainer, grad_norm)
+    grad_norm = _clip_gradient(trainer, loss)
     lap("clip")
     scale = scaler.get_scale()
     scaler.step(optimizer)  # makes no update if the scaled gradient overflowed,
@@ -406,26 +382,21 @@ def _set_learning_rate(trainer: Trainer) -> float:
     return train_config.learning_rate * share
 
 
-def _gradient_norm(trainer: Trainer) -> Tensor:
-    """Return the norm of the whole gradient, a scalar."""
-    gradients = [p.grad for p in _parameters(trainer) if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, foreach=_foreach(trainer))
-
-
-def _clip_gradient(trainer: Trainer, norm: Tensor) -> None:
-    """Shorten the gradient, whose norm is given, to ``grad_clip``, unless that is 0."""
-    if trainer.train_config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(
-            _parameters(trainer), trainer.train_config.grad_clip, norm, foreach=_foreach(trainer)
-        )
-
-
-def _parameters(trainer: Trainer) -> list[Tensor]:
-    return [p for group in trainer.optimizer.param_groups for p in group["params"]]
-
-
-def _foreach(trainer: Trainer) -> bool | None:
-    return True if trainer.device.type == "cpu" else None  # PyTorch's default is slow on CPUs
+def _clip_gradient(trainer: Trainer, loss: Tensor) -> Tensor:
+    """Check that all is finite, shorten the gradient to ``grad_clip``, return its norm before."""
+    max_norm, optimizer = trainer.train_config.grad_clip, trainer.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    foreach = True if trainer.device.type == "cpu" else None  # PyTorch's default is slow on CPUs
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
+    is_finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+    if not is_finite and not trainer.scaler.is_enabled():
+        reason = _first_non_finite(trainer, float(loss))
+        optimizer.zero_grad()
+        raise NonFiniteError(reason)
+    if max_norm:  # 0 clips nothing
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=foreach)
+    return norm
 
 
 def _first_non_finite(trainer: Trainer, loss: float) -> str:
@@ -433,8 +404,7 @@ def _first_non_finite(trainer: Trainer, loss: float) -> str:
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     for name, parameter in trainer.model.named_parameters():
-        gradient = parameter.grad
-        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name} is not finite"
     return "the norm of the gradient overflows"
 

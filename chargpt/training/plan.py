@@ -27,7 +27,6 @@ from chargpt.compute.optimizers import make_optimizer
 from chargpt.compute.parallel import ParallelChoice, choose_parallel, parallelize
 from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import Corpus, load_corpus
-from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.windows import Windows
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import MODEL
@@ -42,9 +41,7 @@ FREE_ON_RESUME = {
     *("eval_interval", "save_interval", "patience", "log_interval", "sample_length", "track"),
     *("device", "precision", "kernels", "attention", "compile", "parallel", "deterministic"),
 }
-"""Settings that may change on resume: budget, intervals, hardware; nothing that affects learning."""
-
-
+"""May change on resume: budget, intervals, hardware; nothing that affects learning."""
 AnyConfig = GPT2Config | TrainConfig | DataConfig
 
 
@@ -54,8 +51,7 @@ class Plan:
 
     trainer: Trainer
     corpus: Corpus
-    run_config: RunConfig
-    """What config.json will hold."""
+    run_config: RunConfig  # what config.json will hold
     speed: SpeedChoices
 
 
@@ -69,16 +65,10 @@ def make_plan(
     resuming: bool,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Read the text, choose the hardware and build the trainer.
+    """Read the text, choose the hardware, build the trainer; report each choice and its reason.
 
-    Args:
-        sources: see `chargpt.data.corpus.load_corpus`.
-        model_config: the shape; a ``vocab_size`` of 0 follows the text.
-        train_config: how to train.
-        data_config: how to read and split.
-        out: the run folder.
-        resuming: put the trainer where the run in `out` stopped; its ``last/`` must be whole.
-        report: gets a line for each thing that was found or decided, with its reason.
+    A ``vocab_size`` of 0 follows the text. With `resuming`, the trainer is put where the run in
+    `out` stopped; its ``last/`` must be whole.
 
     Raises:
         UserError: anything that cannot work.
@@ -90,12 +80,14 @@ def make_plan(
         precision = _same_precision(before.environment, device) or precision
     parallel = choose_parallel(train_config.parallel, device, train_config.batch_size)
     corpus = load_corpus(sources, data_config)
-    model_config = _with_vocabulary(model_config, corpus.tokenizer)
+    model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     if before:  # before memory is taken for what a file asks for
         check_model_file(out / "last" / MODEL, before.model_config)
     torch.manual_seed(derive_seed(train_config.seed, INIT))
     model = GPT2(model_config).to(device)
-    trainer = _make_trainer(model, train_config, corpus, precision, parallel, out)
+    trainer = _make_trainer(
+        model, train_config, corpus, precision=precision, parallel=parallel, out=out
+    )
     if before:
         _refuse_changes(before, trainer, data_config, corpus)
         restore_last(trainer)
@@ -105,8 +97,10 @@ def make_plan(
         report(f"resuming   after step {trainer.state.step:,}")
     speed = accelerate(trainer, report)
     environment = _environment(trainer, speed)
-    for line in _environment_changes(before.environment if before else {}, environment):
-        report(line)
+    for name, was in (before.environment if before else {}).items():
+        now = environment.get(name)
+        if now != was:
+            report(f"resuming   {name} was {was}, is {now}: losses may differ by rounding")
     run_config = RunConfig(
         model_config=model.config,
         train_config=train_config,
@@ -122,6 +116,7 @@ def _make_trainer(
     model: GPT2,
     train_config: TrainConfig,
     corpus: Corpus,
+    *,
     precision: PrecisionChoice,
     parallel: ParallelChoice,
     out: Path,
@@ -144,13 +139,13 @@ def _make_trainer(
     )
 
 
-def _with_vocabulary(model_config: GPT2Config, tokenizer: CharTokenizer) -> GPT2Config:
-    if model_config.vocab_size not in (0, tokenizer.vocab_size):
+def _with_vocabulary(model_config: GPT2Config, vocab_size: int) -> GPT2Config:
+    if model_config.vocab_size not in (0, vocab_size):
         raise UserError(
-            f"vocab_size is {model_config.vocab_size}, but the text has {tokenizer.vocab_size} "
-            "distinct tokens: leave out --vocab-size"
+            f"vocab_size is {model_config.vocab_size}, but the text has {vocab_size} distinct "
+            "tokens: leave out --vocab-size"
         )
-    return model_config.replace(vocab_size=tokenizer.vocab_size)
+    return model_config.replace(vocab_size=vocab_size)
 
 
 # --- resuming
@@ -168,11 +163,7 @@ def _same_precision(environment: dict[str, Any], device: torch.device) -> Precis
 def _refuse_changes(
     before: RunConfig, trainer: Trainer, data_config: DataConfig, corpus: Corpus
 ) -> None:
-    """Refuse to resume a run with settings or texts that would change what it learns.
-
-    Raises:
-        UserError: a difference in the model, the data, or the training.
-    """
+    """Refuse to resume a run with settings or texts that would change what it learns."""
     _refuse_change(before.data_config, data_config)
     if before.text != corpus.facts:
         raise UserError(
@@ -210,15 +201,6 @@ def _environment(trainer: Trainer, speed: SpeedChoices) -> dict[str, Any]:
     }
 
 
-def _environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return one line per environment entry that changed since the run was saved."""
-    return [
-        f"resuming   {name} was {was}, is {now.get(name)}: losses may differ by rounding"
-        for name, was in before.items()
-        if now.get(name) != was
-    ]
-
-
 # --- lines for the user
 
 
@@ -242,10 +224,10 @@ def _describe(
 
 def _settings(config: AnyConfig) -> str:
     """Return every setting as ``name value``, except those that are None."""
-    values = {name: value for name, value in asdict(config).items() if value is not None}
     return ", ".join(
-        f"{name} {value!r}" if value == "" or str(value).isspace() else f"{name} {value}"
-        for name, value in values.items()
+        f"{name} {value if str(value).strip() else repr(value)}"
+        for name, value in asdict(config).items()
+        if value is not None
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import TrainingError, UserError
@@ -76,14 +75,10 @@ def save_last(trainer: Trainer) -> None:
 def _save(
     trainer: Trainer, checkpoint: CheckpointName, parts: Mapping[str, Tensors], state: Any
 ) -> None:
-    """Write a checkpoint.
-
-    Raises:
-        TrainingError: it cannot be written, or contains NaN or infinity; earlier ones are kept.
-    """
     out, step = trainer.out, trainer.state.step
     for name, tensor in (item for tensors in parts.values() for item in tensors.items()):
-        if not _is_finite(tensor):
+        # A sum takes a tenth of the time, and a NaN or an infinity always shows in it.
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise TrainingError(
                 f"{name} is not finite after step {step}, so nothing was saved: the earlier "
                 f"checkpoints are in {out}; continue with --resume, perhaps with --precision fp32"
@@ -96,20 +91,14 @@ def _save(
                 f"{out} has vanished, with all that was saved: train again"
             ) from error
         n_bytes = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+        reason, remedy = "not enough memory", "close other programs"
         if isinstance(error, OSError):
             reason, remedy = error.strerror or str(error), "make room there, or make it writable"
-        else:
-            reason, remedy = "not enough memory", "close other programs"
         raise TrainingError(
             f"{out / checkpoint} could not be saved after step {step} ({reason}; it needs "
             f"{human_count(n_bytes)}B): earlier checkpoints are kept; {remedy}, and continue with "
             "--resume"
         ) from error
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # A sum takes a tenth of the time, and a NaN or an infinity always shows in it.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def restore_last(trainer: Trainer) -> None:
@@ -118,15 +107,15 @@ def restore_last(trainer: Trainer) -> None:
     Raises:
         UserError: the checkpoint does not fit the model.
     """
-    folder = trainer.out / "last"
+    folder, scaler = trainer.out / "last", trainer.scaler
     load_model_tensors(trainer.model, read_tensors(folder / MODEL))
     load_optimizer_tensors(trainer.optimizer, trainer.model, read_tensors(folder / OPTIMIZER))
-    trainer.state = from_dict(TrainState, read_state(folder))
-    trainer.saved_step = trainer.state.step
-    if not trainer.optimizer.state and trainer.state.step > trainer.state.skipped_steps:
+    trainer.state = state = from_dict(TrainState, read_state(folder))
+    trainer.saved_step = state.step
+    if not trainer.optimizer.state and state.step > state.skipped_steps:
         raise UserError(f"{folder / OPTIMIZER} is empty: the run is damaged")
-    trainer.state.skipped_in_a_row = 0
-    if trainer.scaler.is_enabled() and trainer.state.scaler:
-        if trainer.state.scaler.keys() != trainer.scaler.state_dict().keys():
+    state.skipped_in_a_row = 0
+    if scaler.is_enabled() and state.scaler:
+        if state.scaler.keys() != scaler.state_dict().keys():
             raise UserError(f"{folder / STATE} has an unknown kind of scaler: the run is damaged")
-        trainer.scaler.load_state_dict(trainer.state.scaler)
+        scaler.load_state_dict(state.scaler)

@@ -39,20 +39,16 @@ Report = Callable[[str], None]
 class SpeedChoices(NamedTuple):
     """How a model computes; another choice rounds differently."""
 
-    kernels: str
-    """The library's name, which stands for its sources and the processor; or "off"."""
+    kernels: str  # the library's name, which stands for its sources and the processor; or "off"
     attention: Backend
     compiled: bool
 
 
 def accelerate(trainer: Trainer, report: Report) -> SpeedChoices:
-    """Make a trainer's steps as fast as its configuration allows.
+    """Make a trainer's steps as fast as its configuration allows, and report each choice.
 
-    The seconds it takes count as compilation, which is part of training.
-
-    Args:
-        trainer: before its first step; its model and `forward` are changed.
-        report: gets a line for each choice.
+    It changes the model and `forward`, before the first step. The seconds it takes count as
+    compilation, which is part of training.
 
     Raises:
         UserError: kernels were requested and do not work here.
@@ -97,12 +93,11 @@ def keep_memory() -> None:
     Every step frees its activations. Returning them to the system and getting zeroed pages again
     costs a tenth of a step.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 # --- kernels
@@ -134,12 +129,11 @@ def choose_kernels(setting: OnOffAuto, device: torch.device, compiling: bool) ->
         start = time.perf_counter()
         try:
             load_kernels()
-        except KernelsError as error:
-            reason = f"they cannot be compiled here: {error}"
-        else:
             seconds = time.perf_counter() - start
             how = "compiled before" if known else f"compiled for this processor in {seconds:.1f} s"
             return KernelsChoice(True, how)
+        except KernelsError as error:
+            reason = f"they cannot be compiled here: {error}"
     if setting == "on":
         raise UserError(f"kernels is 'on', but {reason}: give --kernels auto")
     return KernelsChoice(False, reason)
@@ -161,13 +155,7 @@ def choose_attention(
     """Return how attention computes in training.
 
     The rule is what ``benchmarks/attention.py`` measured. It is a rule and not a measurement made
-    now, so that a seed gives the same run every time.
-
-    Args:
-        setting: a backend, or ``auto``.
-        model_config: the shape.
-        device: where the model is.
-        kernels: whether the kernels are on.
+    now, so that a seed gives the same run every time. `kernels`: whether they are on.
 
     Raises:
         UserError: ``native`` was requested, and the kernels are off or do not fit the shape.
@@ -185,9 +173,8 @@ def choose_attention(
         return AttentionChoice("native", "the fastest on a CPU")
     dropout = model_config.attention_dropout
     drops = (model_config.dropout if dropout is None else dropout) > 0
-    reason = "the fastest of PyTorch's on a CPU, at this block_size"
-    use_matmul = drops or model_config.block_size < SDPA_MIN_BLOCK
-    return AttentionChoice("matmul" if use_matmul else "sdpa", reason)
+    backend: Backend = "matmul" if drops or model_config.block_size < SDPA_MIN_BLOCK else "sdpa"
+    return AttentionChoice(backend, "the fastest of PyTorch's on a CPU, at this block_size")
 
 
 # --- compilation

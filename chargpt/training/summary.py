@@ -26,17 +26,14 @@ class Summary:
     """What a run achieved; ``summary.json`` has the same fields."""
 
     verdict: str
-    val_loss: float | None
-    """Lowest loss over the whole validation part, nats a character; None: never evaluated."""
+    val_loss: float | None  # the lowest, in nats a character; None: never evaluated
     bits_per_char: float | None
     best_step: int | None
     final_val_loss: float | None
     train_loss: float | None
     steps: int
-    tokens: int
-    """Characters trained on, repeats included."""
-    train_seconds: float
-    """Compilation included, evaluation apart."""
+    tokens: int  # characters trained on, repeats included
+    train_seconds: float  # compilation included, evaluation apart
     eval_seconds: float
     compile_seconds: float
     tokens_per_second: float
@@ -81,33 +78,30 @@ def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summ
 def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopReason) -> str:
     """Return how good the model is, and what would make it better.
 
-    Args:
-        state: at the end of the run.
-        letter_frequency_loss: loss of guessing by letter frequency alone, nats a character.
-        stop_reason: why the run ended.
+    `letter_frequency_loss` is that of guessing by letter frequency alone, in nats a character.
     """
     best = state.best_val_loss
     if best is None:
         return (
             f"stopped at step {state.step:,}, before the first evaluation; the last state is kept"
         )
-    parts = [f"val {best:.3f} nats/char = {bits_per_char(best):.2f} bits/char"]
+    loss = f"val {best:.3f} nats/char = {bits_per_char(best):.2f} bits/char"
     if best > 0.98 * letter_frequency_loss:
-        parts.append("no better than guessing by letter frequency: train longer, or give more text")
-        return "; ".join(parts)
-    parts.append(
-        f"like choosing among {perplexity(best):.1f} equally likely characters (letter "
-        f"frequencies alone: {perplexity(letter_frequency_loss):.0f})"
-    )
+        return (
+            f"{loss}; no better than guessing by letter frequency: train longer, or give more text"
+        )
     if state.val_loss is not None and state.val_loss > best + OVERFIT_NATS:
-        parts.append(f"overfitting since step {state.best_step:,}: best kept; more text would help")
+        trend = f"overfitting since step {state.best_step:,}: best kept; more text would help"
     elif stop_reason in ("interrupted", "terminated"):
-        parts.append(f"{stop_reason} at step {state.step:,}: best and last are kept")
+        trend = f"{stop_reason} at step {state.step:,}: best and last are kept"
     elif stop_reason == "patience" or state.best_step != state.evaluated_step:
-        parts.append("no longer improving")
+        trend = "no longer improving"
     else:
-        parts.append("still improving when the budget ended: a longer one would help")
-    return "; ".join(parts)
+        trend = "still improving when the budget ended: a longer one would help"
+    return (
+        f"{loss}; like choosing among {perplexity(best):.1f} equally likely characters (letter "
+        f"frequencies alone: {perplexity(letter_frequency_loss):.0f}); {trend}"
+    )
 
 
 def unigram_nats(
@@ -115,11 +109,8 @@ def unigram_nats(
 ) -> float:
     """Return the mean −ln p of guessing each token by its frequency, add-one smoothed.
 
-    Args:
-        train_ids: the text that the frequencies are taken from, shape (n,).
-        held_out_ids: the text to guess, shape (m,) with m ≥ 1.
-        vocab_size: number of tokens.
+    The frequencies are those of `train_ids` (n,). The tokens to guess are `held_out_ids` (m,),
+    with m ≥ 1.
     """
     counts = np.bincount(train_ids, minlength=vocab_size) + 1
-    nats = np.log(counts.sum()) - np.log(counts[held_out_ids])
-    return float(nats.mean())
+    return float((np.log(counts.sum()) - np.log(counts[held_out_ids])).mean())

@@ -25,34 +25,26 @@ from chargpt.model import GPT2
 class TrainState:
     """The state of a run; with weights and optimizer, all that its future depends on."""
 
-    step: int = 0
-    """Optimizer steps made."""
-    train_seconds: float = 0.0
-    """Seconds in steps, compilation included."""
+    step: int = 0  # optimizer steps made
+    train_seconds: float = 0.0  # in steps, compilation included
     compile_seconds: float = 0.0
     eval_seconds: float = 0.0
-    train_loss: float | None = None
-    """Loss of the last step, nats a token, with dropout."""
-    val_loss: float | None = None
-    """Loss of the last evaluation, nats a token."""
+    train_loss: float | None = None  # of the last step, nats a token, with dropout
+    val_loss: float | None = None  # of the last evaluation, nats a token
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluated_step: int | None = None
     evaluations_since_best: int = 0
-    skipped_steps: int = 0
-    """Steps without an update, because their fp16 gradient overflowed."""
+    skipped_steps: int = 0  # without an update, because their fp16 gradient overflowed
     skipped_in_a_row: int = 0
-    usual_grad_norm: float | None = None
-    """Running mean of the gradient's norm."""
-    scaler: dict[str, Any] = field(default_factory=dict)
-    """State of the fp16 gradient scaler."""
+    usual_grad_norm: float | None = None  # running mean
+    scaler: dict[str, Any] = field(default_factory=dict)  # state of the fp16 gradient scaler
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("step", "train_seconds", "compile_seconds", "eval_seconds"):
             check(0 <= getattr(self, name) < 2**53, self, name, "the run is damaged")
-        usual = self.usual_grad_norm
-        check(usual is None or usual >= 0, self, "usual_grad_norm", "the run is damaged")
+        check((self.usual_grad_norm or 0) >= 0, self, "usual_grad_norm", "the run is damaged")
 
 
 @dataclass(kw_only=True)
@@ -65,24 +57,20 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     windows: Windows
-    validation: npt.NDArray[Any]
-    """Token ids, (m,)."""
+    validation: npt.NDArray[Any]  # token ids, (m,)
     train_config: TrainConfig
     precision: PrecisionChoice
     parallel: ParallelChoice
-    out: Path
-    """The run folder."""
+    out: Path  # the run folder
     state: TrainState = field(default_factory=TrainState)
-    saved_step: int | None = None
-    """Step of the last checkpoint written or read."""
+    saved_step: int | None = None  # of the last checkpoint written or read
 
     # --- one batch
 
     def batch(self, micro_step: int) -> Batch:
-        """Return a batch of the next step, on the device, (B, T) each.
+        """Return one of the ``gradient_accumulation_steps`` batches of the next step, from 0.
 
-        Args:
-            micro_step: which of the step's ``gradient_accumulation_steps`` batches, from 0.
+        Its inputs and targets are on the device, (B, T) each.
         """
         batch_size = self.train_config.batch_size
         first = self.state.step * self.sequences_per_step + micro_step * batch_size
@@ -92,9 +80,7 @@ class Trainer:
     def loss(self, batch: Batch, micro_step: int) -> Tensor:
         """Return the mean loss of a batch in nats a token, a scalar.
 
-        Args:
-            batch: see `batch`.
-            micro_step: its number in the step; with the step, it seeds dropout.
+        The step and `micro_step`, the batch's number in it, seed dropout.
         """
         seed = derive_seed(self.train_config.seed, DROPOUT, self.state.step, micro_step)
         seed_dropout(seed, self.parallel)
@@ -103,7 +89,7 @@ class Trainer:
         return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
 
     def trial_step(self) -> None:
-        """Run one forward and backward pass and change nothing, so that lazy compilation happens."""
+        """Run a forward and a backward pass that change nothing, so that the model compiles."""
         self.model.train()
         try:
             loss = self.loss(self.batch(0), 0)
@@ -131,12 +117,10 @@ class Trainer:
     @property
     def total_steps(self) -> int | None:
         """Length of the run; None: the clock decides."""
-        if self.train_config.steps is not None:
+        if self.train_config.epochs is None:
             return self.train_config.steps
-        if self.train_config.epochs is not None:
-            sequences = self.train_config.epochs * self.windows.per_epoch
-            return max(1, round(sequences / self.sequences_per_step))
-        return None
+        sequences = self.train_config.epochs * self.windows.per_epoch
+        return max(1, round(sequences / self.sequences_per_step))
 
     @property
     def progress(self) -> float:
