@@ -6,9 +6,9 @@
     metrics.jsonl  summary.json  samples.txt  loss.png
     .lock             held by the process that trains
 
-There is no pickle. Loading a model reads nothing outside the folder, runs no code from it, and takes
-no more memory than its files have bytes. Only resuming, ``eval`` and ``novelty`` open the texts that
-config.json names.
+There is no pickle. Loading a model reads nothing outside the folder, runs no code from it, and
+takes no more memory than its files have bytes. Only resuming, ``eval`` and ``novelty`` open the
+texts that config.json names.
 """
 
 from __future__ import annotations

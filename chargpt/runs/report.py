@@ -109,9 +109,8 @@ class Reporter:
     def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
         """Print a step; with `log`, also write it to metrics.jsonl.
 
-        Args:
-            values: step, loss, tokens, train_seconds and more, by name.
-            progress: share of the budget spent, 0 to 1.
+        `values` are step, loss, tokens, train_seconds and more, by name; `progress` is the share
+        of the budget spent, 0 to 1.
         """
         self._marks.append((values["train_seconds"], values["tokens"], progress))
         del self._marks[:-RATE_STEPS]
