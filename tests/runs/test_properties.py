@@ -111,12 +111,14 @@ def test_unknown_characters_are_refused_skipped_or_replaced(known: str, text: st
 @example("a\n\nb\n", "\n")
 @example("aaaaa", "aa")
 def test_documents_are_the_text_between_separators(text: str, separator: str) -> None:
-    documents = split_documents(text, separator)
+    assert list(split_documents(text, "")) == [text]
+    documents = list(split_documents(text, separator))
+    if "\n" in separator:  # a file from Windows gives the same documents
+        text, separator = (part.replace("\r\n", "\n") for part in (text, separator))
     assert all(documents)
     assert not any(separator in document for document in documents)
     assert "".join(documents) == text.replace(separator, "")
     assert documents == [d for d in separator.join(["", text, ""]).split(separator) if d]
-    assert split_documents(text, "") == [text]
 
 
 @more
@@ -142,7 +144,7 @@ def test_the_parts_of_a_corpus_join_to_the_whole(
         return
     # A byte order mark at the start of a file is not text.
     marked = [text.removeprefix("\ufeff") for text in texts]
-    documents = [d for text in marked for d in split_documents(text, separator) if d]
+    documents = [d for text in marked for d in split_documents(text, separator)]
     ids = np.concatenate([corpus.train, corpus.validation])
     assert corpus.tokenizer.decode(ids) == "".join(documents)
     assert corpus.facts.n_characters == sum(map(len, documents))
