@@ -28,19 +28,11 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 MANIFEST = "manifest.json"
 _FILES = {MODEL, OPTIMIZER, STATE}
 
-# --- writing
-
 
 def save_checkpoint(
     run: Path, name: CheckpointName, parts: Mapping[str, Tensors], state: Any
 ) -> None:
-    """Write a checkpoint and keep the one before it.
-
-    Args:
-        run: the run folder.
-        name: of the checkpoint.
-        parts: tensors by file name.
-        state: anything that JSON can hold, for ``state.json``.
+    """Write a checkpoint of tensors by file name and a JSON state; keep the one before it.
 
     Raises:
         OSError: it cannot be written; the existing checkpoints are unchanged.
@@ -71,50 +63,39 @@ def _write(folder: Path, parts: Mapping[str, Tensors], state: Any) -> None:
 
 def _move_into_place(run: Path, name: CheckpointName) -> None:
     """Make the new checkpoint, which is whole, the current one."""
-    new, current, previous = _new(run, name), run / name, _previous(run, name)
+    current, previous = run / name, _previous(run, name)
     if current.exists():
         shutil.rmtree(previous, ignore_errors=True)
         rename(current, previous)
-    rename(new, current)
+    rename(_new(run, name), current)
     sync_folder(run)
 
 
 def recover(run: Path, name: CheckpointName) -> bool:
-    """Put the newest whole checkpoint in its place: finish a save that was cut off, or remove it.
+    """Return whether there is a checkpoint, which is then ``run/name`` and whole.
 
-    A damaged checkpoint is removed if the one before is whole, and named in a warning. Only the
-    process that holds the run folder may call this. Each checkpoint is read and hashed once.
-
-    Returns:
-        Whether there is a checkpoint, which is then ``run/name`` and whole.
+    Finishes a save that was cut off, or removes it. A damaged checkpoint is removed if the one
+    before is whole, and named in a warning. Only for the process that holds the run folder.
 
     Raises:
         UserError: every checkpoint is damaged, or one has another format.
         OSError: a folder cannot be moved.
     """
     new, current = _new(run, name), run / name
-    if not has_checkpoint(run, name):
-        shutil.rmtree(new, ignore_errors=True)
-        return False
-    whole = find_checkpoint(run, name)
+    whole = find_checkpoint(run, name) if has_checkpoint(run, name) else None
     if whole == new:
         _move_into_place(run, name)
         return True
     shutil.rmtree(new, ignore_errors=True)
-    if whole != current:
+    if whole and whole != current:
         shutil.rmtree(current, ignore_errors=True)
         rename(whole, current)
         sync_folder(run)
-    return True
-
-
-# --- reading
+    return whole is not None
 
 
 def find_checkpoint(run: Path, name: CheckpointName) -> Path:
-    """Return the folder of the newest whole checkpoint of this name.
-
-    A damaged one that is passed over is named in a warning.
+    """Return the newest whole checkpoint of this name; a warning names damaged newer ones.
 
     Raises:
         UserError: there is none, every one is damaged, or one has another format.
@@ -141,20 +122,13 @@ def checkpoint_folders(run: Path, name: CheckpointName) -> list[Path]:
 
 
 def has_checkpoint(run: Path, name: CheckpointName) -> bool:
-    """Return whether there is a checkpoint of this name, damaged or not.
-
-    A first checkpoint that is only half written does not count.
-    """
+    """Return whether there is a checkpoint, damaged or not; a first one half written is not one."""
     folders = checkpoint_folders(run, name)
     return folders not in ([], [_new(run, name)]) or any(find_problem(f) is None for f in folders)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return ``state.json`` of a checkpoint.
-
-    Raises:
-        UserError: it is not a JSON object.
-    """
+    """Return ``state.json`` of a checkpoint; a UserError if it is not a JSON object."""
     return read_json(checkpoint / STATE)
 
 
@@ -171,52 +145,40 @@ class FormatError(UserError):
 
 
 def _problem(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint.
-
-    Raises:
-        FormatError: it has another format.
-    """
-    if not (checkpoint / MANIFEST).is_file():
+    path = checkpoint / MANIFEST
+    if not path.is_file():
         return f"{MANIFEST} is missing"
     try:
-        files = _read_manifest(checkpoint)
+        manifest = read_json(path)
+        check_seal(manifest, MANIFEST)  # first: a format that was changed by damage is damage
+        if manifest["format"] != FORMAT:
+            raise FormatError(
+                f"{path} has format {manifest['format']!r:.20}, this chargpt reads {FORMAT}: "
+                "use the chargpt that wrote it"
+            )
+        files = {name: (v["bytes"], v["sha256"]) for name, v in manifest["files"].items()}
     except FormatError:
         raise
     except (UserError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} has changed or is not a manifest"
     if not {MODEL, STATE} <= files.keys() <= _FILES:  # paths out of the folder are not among them
         return f"{MANIFEST} names other files"
-    for name, expected in files.items():
-        problem = _file_problem(checkpoint / name, expected)
-        if problem:
-            return f"{name} {problem}"
-    return None
+    problems = ((name, _file_problem(checkpoint / name, *files[name])) for name in files)
+    return next((f"{name} {problem}" for name, problem in problems if problem), None)
 
 
-def _read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and the SHA-256 of each file."""
-    manifest = read_json(checkpoint / MANIFEST)
-    check_seal(manifest, MANIFEST)  # first: a format that was changed by damage is damage
-    if manifest["format"] != FORMAT:
-        raise FormatError(
-            f"{checkpoint / MANIFEST} has format {manifest['format']!r:.20}, this chargpt reads "
-            f"{FORMAT}: use the chargpt that wrote it"
-        )
-    return {name: {k: v[k] for k in ("bytes", "sha256")} for name, v in manifest["files"].items()}
-
-
-def _file_problem(path: Path, expected: Mapping[str, Any]) -> str | None:
+def _file_problem(path: Path, expected_size: Any, sha256: Any) -> str | None:
     try:
         size = path.stat().st_size
         if not path.is_file():
             return "is not a plain file"
-        if size != expected["bytes"]:
-            return f"has {size:,} bytes and should have {expected['bytes']!r:.20}"
+        if size != expected_size:
+            return f"has {size:,} bytes and should have {expected_size!r:.20}"
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"cannot be read, {error.strerror}"
-    return None if digest == expected["sha256"] else "has changed, its SHA-256 differs"
+    return None if digest == sha256 else "has changed, its SHA-256 differs"
 
 
 def _new(run: Path, name: CheckpointName) -> Path:

@@ -6,15 +6,13 @@
     metrics.jsonl  summary.json  samples.txt  loss.png
     .lock             held by the process that trains
 
-There is no pickle. Loading a model reads nothing outside the folder, runs no code from it, and takes
-no more memory than its files have bytes. Only resuming, ``eval`` and ``novelty`` open the texts that
-config.json names.
+There is no pickle. Loading a model reads nothing outside the folder, runs no code from it, and
+takes no more memory than its files have bytes. Only resuming, ``eval`` and ``novelty`` open the
+texts that config.json names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +22,7 @@ import torch
 
 from chargpt.base.checks import check_names, from_dict
 from chargpt.base.errors import UserError
-from chargpt.base.files import (
-    SEAL,
-    check_seal,
-    parse_json,
-    read_json,
-    read_text,
-    seal,
-    write_json,
-)
+from chargpt.base.files import SEAL, check_seal, parse_json, read_json, read_text, seal, write_json
 from chargpt.base.seeding import own_random_state
 from chargpt.config import CheckpointName, DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import TextFacts
@@ -59,6 +49,14 @@ class RunConfig:
     """Versions, processor, device, precision, kernels: another one may round differently."""
 
 
+_PARTS: dict[str, type[Any]] = {
+    "model_config": GPT2Config,
+    "train_config": TrainConfig,
+    "data_config": DataConfig,
+    "text": TextFacts,
+}
+
+
 class Loaded(NamedTuple):
     """A model ready to use, with its tokenizer."""
 
@@ -69,16 +67,13 @@ class Loaded(NamedTuple):
 def load(
     run: str | Path, *, which: CheckpointName = "best", device: str | torch.device = "cpu"
 ) -> Loaded:
-    """Read a trained model from its run folder; nothing else is needed.
+    """Return the model of a run folder, in evaluation mode, and its tokenizer.
 
     Args:
-        run: the folder.
+        run: the folder; nothing else is needed.
         which: the checkpoint of the lowest validation loss, or the last one. A run that was
             stopped before its first evaluation has only a last one, which then serves for both.
         device: where to put the model.
-
-    Returns:
-        The model, in evaluation mode, and its tokenizer.
 
     Raises:
         UserError: not a run folder, a missing or damaged checkpoint, or another format.
@@ -128,21 +123,14 @@ def read_config(run: Path) -> RunConfig:
 
 def _parse_config(values: dict[str, Any]) -> RunConfig:
     check_names(values, [field.name for field in fields(RunConfig)])
-    parts = {"model_config": GPT2Config, "train_config": TrainConfig, "data_config": DataConfig}
-    for part in (*parts, "text", "environment"):
+    for part in (*_PARTS, "environment"):
         if not isinstance(values.get(part), dict):
             raise UserError(f"there is no part {part!r}")
     sources = values.get("sources")
     if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
         raise UserError("the texts are not named")
-    return RunConfig(
-        model_config=from_dict(GPT2Config, values["model_config"]),
-        train_config=from_dict(TrainConfig, values["train_config"]),
-        data_config=from_dict(DataConfig, values["data_config"]),
-        sources=tuple(sources),
-        text=from_dict(TextFacts, values["text"]),
-        environment=values["environment"],
-    )
+    parts = {part: from_dict(cls, values[part]) for part, cls in _PARTS.items()}
+    return RunConfig(sources=tuple(sources), environment=values["environment"], **parts)
 
 
 def text_sources(config: RunConfig) -> tuple[str, ...]:
@@ -158,9 +146,8 @@ def text_sources(config: RunConfig) -> tuple[str, ...]:
         except (OSError, RuntimeError, ValueError):
             continue  # reading it will say what is wrong
         if endless:
-            raise UserError(
-                f"{source}, which the run names as its text, is not a file: name the text"
-            )
+            what = f"{source}, which the run names as its text, is not a file"
+            raise UserError(f"{what}: name the text")
     return config.sources
 
 
@@ -170,18 +157,16 @@ def write_config(run: Path, config: RunConfig) -> None:
 
 
 def read_tokenizer(run: Path) -> CharTokenizer:
-    """Return the tokenizer of a run.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Return the tokenizer of a run; a UserError with the file's name if missing or damaged."""
     path = run / TOKENIZER
     text = read_text(path, max_bytes=MAX_TOKENIZER_BYTES)
     if text.count("[") + text.count("{") > 4:  # lists of lists take forty times their size
         raise UserError(f"{path} is not a vocabulary: the run is damaged")
-    fields = parse_json(text, str(path))
-    check_seal(fields, str(path))
-    return CharTokenizer.from_json(text)
+    check_seal(parse_json(text, str(path)), str(path))
+    try:
+        return CharTokenizer.from_json(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def write_tokenizer(run: Path, tokenizer: CharTokenizer) -> None:
@@ -189,21 +174,15 @@ def write_tokenizer(run: Path, tokenizer: CharTokenizer) -> None:
     write_json(run / TOKENIZER, seal(parse_json(tokenizer.to_json(), TOKENIZER)))
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Be the only process that trains into a run folder; the lock ends with its process.
+def locked(run: Path) -> filelock.AcquireReturnProxy[Any]:
+    """Lock a run folder for this process, until the returned context or the process ends.
 
     Raises:
         UserError: another process trains into it.
     """
-    lock = filelock.FileLock(run / LOCK)
     try:
-        lock.acquire(blocking=False)
+        return filelock.FileLock(run / LOCK).acquire(blocking=False)
     except filelock.Timeout as error:
         raise UserError(
             f"another process is training into {run}: wait for it, or give another --out"
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()

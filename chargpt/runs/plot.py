@@ -9,15 +9,9 @@ from typing import Any
 from chargpt.base.files import write_bytes
 from chargpt.runs.report import read_metrics
 
-PICTURE = "loss.png"
-
 
 def plot_loss(run: Path) -> Path:
-    """Draw training and validation loss against the step into the run's ``loss.png``.
-
-    Returns:
-        The picture's path.
-    """
+    """Draw training and validation loss into the run's ``loss.png``, and return its path."""
     from matplotlib.figure import Figure  # no pyplot: no windows, no global state
 
     rows = read_metrics(run)
@@ -29,23 +23,17 @@ def plot_loss(run: Path) -> Path:
     axes.plot(*train, color="0.75", linewidth=1, label="training (with dropout)")
     axes.plot(*validation, color="C0", marker="o", markersize=4, label="validation")
     if validation[0]:
-        step, loss = min(zip(*validation, strict=True), key=lambda point: point[1])
-        axes.annotate(
-            f"{loss:.4f}",
-            (step, loss),
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha="center",
-            color="C0",
-        )
+        lowest = min(zip(*validation, strict=True), key=lambda point: point[1])
+        place: Any = {"xy": lowest, "xytext": (0, 10), "textcoords": "offset points"}
+        axes.annotate(f"{lowest[1]:.4f}", **place, ha="center", color="C0")
     axes.set(xlabel="step", ylabel="loss (nats per character)", title=run.name)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    picture = io.BytesIO()
+    picture, path = io.BytesIO(), run / "loss.png"
     figure.savefig(picture)
-    write_bytes(run / PICTURE, picture.getvalue())
-    return run / PICTURE
+    write_bytes(path, picture.getvalue())
+    return path
 
 
 def _series(rows: list[dict[str, Any]], split: str, name: str) -> tuple[list[int], list[float]]:

@@ -9,11 +9,12 @@ import json
 import re
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from chargpt.base.errors import UserError
 from chargpt.base.files import write_text
@@ -40,11 +41,9 @@ class _Terminal(Console):
     """The console of stderr; when its reader is gone, the run continues silently."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing more; rich would end the program."""
-        self.quiet = True
+        self.quiet = True  # rich would end the program
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, while the terminal exists."""
         try:
             super().print(*objects, **options)
         except OSError:
@@ -81,17 +80,12 @@ class Reporter:
         self._metrics: TextIO | None = None
         self._tracker: TrackerClient | None = None
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._marks: list[tuple[float, float, float]] = []  # (train seconds, tokens, progress)
         self._last_line = -PLAIN_INTERVAL_SECONDS
         self._val_loss: float | None = None
 
     def __enter__(self) -> Reporter:
-        """Open the files.
-
-        Raises:
-            UserError: the tracker is not installed.
-        """
+        """Open the files; a UserError if the tracker is not installed."""
         self._tracker = make_tracker(self._track, self.out)
         _remove_after(self.out, *self._known)
         self._metrics = (self.out / METRICS).open("a", encoding="utf-8")
@@ -115,10 +109,8 @@ class Reporter:
     def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
         """Print a step; with `log`, also write it to metrics.jsonl.
 
-        Args:
-            values: step, loss, tokens, train_seconds and more, by name.
-            progress: share of the budget spent, 0 to 1.
-            log: add a line to metrics.jsonl.
+        `values` are step, loss, tokens, train_seconds and more, by name; `progress` is the share
+        of the budget spent, 0 to 1.
         """
         self._marks.append((values["train_seconds"], values["tokens"], progress))
         del self._marks[:-RATE_STEPS]
@@ -167,24 +159,20 @@ class Reporter:
 
     def _show(self, line: str, progress: float) -> None:
         if self._bar is None:
-            self._bar = Progress(
-                BarColumn(20),
-                TextColumn("{task.percentage:3.0f}%  {task.description}"),
-                console=self.console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("", total=1.0)
+            text = TextColumn("{task.percentage:3.0f}%  {task.description}")
+            self._bar = Progress(BarColumn(20), text, console=self.console, transient=True)
+            self._bar.add_task("", total=1.0)
             self._bar.start()
-        assert self._task is not None
-        self._bar.update(self._task, description=line, completed=min(progress, 1.0))
+        task = self._bar.task_ids[0]
+        self._bar.update(task, description=line, completed=min(progress, 1.0))
 
     def _record(self, values: dict[str, Any], split: str) -> None:
         assert self._metrics is not None, "within `with`"
         self._metrics.write(json.dumps({"split": split} | values) + "\n")
         self._metrics.flush()
         if self._tracker is not None:
-            named = {f"{split}/{name}": value for name, value in values.items() if name != "step"}
-            numbers = {name: value for name, value in named.items() if value is not None}
+            given = {k: v for k, v in values.items() if k != "step" and v is not None}
+            numbers = {f"{split}/{name}": value for name, value in given.items()}
             try:
                 self._tracker.log(numbers, values["step"])
             except Exception as error:  # a failing service must not end the run
@@ -193,31 +181,23 @@ class Reporter:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, up to the first that is damaged.
-
-    A crash may have cut the last one short.
-    """
-    rows: list[dict[str, Any]] = []
-    path = run / METRICS
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    break
-                if not _is_row(row):
-                    break
-                rows.append(row)
-    return rows
+    """Return the lines of metrics.jsonl up to a damaged one: a crash may cut the last one short."""
+    if not (run / METRICS).is_file():
+        return []
+    with (run / METRICS).open(encoding="utf-8", errors="replace") as file:
+        return list(takewhile(bool, map(_parse_row, file)))
 
 
-def _is_row(row: Any) -> bool:
-    """Return whether a line of metrics.jsonl is complete."""
+def _parse_row(line: str) -> dict[str, Any]:
+    """Return a line of metrics.jsonl as an object; {}: it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
     if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return False
+        return {}
     kind = {"train": "loss", "validation": "val_loss"}.get(str(row.get("split")), "")
-    return kind in row and (row[kind] is None or isinstance(row[kind], int | float))
+    return row if kind in row and isinstance(row[kind], int | float | None) else {}
 
 
 def _remove_after(out: Path, step: int, evaluated_step: int) -> None:
@@ -232,15 +212,8 @@ def _remove_after(out: Path, step: int, evaluated_step: int) -> None:
         write_text(out / SAMPLES, text[:end])
 
 
-# --- trackers
-
-
 def make_tracker(track: Tracker, out: Path) -> TrackerClient | None:
-    """Return a client for the tracker.
-
-    Raises:
-        UserError: its package is not installed, or does not start.
-    """
+    """Return a client for the tracker; a UserError if its package is missing or fails to start."""
     if track == "none":
         return None
     try:

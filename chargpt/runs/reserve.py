@@ -28,13 +28,10 @@ def free_folder(sources: Sequence[str]) -> Path:
 
 @contextmanager
 def reserved(folder: Path, resume: Resume) -> Iterator[bool]:
-    """Hold a run folder for this process, and find out whether a run is resumed.
+    """Hold a run folder for this process; yield whether to resume from a whole ``last/``.
 
     The folder is made if needed. If an exception ends the block before anything was learned, the
     folder is left as it was found.
-
-    Yields:
-        Whether to resume from ``last/``, which is then whole.
 
     Raises:
         UserError: the folder is taken, is not writable, or holds nothing that `resume` needs.
@@ -45,8 +42,7 @@ def reserved(folder: Path, resume: Resume) -> Iterator[bool]:
         is_new = _is_free(folder)
         _refuse_links([folder / LOCK])
         folder.mkdir(parents=True, exist_ok=True)
-        lock = locked(folder)
-        lock.__enter__()
+        lock = locked(folder).lock
     except OSError as error:
         raise UserError(
             f"{folder} cannot be a run folder ({error.strerror}): give another --out"
@@ -61,7 +57,7 @@ def reserved(folder: Path, resume: Resume) -> Iterator[bool]:
         undo = failed and is_new and not learned and folder.exists()
         if undo:
             _clear(folder)
-        lock.__exit__(None, None, None)
+        lock.release()
         if undo:
             with suppress(OSError):  # another run may have come into a folder above
                 for path in missing:
@@ -69,11 +65,7 @@ def reserved(folder: Path, resume: Resume) -> Iterator[bool]:
 
 
 def _check_folder(folder: Path, resume: Resume) -> None:
-    """Refuse a run folder that cannot be used.
-
-    Raises:
-        UserError: the folder is taken, has no run to resume, or cannot be written.
-    """
+    """Refuse a run folder that is taken, has no run to resume, or cannot be written."""
     has_run = (folder / CONFIG).exists()
     if resume is True and not has_run:
         raise UserError(
@@ -91,11 +83,7 @@ def _check_folder(folder: Path, resume: Resume) -> None:
 
 
 def _is_resumed(folder: Path, resume: Resume) -> bool:
-    """Return whether there is a checkpoint to resume from; a save that was cut off is finished.
-
-    Raises:
-        UserError: there is none and `resume` is True, or only ``best/`` is left.
-    """
+    """Return whether there is a checkpoint to resume from; a save that was cut off is finished."""
     if (folder / CONFIG).exists() and recover(folder, "last"):
         try:
             recover(folder, "best")
@@ -133,11 +121,7 @@ def _own_paths(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_links(paths: Iterable[Path]) -> None:
-    """Refuse links and pipes: a write would change something outside the folder.
-
-    Raises:
-        UserError: names the path.
-    """
+    """Refuse links and pipes: a write would change something outside the folder."""
     for path in paths:
         if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
             raise UserError(f"{path} is a link or a pipe, which no run has: remove it")

@@ -56,14 +56,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ten
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors
 ) -> None:
-    """Give an optimizer of the same kind the result of `optimizer_tensors`.
-
-    Raises:
-        UserError: the state belongs to another model.
-    """
+    """Give an optimizer the result of `optimizer_tensors`; a UserError if it does not fit."""
     parameters = dict(model.named_parameters())
-    forms = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     if tensors:  # empty before the first update
+        forms = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         expected = _optimizer_forms(optimizer, parameters)
         _refuse_difference(expected, forms, "the optimizer does not fit the model")
     for full_name, value in tensors.items():
@@ -98,21 +94,13 @@ def _refuse_difference(expected: Mapping[str, Any], found: Mapping[str, Any], wh
         raise UserError(f"{what} at {wrong[0]!r:.80}: {_DAMAGED}")
 
 
-# --- files
-
-
 def to_bytes(tensors: Tensors) -> bytes:
-    """Return tensors as the contents of a safetensors file.
-
-    Raises:
-        MemoryError: the two copies that the library makes do not fit into memory.
-    """
+    """Return the contents of a safetensors file; a MemoryError if two copies do not fit."""
     try:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # Without memory for its first copy, the library aborts the process: try both copies here.
         size = sum(tensor.nbytes for tensor in on_cpu.values()) + MAX_HEADER_BYTES
-        copies = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
-        del copies
+        [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
         return save(on_cpu, metadata={"format": "pt"})
     except BaseException as error:
         # Without memory for its second copy, the library panics, outside of Exception.
@@ -122,12 +110,7 @@ def to_bytes(tensors: Tensors) -> bytes:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        UserError: the file is missing or damaged.
-        MemoryError: it does not fit into memory.
-    """
+    """Return the tensors of a safetensors file; a UserError if it is missing or damaged."""
     with _reading(path):
         return load_file(path)
 
@@ -135,9 +118,7 @@ def read_tensors(path: Path) -> Tensors:
 def check_model_file(path: Path, config: GPT2Config) -> None:
     """Refuse a file of weights that does not fit a configuration, before any tensor is made.
 
-    Args:
-        path: a safetensors file.
-        config: its shape, with the vocabulary size; a huge one takes no memory here.
+    A huge configuration takes no memory here.
 
     Raises:
         UserError: the header is damaged, or does not fit the configuration.

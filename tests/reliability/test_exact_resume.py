@@ -84,14 +84,12 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
         for row in read_metrics(trainer.out)
     ]
     state = {k: v for k, v in asdict(trainer.state).items() if k not in CLOCKS}
-    tensors = {**model_tensors(trainer.model)}
-    tensors |= optimizer_tensors(trainer.optimizer, trainer.model)
-    best = load_file(trainer.out / "best" / "model.safetensors")
+    tensors = model_tensors(trainer.model) | optimizer_tensors(trainer.optimizer, trainer.model)
     return {
         "rows": rows,
         "state": state,
         "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
-        "best": best,
+        "best": load_file(trainer.out / "best" / "model.safetensors"),
     }
 
 

@@ -39,13 +39,10 @@ def last_step(run: Path) -> int:
 
 
 def start(folder: Path, run: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     return subprocess.Popen(
-        [*COMMAND, run],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*COMMAND, run], cwd=folder, env=env, stdout=null, stderr=pipe, text=True
     )
 
 

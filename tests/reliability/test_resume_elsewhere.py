@@ -22,14 +22,9 @@ COMMAND = [
 
 
 def chargpt_train(folder: Path, out: str, steps: int, threads: int) -> str:
-    done = subprocess.run(
-        [*COMMAND, "--steps", str(steps), "--out", out],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [*COMMAND, "--steps", str(steps), "--out", out]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
     return done.stderr
 
 

@@ -8,6 +8,7 @@ import builtins
 import errno
 import io
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ from chargpt.runs.checkpoint import (
     save_checkpoint,
 )
 from chargpt.runs.folder import load
-from chargpt.train import train
+from chargpt.train import TrainResult, train
 from chargpt.training import saving
 
 pytestmark = [
@@ -107,6 +108,12 @@ class WatchedFile:
         return getattr(self.file, name)
 
 
+def train_on(text: Path, out: Path) -> TrainResult:
+    return train(
+        str(text), model_config=MODEL, train_config=TRAINING, out=out, resume="auto", quiet=True
+    )
+
+
 def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> bool:
     """Train with a failing n-th file operation; return whether it was reached."""
     with pytest.MonkeyPatch.context() as patch:
@@ -115,14 +122,7 @@ def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> 
             patch.setattr(module, name, faults.wrap(getattr(module, name), name))
         patch.setattr(builtins, "open", io.open)
         try:
-            train(
-                str(text),
-                model_config=MODEL,
-                train_config=TRAINING,
-                out=out,
-                resume="auto",
-                quiet=True,
-            )
+            train_on(text, out)
         finally:
             reached = faults.count >= n
     return reached
@@ -130,10 +130,9 @@ def run_with_faults(text: Path, out: Path, n: int, fail: Callable[[], None]) -> 
 
 def resumes(text: Path, out: Path) -> bool:
     """Return whether the same command resumes the run and completes it."""
-    result = train(
-        str(text), model_config=MODEL, train_config=TRAINING, out=out, resume="auto", quiet=True
+    return (
+        train_on(text, out).summary.steps == TRAINING.steps and find_problem(out / "last") is None
     )
-    return result.summary.steps == TRAINING.steps and find_problem(out / "last") is None
 
 
 @pytest.fixture
@@ -230,10 +229,10 @@ cli.main(sys.argv[2:])
 
 def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(text: Path, tmp_path: Path) -> None:
     arguments = [
-        *("train", str(text), "--out", "run", "--resume", "auto", "--n-layer", "1"),
-        *("--n-head", "1"),
-        *("--d-model", "16", "--block-size", "8", "--batch-size", "1", "--eval-interval", "3"),
-        *("--sample-length", "0", "--device", "cpu", "--precision", "fp32", "--steps"),
+        *("train", str(text)),
+        *"--out run --resume auto --n-layer 1 --n-head 1 --d-model 16 --block-size 8".split(),
+        *"--batch-size 1 --eval-interval 3 --sample-length 0 --device cpu".split(),
+        *"--precision fp32 --steps".split(),
     ]
 
     def chargpt_with(limit: int, steps: int) -> subprocess.CompletedProcess[str]:
@@ -246,9 +245,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(text: Path, tmp_path: 
     crowded = chargpt_with(20_000, 12)
     assert crowded.returncode == 1
     last_line = crowded.stderr.strip().splitlines()[-1]
-    assert "could not be saved" in last_line
-    assert "it needs" in last_line
-    assert "--resume" in last_line
+    assert re.search("could not be saved.* it needs.* --resume", last_line)
     assert "Traceback" not in crowded.stderr
     assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
     assert not (tmp_path / "run" / ".last.new").exists()  # its space is free again
@@ -269,21 +266,16 @@ def test_the_order_of_system_calls_of_a_save(text: Path, tmp_path: Path) -> None
     )
     log = tmp_path / "calls"
     calls = "trace=fsync,rename,renameat,renameat2,openat,unlink,unlinkat,rmdir"
-    traced = subprocess.run(
-        [strace, "-f", "-y", "-o", str(log), "-e", calls, sys.executable, "-c", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [strace, "-f", "-y", "-o", str(log), "-e", calls, sys.executable, "-c", script]
+    traced = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     if traced.returncode:
         pytest.skip(f"strace does not work here: {traced.stderr[-200:]}")
     lines = [line for line in log.read_text().splitlines() if "run" in line]
-    last = max(
+    starts = [
         i for i, line in enumerate(lines) if "model.safetensors" in line and "O_CREAT" in line
-    )
+    ]
     done = []
-    for line in lines[last:]:
+    for line in lines[starts[-1] :]:
         if "fsync(" in line:
             done.append("fsync " + line.split("<")[1].split(">")[0].rpartition("/")[2])
         elif "rename" in line and "ENOENT" not in line:

@@ -21,9 +21,7 @@ def run(tmp_path: Path, result: TrainResult) -> Path:
 
 
 def test_errors_name_what_is_wrong_with_a_folder(tmp_path: Path, run: Path) -> None:
-    with pytest.raises(
-        UserError, match="nowhere does not exist, so it is not a run: give the folder"
-    ):
+    with pytest.raises(UserError, match="nowhere does not exist, so it is not a run: give the f"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has no config.json, so it is not a run"):
         load(tmp_path)

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -211,14 +212,15 @@ def link(name: str, target: str) -> Change:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def make_folder(name: str) -> Change:
-    return lambda run: (remove(run / name), (run / name).mkdir())[0]
+def make_folder(run: Path) -> None:
+    (run / TOKENIZER).unlink()
+    (run / TOKENIZER).mkdir()
 
 
 def make_pipe(name: str) -> Change:
@@ -238,14 +240,6 @@ def nested(depth: int) -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
-def as_type(dtype: torch.dtype) -> Change:
-    return in_tensors(lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
-
-
-def filled(value: float) -> Change:
-    return in_tensors(lambda tensors: {k: torch.full_like(v, value) for k, v in tensors.items()})
-
-
 def overlap(header: Header) -> None:
     header["final_norm.bias"]["data_offsets"] = header["final_norm.weight"]["data_offsets"]
 
@@ -258,173 +252,106 @@ def named(names: dict[str, str]) -> Callable[[Header], Header]:
 
 
 class Case(NamedTuple):
-    why: str
     change: Change
     file: str
     """Part of the message of every command that refuses."""
-    load: int
-    check: int
-    resume: int
+    load: int = 2
+    check: int = 1
+    resume: int = 2
     """Exit codes."""
 
 
-REFUSED, ACCEPTED = (2, 1, 2), (0, 0, 0)
+ACCEPTED = (0, 0, 0)
 CHECKED = (0, 1, 2)  # `load` does not read that file
 UNREAD = (2, 1, 0)  # resuming writes the vocabulary of the text again
 RESUMED = (0, 0, 2)  # a folder that is whole, but that no run may write to
 QKV = "blocks.0.attention.sublayer.qkv.weight"
 CASES = {
-    "a pickle as weights": Case("must not run", put(MODEL, pickled), MODEL, *REFUSED),
-    "torch.save as optimizer": Case(
-        "must not run", put(OPTIMIZER, pickled_by_torch), OPTIMIZER, *CHECKED
-    ),
-    "a pickle as config": Case("must not run", put(CONFIG, pickled), CONFIG, *REFUSED),
-    "a pickle as tokenizer": Case("must not run", put(TOKENIZER, pickled), TOKENIZER, *UNREAD),
-    "a pickle as manifest": Case("must not run", put(MANIFEST, pickled), MANIFEST, *REFUSED),
-    "a pickle beside": Case("nobody reads it", put("model.pt", pickled), "", *ACCEPTED),
+    "a pickle as weights": Case(put(MODEL, pickled), MODEL),
+    "torch.save as optimizer": Case(put(OPTIMIZER, pickled_by_torch), OPTIMIZER, *CHECKED),
+    "a pickle as config": Case(put(CONFIG, pickled), CONFIG),
+    "a pickle as tokenizer": Case(put(TOKENIZER, pickled), TOKENIZER, *UNREAD),
+    "a pickle as manifest": Case(put(MANIFEST, pickled), MANIFEST),
+    "a pickle beside": Case(put("model.pt", pickled), "", *ACCEPTED),
     "bytes after the weights": Case(
-        "two formats in one file",
-        put(MODEL, lambda run: (run / "last" / MODEL).read_bytes() + pickled(run)), MODEL, *REFUSED,
+        put(MODEL, lambda run: (run / "last" / MODEL).read_bytes() + pickled(run)), MODEL
     ),
     # the header of the weights
-    "a header of 2^63 bytes": Case(
-        "asks for memory", put(MODEL, struct.pack("<Q", 2**63) + bytes(100)), MODEL, *REFUSED
-    ),
-    "half a header": Case(
-        "a length beyond the file",
-        put(MODEL, lambda run: (run / "last" / MODEL).read_bytes()[:500]), MODEL, *REFUSED,
-    ),
-    "no weights": Case("not even a length", put(MODEL, b""), MODEL, *REFUSED),
-    "a deep header": Case("recursion", in_header(lambda _: nested(100_000)), MODEL, *REFUSED),
-    "a header that is a list": Case("not an object", in_header(lambda _: []), MODEL, *REFUSED),
-    "a number as metadata": Case(
-        "only texts are allowed", in_header(lambda h: h | {"__metadata__": 5}), MODEL, *REFUSED
-    ),
-    "overlapping tensors": Case("amplify a file", in_header(overlap), MODEL, *REFUSED),
+    "a header of 2^63 bytes": Case(put(MODEL, struct.pack("<Q", 2**63) + bytes(100)), MODEL),
+    "half a header": Case(put(MODEL, lambda run: (run / "last" / MODEL).read_bytes()[:500]), MODEL),
+    "no weights": Case(put(MODEL, b""), MODEL),
+    "a deep header": Case(in_header(lambda _: nested(100_000)), MODEL),
+    "a header that is a list": Case(in_header(lambda _: []), MODEL),
+    "a number as metadata": Case(in_header(lambda h: h | {"__metadata__": 5}), MODEL),
+    "overlapping tensors": Case(in_header(overlap), MODEL),
     "offsets beyond the end": Case(
-        "would read other memory",
-        in_header(lambda h: h["final_norm.bias"].update(data_offsets=[10**9, 10**9 + 32])),
-        MODEL, *REFUSED,
+        in_header(lambda h: h["final_norm.bias"].update(data_offsets=[10**9, 10**9 + 32])), MODEL
     ),
-    "negative sizes": Case(
-        "their product is right",
-        in_header(lambda h: h["final_norm.bias"].update(shape=[-2, -4])), MODEL, *REFUSED,
-    ),
-    "a shape that overflows": Case("2^64 is 0", add("x", [2**32, 2**32]), MODEL, *REFUSED),
-    "a huge shape of nothing": Case("0 times 2^63", add("x", [0, 2**63]), MODEL, *REFUSED),
-    "a transposed tensor": Case(
-        "the count is right", in_header(lambda h: h[QKV]["shape"].reverse()), QKV, *REFUSED
-    ),
-    "a tensor of another name": Case(
-        "the shapes are right", in_header(named({QKV: TITLE})), CONFIG, *REFUSED
-    ),
-    "float64": Case("loading would convert it", as_type(torch.float64), MODEL, *REFUSED),
+    "negative sizes": Case(in_header(lambda h: h["final_norm.bias"].update(shape=[-2, -4])), MODEL),
+    "a shape that overflows": Case(add("x", [2**32, 2**32]), MODEL),
+    "a huge shape of nothing": Case(add("x", [0, 2**63]), MODEL),
+    "a transposed tensor": Case(in_header(lambda h: h[QKV]["shape"].reverse()), QKV),
+    "a tensor of another name": Case(in_header(named({QKV: TITLE})), CONFIG),
+    "float64": Case(in_tensors(lambda t: {k: v.double() for k, v in t.items()}), MODEL),
     "a missing tensor": Case(
-        "would stay random",
-        in_tensors(lambda t: {k: v for k, v in t.items() if k != "final_norm.bias"}),
-        MODEL, *REFUSED,
+        in_tensors(lambda t: {k: v for k, v in t.items() if k != "final_norm.bias"}), MODEL
     ),
     "weights that are NaN": Case(
-        "training must not continue", filled(float("nan")), "loss is nan", 0, 0, 1
+        in_tensors(lambda t: {k: v * torch.nan for k, v in t.items()}), "loss is nan", 0, 0, 1
     ),
     # config.json
-    "a negative number of layers": Case(
-        "no such model", in_config("model_config", n_layer=-1), CONFIG, *REFUSED
-    ),
-    "layers that are true": Case(
-        "Python calls it 1", in_config("model_config", n_layer=True), CONFIG, *REFUSED
-    ),
-    "a dropout that is NaN": Case(
-        "no comparison refuses it", in_config("model_config", dropout=float("nan")), CONFIG,
-        *REFUSED,
-    ),
-    "an unknown setting": Case(
-        "its name goes to the terminal", in_config("model_config", **{TITLE: 1}), CONFIG, *REFUSED
-    ),
-    "another vocabulary size": Case(
-        "indexes out of the embedding", in_config("model_config", vocab_size=23), "json", *REFUSED
-    ),
-    "another block size": Case(
-        "indexes out of the embedding", in_config("model_config", block_size=9), CONFIG, *REFUSED
-    ),
-    "a number of 5,000 digits": Case(
-        "Python does not parse it", put(CONFIG, b'{"format": ' + b"9" * 5000 + b"}"), CONFIG,
-        *REFUSED,
-    ),
-    "a list as train_config": Case(
-        "not an object", in_json(CONFIG, lambda c: c.update(train_config=[])), CONFIG, *REFUSED
-    ),
-    "a config without a seal": Case(
-        "a seal is required", in_json(CONFIG, lambda c: c.pop(SEAL)), CONFIG, *REFUSED
-    ),
+    "a negative number of layers": Case(in_config("model_config", n_layer=-1), CONFIG),
+    "layers that are true": Case(in_config("model_config", n_layer=True), CONFIG),
+    "a dropout that is NaN": Case(in_config("model_config", dropout=float("nan")), CONFIG),
+    "an unknown setting": Case(in_config("model_config", **{TITLE: 1}), CONFIG),
+    "another vocabulary size": Case(in_config("model_config", vocab_size=23), "json"),
+    "another block size": Case(in_config("model_config", block_size=9), CONFIG),
+    "a number of 5,000 digits": Case(put(CONFIG, b'{"format": ' + b"9" * 5000 + b"}"), CONFIG),
+    "a list as train_config": Case(in_json(CONFIG, lambda c: c.update(train_config=[])), CONFIG),
+    "a config without a seal": Case(in_json(CONFIG, lambda c: c.pop(SEAL)), CONFIG),
     "a config with a broken seal": Case(
-        "a hand-made change", in_json(CONFIG, lambda c: c.update(sources=[]), sealed=False),
-        CONFIG, *REFUSED,
+        in_json(CONFIG, lambda c: c.update(sources=[]), sealed=False), CONFIG
     ),
-    "a deep config": Case("recursion", put(CONFIG, nested(100_000)), CONFIG, *REFUSED),
+    "a deep config": Case(put(CONFIG, nested(100_000)), CONFIG),
     "an endless source": Case(
-        "reading never ends", in_json(CONFIG, lambda c: c.update(sources=["/dev/zero"])),
-        "/dev/zero", *RESUMED,
+        in_json(CONFIG, lambda c: c.update(sources=["/dev/zero"])), "/dev/zero", *RESUMED
     ),
     "a source with a NUL": Case(
-        "no file has it", in_json(CONFIG, lambda c: c.update(sources=["a\0b"])), r"a\x00b", *RESUMED
+        in_json(CONFIG, lambda c: c.update(sources=["a\0b"])), r"a\x00b", *RESUMED
     ),
-    "an unknown encoding": Case(
-        "its name goes to the terminal", in_config("data_config", encoding=TITLE), "encoding",
-        *REFUSED,
-    ),
+    "an unknown encoding": Case(in_config("data_config", encoding=TITLE), "encoding"),
     "an unknown environment": Case(
-        "it only warns", in_config("environment", torch=TITLE, numpy=[TITLE]), "", *ACCEPTED
+        in_config("environment", torch=TITLE, numpy=[TITLE]), "", *ACCEPTED
     ),
     # tokenizer.json
-    "an entry of two characters": Case(
-        "not an alphabet", alphabet(lambda c: ["ab", *c[1:]]), "vocabulary", *UNREAD
-    ),
-    "an entry twice": Case(
-        "two ids of one", alphabet(lambda c: [c[1], *c[1:]]), "vocabulary", *UNREAD
-    ),
-    "an entry too many": Case("ids beyond the model", alphabet(lambda c: [*c, "é"]), "23", *UNREAD),
+    "an entry of two characters": Case(alphabet(lambda c: ["ab", *c[1:]]), TOKENIZER, *UNREAD),
+    "an entry twice": Case(alphabet(lambda c: [c[1], *c[1:]]), TOKENIZER, *UNREAD),
+    "an entry too many": Case(alphabet(lambda c: [*c, "é"]), "23", *UNREAD),
     # manifest.json
     "a file outside the folder": Case(
-        "would be read", in_files(lambda f: f.update({"../../../outside/victim.txt": f[MODEL]})),
-        MANIFEST, *REFUSED,
+        in_files(lambda f: f.update({"../../../outside/victim.txt": f[MODEL]})), MANIFEST
     ),
-    "a size of 4,000 digits": Case(
-        "would fill the screen", in_files(lambda f: f[MODEL].update(bytes=10**4000)), MODEL,
-        *REFUSED,
-    ),
-    "a sum that is null": Case(
-        "equal to no sum", in_files(lambda f: f[MODEL].update(sha256=None)), MODEL, *REFUSED
-    ),
+    "a size of 4,000 digits": Case(in_files(lambda f: f[MODEL].update(bytes=10**4000)), MODEL),
+    "a sum that is null": Case(in_files(lambda f: f[MODEL].update(sha256=None)), MODEL),
     # state.json
-    "a step that is a text": Case("goes to the terminal", in_state(step=TITLE), "step", *CHECKED),
-    "a step of 10^30": Case("beyond 64 bits", in_state(step=10**30), "step", *CHECKED),
-    "seconds that are NaN": Case(
-        "never reach a budget", in_state(train_seconds=float("nan")), "train_seconds", *CHECKED
-    ),
+    "a step that is a text": Case(in_state(step=TITLE), "step", *CHECKED),
+    "a step of 10^30": Case(in_state(step=10**30), "step", *CHECKED),
+    "seconds that are NaN": Case(in_state(train_seconds=float("nan")), "train_seconds", *CHECKED),
     # files for people
     "a loss that is a text": Case(
-        "the rest is cut off",
-        put("metrics.jsonl", b'{"step": 1, "split": "train", "loss": "x"}\n'), "", *ACCEPTED,
+        put("metrics.jsonl", b'{"step": 1, "split": "train", "loss": "x"}\n'), "", *ACCEPTED
     ),
     "a summary for terminals": Case(
-        "check prints it", put("summary.json", json.dumps({"val_loss": TITLE}).encode()), "",
-        *ACCEPTED,
+        put("summary.json", json.dumps({"val_loss": TITLE}).encode()), "", *ACCEPTED
     ),
     # links, pipes and folders
-    "metrics.jsonl is a link": Case(
-        "a line would be added", link("metrics.jsonl", "victim.txt"), "metrics.jsonl", *CHECKED
-    ),
-    "the lock is a link": Case(
-        "the lock would be made there", link(".lock", "new.txt"), ".lock", *RESUMED
-    ),
-    "loss.png is a link to nothing": Case(
-        "it would be made", link("loss.png", "new.txt"), "loss.png", *RESUMED
-    ),
-    "last is a link": Case("would be renamed", link("last", "last"), "last", *RESUMED),
-    "config.json is a pipe": Case("waits for ever", make_pipe(CONFIG), CONFIG, 2, 2, 2),
-    "the weights are a pipe": Case("waits for ever", make_pipe(f"best/{MODEL}"), MODEL, *REFUSED),
-    "tokenizer.json is a folder": Case("not a file", make_folder(TOKENIZER), TOKENIZER, 2, 1, 1),
+    "metrics.jsonl is a link": Case(link("metrics.jsonl", "victim.txt"), "metrics.jsonl", *CHECKED),
+    "the lock is a link": Case(link(".lock", "new.txt"), ".lock", *RESUMED),
+    "loss.png is a link to nothing": Case(link("loss.png", "new.txt"), "loss.png", *RESUMED),
+    "last is a link": Case(link("last", "last"), "last", *RESUMED),
+    "config.json is a pipe": Case(make_pipe(CONFIG), CONFIG, 2, 2, 2),
+    "the weights are a pipe": Case(make_pipe(f"best/{MODEL}"), MODEL),
+    "tokenizer.json is a folder": Case(make_folder, TOKENIZER, 2, 1, 1),
 }  # fmt: skip
 
 
@@ -437,14 +364,10 @@ class Outcome(NamedTuple):
     err: str
 
 
-class HangsError(BaseException):
-    """A command took too long."""
-
-
 @contextlib.contextmanager
 def no_longer_than(seconds: int) -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise HangsError(f"not finished after {seconds} seconds")
+        pytest.fail(f"not finished after {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -553,10 +476,7 @@ def test_a_folder_that_is_not_a_run_is_never_cleared(run: Path) -> None:
     before = contents(run)
     with pytest.raises(UserError, match="has format None"):
         chargpt.train("missing.txt", out=run, resume="auto", quiet=True)
-    after = contents(run)
-    after.pop(str(run / ".lock"), None)
-    before.pop(str(run / ".lock"), None)
-    assert after == before
+    assert contents(run) == before
 
 
 # --- terminals
@@ -594,15 +514,8 @@ def test_prompts_are_escaped(run: Path, monkeypatch: pytest.MonkeyPatch, do: Do)
     outcome = do("sample", "--prompt", "\x9b2J", stream=Terminal)  # the model does not know \x9b
     assert outcome.code == 2
     assert not controls(outcome.out + outcome.err)
-    typed = iter(["\x1b]0;\x07", "\x9b2J"])
-
-    def type_line(prompt: str = "") -> str:
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", type_line)
+    typed = Mock(side_effect=["\x1b]0;\x07", "\x9b2J", EOFError])
+    monkeypatch.setattr("builtins.input", typed)
     outcome = do("sample", "--interactive", stream=Terminal)
     assert outcome.code == 0
     assert not controls(outcome.out + outcome.err)
@@ -617,9 +530,8 @@ def test_surprise_escapes_everything_but_its_own_colours(run: Path, do: Do) -> N
 
 
 def test_eval_escapes_the_name_of_the_text(run: Path, do: Do) -> None:
-    text = Path(json.loads((run / CONFIG).read_text())["sources"][0])
-    name = f"{TITLE.replace('/', '')}.txt"
-    shutil.copy(text, name)
+    name = f"{TITLE}.txt"
+    shutil.copy(json.loads((run / CONFIG).read_text())["sources"][0], name)
     in_json(CONFIG, lambda config: config.update(sources=[name]))(run)
     outcome = do("eval", stream=Terminal)
     assert outcome.code == 0
@@ -679,10 +591,10 @@ VERBS = {"load": load, "check": check, "resume": resume}
 def attempt(verb, run):
     try:
         VERBS[verb](run)
-    except UserError as error:
+    except UserError:
         return "refused"
     except BaseException as error:
-        return type(error).__name__ + ": " + str(error)[:200]
+        return repr(error)[:200]
     return "accepted"
 
 for line in sys.stdin:
@@ -732,7 +644,7 @@ def helper() -> Iterator[Callable[[str, Path], tuple[str, float]]]:
     stdout.close()
 
 
-MANY_LISTS = b"[]," * (20 * 2**20 // 3)  # 20 MB of JSON take 400 MB in memory
+MANY_LISTS = b'{"x": [' + b"[]," * (20 * 2**20 // 3) + b"1]}"  # 20 MB of JSON take 400 MB in memory
 
 
 def layers(run: Path, config: dict[str, int], sizes: dict[str, int], n_bytes: int) -> None:
@@ -773,8 +685,13 @@ def sparse_metrics(run: Path) -> None:
         file.truncate(150 * 2**20)
 
 
-def small_optimizer(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
-    return in_tensors(edit, OPTIMIZER)
+def in_optimizer(edit: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Change:
+    """Replace each tensor of the optimizer by those that `edit` returns."""
+
+    def edit_all(tensors: dict[str, torch.Tensor]) -> Any:
+        return dict(new for old in tensors.items() for new in edit(*old).items())
+
+    return in_tensors(edit_all, OPTIMIZER)
 
 
 HEAVY: dict[str, tuple[Change, str]] = {
@@ -783,13 +700,10 @@ HEAVY: dict[str, tuple[Change, str]] = {
     "a width of 10^12": (in_config("model_config", d_model=10**12, d_ff=8), "load check resume"),
     "layers of 4,300 digits": (in_config("model_config", n_layer=10**4299), "load check resume"),
     "100 MB of nesting": (put(CONFIG, b"[" * (100 * 2**20)), "load check resume"),
-    "many lists in the tokenizer": (put(TOKENIZER, b'{"x": [' + MANY_LISTS + b"1]}"), "load check"),
-    "many lists in a manifest": (put(MANIFEST, b'{"x": [' + MANY_LISTS + b"1]}"), "load check"),
-    "many lists in a state": (put(STATE, b'{"x": [' + MANY_LISTS + b"1]}"), "check resume"),
-    "many lists in a header": (
-        in_header(lambda _: b'{"x": [' + MANY_LISTS + b"1]}"),
-        "load check resume",
-    ),
+    "many lists in the tokenizer": (put(TOKENIZER, MANY_LISTS), "load check"),
+    "many lists in a manifest": (put(MANIFEST, MANY_LISTS), "load check"),
+    "many lists in a state": (put(STATE, MANY_LISTS), "check resume"),
+    "many lists in a header": (in_header(lambda _: MANY_LISTS), "load check resume"),
     "many tensors in the optimizer": (many_tensors, "check resume"),
     "overlapping tensors of 470 MB": (amplified, "load check"),
     "40,000 layers in 2 MB": (many_layers, "load check resume"),
@@ -797,24 +711,14 @@ HEAVY: dict[str, tuple[Change, str]] = {
     "an endless tokenizer": (link(TOKENIZER, "/dev/zero"), "load check"),
     "endless weights": (link(f"best/{MODEL}", "/dev/zero"), "load check"),
     # PyTorch's optimizers crash on these instead of checking them
-    "an empty optimizer": (small_optimizer(lambda _: {}), "resume"),
-    "an optimizer of scalars": (
-        small_optimizer(lambda t: {k: torch.tensor(1.0) for k in t}),
-        "resume",
-    ),
-    "an optimizer of whole numbers": (
-        small_optimizer(lambda t: {k: v.to(torch.int8) for k, v in t.items()}),
-        "resume",
-    ),
+    "an empty optimizer": (in_optimizer(lambda *_: {}), "resume"),
+    "an optimizer of scalars": (in_optimizer(lambda k, _: {k: torch.tensor(1.0)}), "resume"),
+    "an optimizer of whole numbers": (in_optimizer(lambda k, v: {k: v.to(torch.int8)}), "resume"),
     "an optimizer without its counters": (
-        small_optimizer(lambda t: {k: v for k, v in t.items() if v.dim()}),
-        "resume",
+        in_optimizer(lambda k, v: {k: v} if v.dim() else {}), "resume"
     ),
-    "an optimizer of another model": (
-        small_optimizer(lambda t: {f"{TITLE}{k}": v for k, v in t.items()}),
-        "resume",
-    ),
-}
+    "an optimizer of another model": (in_optimizer(lambda k, v: {f"{TITLE}{k}": v}), "resume"),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux reports it")

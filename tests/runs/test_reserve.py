@@ -45,7 +45,7 @@ def test_on_windows_a_held_lock_cannot_be_removed_and_hides_no_error(
 
     monkeypatch.setattr(Path, "unlink", refuse_lock)
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"missing.txt: no such file"):
+    with pytest.raises(UserError, match="there is no file missing.txt"):
         train("missing.txt", out=run, quiet=True)
     assert [path.name for path in run.iterdir()] == [LOCK]
     monkeypatch.undo()
