@@ -25,6 +25,7 @@ from chargpt.runs.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE, find_chec
 from chargpt.runs.folder import CONFIG, TOKENIZER, load, read_config
 from chargpt.train import TrainResult, train
 
+MANY = pytest.mark.reliability  # `make test` runs one of each kind
 PLACES = 500
 CUTS = 64
 SHAPE = GPT2Config(block_size=8, n_layer=1, n_head=1, d_model=8)
@@ -142,7 +143,7 @@ def test_a_file_cut_short(run: Path, whole: dict[str, bytes], name: str) -> None
         damage(run, name, data, data[:cut])
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=MANY) for n in range(1, 10))])
 def test_one_byte_changed(run: Path, whole: dict[str, bytes], part: int) -> None:
     """At 500 places, equally many in each file."""
     rng = random.Random(part)
@@ -154,7 +155,10 @@ def test_one_byte_changed(run: Path, whole: dict[str, bytes], part: int) -> None
         damage(run, name, whole[name], bytes(data))
 
 
-@pytest.mark.parametrize("name", [CONFIG, TOKENIZER, "last/manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [CONFIG, *(pytest.param(name, marks=MANY) for name in (TOKENIZER, "last/manifest.json"))],
+)
 def test_every_character_of_a_format_or_a_seal(
     run: Path, whole: dict[str, bytes], name: str
 ) -> None:
