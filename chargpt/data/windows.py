@@ -37,9 +37,7 @@ class Windows:
                 f"{block_size} needs {block_size + 1}; give more text, or a --block-size below "
                 f"{len(tokens)}"
             )
-        # torch cannot index arrays of wider unsigned types
-        compact = tokens if tokens.dtype == np.uint8 else tokens.astype(np.int32)
-        self.tokens = torch.from_numpy(compact)
+        self.tokens = compact(tokens)
         self.block_size = block_size
         self.seed = seed
         # One window less than would fit, so that the start can vary over a whole block.
@@ -74,12 +72,18 @@ def blocks(tokens: npt.NDArray[Any], block_size: int, batch_size: int) -> Iterat
 
     Windows of (n,) tokens have length `block_size`; a shorter last one forms its own batch.
     """
-    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
+    ids = compact(tokens)  # (n,)
     n_full = (len(ids) - 1) // block_size
     inputs = ids[: n_full * block_size].view(n_full, block_size)
     targets = ids[1 : n_full * block_size + 1].view(n_full, block_size)
     for start in range(0, n_full, batch_size):
-        yield Batch(inputs[start : start + batch_size], targets[start : start + batch_size])
-    rest = ids[n_full * block_size :]
+        end = start + batch_size
+        yield Batch(inputs[start:end].long(), targets[start:end].long())
+    rest = ids[n_full * block_size :].long()
     if len(rest) > 1:
         yield Batch(rest[None, :-1], rest[None, 1:])
+
+
+def compact(tokens: npt.NDArray[Any]) -> Tensor:
+    """Return token ids in the smallest type that torch can index, (n,): uint8 or int32."""
+    return torch.from_numpy(tokens if tokens.dtype == np.uint8 else tokens.astype(np.int32))

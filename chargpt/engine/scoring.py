@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from chargpt.base.errors import UserError
 from chargpt.config import Unknown
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.data.windows import blocks
+from chargpt.data.windows import blocks, compact
 from chargpt.model import GPT2, evaluating
 
 BATCH_SIZE = 32  # windows per forward pass
@@ -83,14 +83,16 @@ def log_probabilities(
         raise UserError(f"stride is {stride}: give 1 (most context) to {most}")
     device = next(model.parameters()).device
     # On the model's device: copying each batch to the CPU would make a GPU wait.
-    scores = [torch.empty(0, device=device)]
+    scores, done = torch.empty(len(tokens) - 1, device=device), 0
     with evaluating(model), torch.inference_mode():
         for inputs, targets in _windows(tokens, block_size, stride or block_size, batch_size):
             with autocast or nullcontext():
                 logits = model(inputs.to(device))  # (B, ≤T, V)
             logits = logits[:, -targets.size(1) :].float().flatten(0, 1)  # (B × ≤S, V)
-            scores.append(-F.cross_entropy(logits, targets.to(device).flatten(), reduction="none"))
-    result: npt.NDArray[np.float32] = torch.cat(scores).cpu().numpy()
+            nats = F.cross_entropy(logits, targets.to(device).flatten(), reduction="none")
+            scores[done : done + len(nats)] = -nats
+            done += len(nats)
+    result: npt.NDArray[np.float32] = scores.cpu().numpy()
     return result
 
 
@@ -107,10 +109,10 @@ def _windows(
         yield from blocks(tokens[: lead + 1], lead, 1)
     if len(tokens) - lead < 2:
         return
-    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
+    ids = compact(tokens)  # (n,)
     before = ids.unfold(0, lead, stride) if lead else ids.new_empty(len(ids), 0)  # (·, T - S)
     for inputs, targets in blocks(tokens[lead:], stride, batch_size):
-        yield torch.cat([before[: len(inputs)], inputs], dim=1), targets  # (B, T), (B, S)
+        yield torch.cat([before[: len(inputs)].long(), inputs], dim=1), targets  # (B, T), (B, S)
         before = before[len(inputs) :]
 
 
