@@ -53,6 +53,14 @@ def test_a_cpu_uses_bf16_if_it_is_much_faster(
     assert choose_precision("auto", CPU).name == name
 
 
+def test_a_cpu_without_fast_bf16_says_so_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It said "this CPU multiplies bf16 0.0× as fast as fp32, measured"."""
+    rates = {torch.float32: 100e9, torch.bfloat16: 3e9}
+    monkeypatch.setattr(hardware, "matmul_flops", lambda dtype, *_: rates[dtype])
+    reason = choose_precision("auto", CPU).reason
+    assert reason == "fp32 is faster here: bf16 runs at 3% of its speed"
+
+
 def test_the_measurement_leaves_the_generator_as_it_is() -> None:
     before = torch.get_rng_state()
     assert 1e7 < matmul_flops(torch.float32, CPU, (64, 64, 64), seconds=0.01) < 1e14
