@@ -77,7 +77,7 @@ def train(
         train_config: budget, optimizer, device; default: the preset ``tiny``.
         data_config: encoding, documents, split.
         out: the run folder; default: a new one below ``runs/``.
-        resume: continue the run in `out`; "auto": or start it, if there is none.
+        resume: continue the run in `out`; "auto": start one if `out` has none.
         quiet: print nothing.
 
     Raises:

@@ -18,8 +18,8 @@ def make_flags(shown_preset: str) -> type:
     """Return the flags of ``train`` as a dataclass; help shows the values of a preset."""
     out_help = "The run folder (a new one below runs/)."
     resume_help = (
-        "Resume the run in --out. --resume auto starts it if there is none yet, so that the same "
-        "command can be repeated."
+        "Resume the run in --out. --resume auto starts a run if the folder has none, so that the "
+        "same command can be repeated."
     )
     return shared.flags_class(
         "Train a model on text and leave a run folder. Settings come from a preset; a file "

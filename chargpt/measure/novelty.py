@@ -117,7 +117,7 @@ class CopyFinder:
     def _neighbours(self) -> tuple[_Ints, _Ints]:
         """Return the training suffix just before and just after each of the texts', (m,).
 
-        Where there is none, the border, with which no character of a text agrees.
+        At the ends it is the border, which shares no character with any text.
         """
         border = self._n_training - 1
         ranks = np.flatnonzero(self._suffixes >= self._n_training)

@@ -98,7 +98,7 @@ def find_checkpoint(run: Path, name: CheckpointName) -> Path:
     """Return the newest whole checkpoint of this name; a warning names damaged newer ones.
 
     Raises:
-        UserError: there is none, every one is damaged, or one has another format.
+        UserError: no checkpoint exists, all are damaged, or one has another format.
     """
     damaged: list[str] = []
     for folder in checkpoint_folders(run, name):
