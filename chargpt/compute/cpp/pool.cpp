@@ -1,0 +1,198 @@
+#include "pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "vectors.h"
+
+#ifndef _WIN32
+#include <pthread.h>
+#include <signal.h>
+#endif
+
+namespace pool {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::steady_clock;
+
+constexpr microseconds IDLE_SPIN{60};  // a worker's wait for the next job before it sleeps
+constexpr microseconds END_SPIN{20};   // the caller's wait for the last chunks before it sleeps
+constexpr int MAX_THREADS = 255;
+constexpr int64_t MAX_CHUNKS = (1 << 18) - 1;
+
+std::atomic<int> n_threads{1};
+
+void relax() {
+#if defined(__SSE2__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Return whether `ready` came true within `time`.
+template <class Ready>
+bool spin(microseconds time, Ready ready) {
+  const auto end = steady_clock::now() + time;
+  do
+    for (int i = 0; i < 16; i++) {
+      if (ready()) return true;
+      relax();
+    }
+  while (steady_clock::now() < end);
+  return false;
+}
+
+// The state of a job in one word, so that a chunk is taken only from the job it belongs to:
+// generation (20 bits), threads (8), chunks (18), next chunk (18).
+int64_t next_of(uint64_t state) { return state & MAX_CHUNKS; }
+int64_t end_of(uint64_t state) { return state >> 18 & MAX_CHUNKS; }
+int threads_of(uint64_t state) { return state >> 36 & MAX_THREADS; }
+bool has_work(uint64_t state, int slot) {
+  return next_of(state) < end_of(state) && slot < threads_of(state);
+}
+
+class Pool {
+ public:
+  // Run a job, or return false if another thread's job is running.
+  bool run(int64_t n, int wanted, Body body, void* context) {
+    std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
+    if (!only) return false;
+    start_workers(wanted - 1);
+    body_ = body;
+    context_ = context;
+    finished_.store(0, std::memory_order_relaxed);
+    generation_ = (generation_ + 1) & 0xFFFFF;
+    state_ = generation_ << 44 | (uint64_t)wanted << 36 | (uint64_t)n << 18;
+    if (sleeping_ > 0) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
+    wait_for(n - take_chunks(0));
+    return true;
+  }
+
+ private:
+  // Compute chunks until none is left; return how many.
+  int64_t take_chunks(int slot) {
+    int64_t taken = 0;
+    for (uint64_t state = state_; has_work(state, slot);) {
+      if (!state_.compare_exchange_weak(state, state + 1)) continue;
+      // The job cannot end before this chunk does, so its fields are stable from here on.
+      body_(context_, next_of(state), slot);
+      taken++;
+      if (slot > 0) finish_one();
+      state = state_;
+    }
+    return taken;
+  }
+
+  void finish_one() {
+    finished_++;
+    if (!caller_sleeps_) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    done_.notify_one();
+  }
+
+  // Wait until the workers have finished n chunks. The caller soon sleeps: its processor is then free
+  // for a worker that has lost its own to another program.
+  void wait_for(int64_t n) {
+    auto ready = [&] { return finished_ == n; };
+    if (ready() || spin(END_SPIN, ready)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    caller_sleeps_ = true;
+    done_.wait(lock, ready);
+    caller_sleeps_ = false;
+  }
+
+  void work(int slot) {
+    auto ready = [&] { return has_work(state_, slot); };
+    for (;;) {
+      take_chunks(slot);
+      if (spin(IDLE_SPIN, ready)) continue;
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleeping_++;
+      wake_.wait(lock, ready);
+      sleeping_--;
+    }
+  }
+
+  void start_workers(int wanted) {
+    if (n_workers_ >= wanted) return;
+#ifndef _WIN32
+    sigset_t all, before;  // signals are for the threads of Python
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
+    try {
+      for (; n_workers_ < wanted; n_workers_++) {
+        const int slot = n_workers_ + 1;
+        std::thread([this, slot] { work(slot); }).detach();
+      }
+    } catch (...) {  // no more threads to be had: those that are there do the work
+    }
+#ifndef _WIN32
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int64_t> finished_{0};  // chunks that workers have finished
+  std::atomic<int> sleeping_{0};
+  std::atomic<bool> caller_sleeps_{false};
+  std::atomic<Body> body_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  uint64_t generation_ = 0;
+  int n_workers_ = 0;
+};
+
+// Never destroyed: its threads may sleep in it until the process ends.
+std::atomic<Pool*> current{nullptr};
+
+Pool& instance() {
+  static const bool once = [] {
+    current = new Pool;
+#ifndef _WIN32
+    // A child process has no workers: it starts its own.
+    pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+#endif
+    return true;
+  }();
+  (void)once;
+  return *current;
+}
+
+}  // namespace
+
+int threads() { return n_threads; }
+
+void run(int64_t n, Body body, void* context) {
+  struct Slice {
+    Body body;
+    void* context;
+    int64_t first;
+  } slice{body, context, 0};
+  auto shifted = [](void* slice, int64_t chunk, int slot) {
+    Slice& it = *(Slice*)slice;
+    it.body(it.context, it.first + chunk, slot);
+  };
+  for (int64_t first = 0; first < n; first += MAX_CHUNKS) {
+    slice.first = first;
+    const int64_t here = std::min(n - first, MAX_CHUNKS);
+    const int wanted = (int)std::min<int64_t>(threads(), here);
+    if (wanted > 1 && instance().run(here, wanted, shifted, &slice)) continue;
+    for (int64_t i = 0; i < here; i++) shifted(&slice, i, 0);
+  }
+}
+
+}  // namespace pool
+
+EXPORT void chargpt_set_threads(int n) {
+  pool::n_threads = std::max(1, std::min(n, pool::MAX_THREADS));
+}

@@ -1,0 +1,109 @@
+#include "products.h"
+
+#include <array>
+#include <utility>
+
+namespace chargpt {
+namespace {
+
+INLINE vec dot(Float, vec sums, uint32_t a, words b) {
+  float x;
+  std::memcpy(&x, &a, 4);
+  return fma((vec)b, x, sums);
+}
+#ifdef __AVX512BF16__
+INLINE vec dot(Bfloat16, vec sums, uint32_t a, words b) {
+  return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+#endif
+
+// Compute a tile of R rows by V vectors. A's words are neighbours along k (BY_ROW) or along the rows.
+template <class T, int R, int V, bool BY_ROW>
+void tile(Index k, Left a, const uint32_t* b, float* out, Index stride, bool add) {
+  vec sums[R][V];
+  const uint32_t* left[R];
+  UNROLL for (int r = 0; r < R; r++) {
+    left[r] = BY_ROW ? a.at + r * a.row : a.at + r;
+    UNROLL for (int v = 0; v < V; v++)
+      sums[r][v] = add ? load<vec>(out + r * stride + v * L) : vec{};
+  }
+  for (Index i = 0; i < k; i++) {
+    words right[V];
+    UNROLL for (int v = 0; v < V; v++) right[v] = load<words>(b + i * PANEL + v * L);
+    UNROLL for (int r = 0; r < R; r++) {
+      const uint32_t word = BY_ROW ? left[r][i] : a.at[i * a.step + r];
+      UNROLL for (int v = 0; v < V; v++) sums[r][v] = dot(T(), sums[r][v], word, right[v]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < V; v++) store(out + r * stride + v * L, sums[r][v]);
+}
+
+typedef void Tile(Index k, Left a, const uint32_t* b, float* out, Index stride, bool add);
+
+// The tiles with 1 … ROWS rows.
+template <class T, int V, bool BY_ROW, int... R>
+constexpr std::array<Tile*, sizeof...(R)> tiles(std::integer_sequence<int, R...>) {
+  return {tile<T, R + 1, V, BY_ROW>...};
+}
+template <class T, int V, bool BY_ROW>
+constexpr auto TILES = tiles<T, V, BY_ROW>(std::make_integer_sequence<int, ROWS>());
+
+template <class T, bool BY_ROW>
+void multiply_by(Index m, Index n, Index k, Left a, const uint32_t* b, Index depth, float* out,
+                 Index stride, bool add) {
+  for (Index first = 0; first < k; first += DEPTH) {
+    const Index here = std::min<Index>(DEPTH, k - first);
+    for (Index j = 0; j < n; j += PANEL) {
+      const auto& table = n - j < PANEL ? TILES<T, PARTS, BY_ROW> : TILES<T, COLUMNS, BY_ROW>;
+      const uint32_t* panel = b + j * depth + first * PANEL;
+      for (Index i = 0; i < m; i += ROWS)
+        table[std::min<Index>(ROWS, m - i) - 1](here, a.from(i, first), panel,
+                                                out + i * stride + j, stride, add || first > 0);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void multiply(Index m, Index n, Index k, Left a, const uint32_t* b, Index depth, float* out,
+              Index stride, bool add) {
+  if (a.step == 1)
+    multiply_by<T, true>(m, n, k, a, b, depth, out, stride, add);
+  else
+    multiply_by<T, false>(m, n, k, a, b, depth, out, stride, add);
+}
+
+template <class T>
+Packed pack_weight(const float* w, Index outputs, Index inputs, bool over_inputs) {
+  Packed out = over_inputs ? Packed::of(T(), inputs, outputs) : Packed::of(T(), outputs, inputs);
+  if (over_inputs) {
+    parallel(round_up(outputs, PANEL) / PANEL, [&](Index panel, int) {
+      for (Index o = panel * PANEL; o < (panel + 1) * PANEL; o++)
+        for (Index i = 0; i < inputs; i += T::G)
+          *out.at(i / T::G, o) = o < outputs ? T::word(w + o * inputs + i) : 0;
+    });
+  } else {
+    parallel(out.depth, [&](Index group, int) {
+      for (Index i = 0; i < inputs; i += L) {
+        vec rows[2] = {};
+        for (Index g = 0; g < std::min<Index>(T::G, outputs - group * T::G); g++)
+          rows[g] = load<vec>(w + (group * T::G + g) * inputs + i);
+        store(out.at(group, i), T::pack(rows));
+      }
+    });
+  }
+  return out;
+}
+
+#define INSTANTIATE(T)                                                                     \
+  template void multiply<T>(Index, Index, Index, Left, const uint32_t*, Index, float*, Index, \
+                            bool);                                                         \
+  template Packed pack_weight<T>(const float*, Index, Index, bool);
+INSTANTIATE(Float)
+#ifdef __AVX512BF16__
+INSTANTIATE(Bfloat16)
+#endif
+
+}  // namespace chargpt
