@@ -19,9 +19,8 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "znver3": ["-mavx2", "-mfma", "-mtune=znver3"],
     "plain": [],
-    "failing": ["-fopenmp", "-Wl,-Bsymbolic"],
+    "failing": ["-Wl,-Bsymbolic"],
 }
-LANES = {"avx2": 8, "znver3": 8, "plain": 4, "failing": 4}
 # Replaces operator new inside the library: allocation number n from now on fails, once.
 FAILING_NEW = """
 #include <atomic>
@@ -29,13 +28,17 @@ FAILING_NEW = """
 #include <new>
 static std::atomic<long> left{-1};
 extern "C" __attribute__((visibility("default"))) void fail_allocation(int n) { left = n; }
-void* operator new(std::size_t size) {
-  void* p = left >= 0 && left-- == 0 ? nullptr : std::malloc(size);
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  const std::size_t line = (std::size_t)alignment, whole = (size + line - 1) / line * line;
+  void* p = left >= 0 && left-- == 0 ? nullptr : std::aligned_alloc(line, whole);
   if (!p) throw std::bad_alloc();
   return p;
 }
+void* operator new(std::size_t size) { return operator new(size, std::align_val_t(64)); }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 """
 
 
@@ -62,5 +65,4 @@ def kernels_of(variant: str) -> Kernels:
         command = [COMPILERS[0], *flags, *map(str, sources), "-o", str(library)]
         subprocess.run(command, check=True)
         kernels = Kernels(library)
-    assert kernels.lanes == LANES[variant]
     return kernels

@@ -7,7 +7,7 @@ kernels do not support its tensors (device, type or width), it calls its parent'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,27 @@ class FastLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, C) to (…, C)."""
+        return self.fork(x)[0]
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return norm(x) and x, both (…, C); the gradients of the two are added in the kernel."""
         weights = (self.weight, self.bias)
         if x.dtype != torch.float32 or not native.supports(x, widths=x.shape[-1:], weights=weights):
-            return super().forward(x)
-        return native.layer_norm(x, self.weight, self.bias, self.eps)
+            return super().forward(x), x
+        return native.fork_layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FastResidual(Residual):
+    """A sublayer whose norm also carries the residual connection's gradient."""
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """Map (B, T, C) to (B, T, C); the sublayer also receives the context."""
+        if not isinstance(self.norm, FastLayerNorm):
+            return super().forward(x, *context)
+        normed, x = self.norm.fork(x)
+        update = self.sublayer_norm(self.sublayer(normed, *context))  # (B, T, C)
+        out: Tensor = self.sum_norm(self.sum(x, update))  # (B, T, C)
+        return out
 
 
 class FastLinear(nn.Linear):
@@ -37,8 +54,9 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, inputs) to (…, outputs)."""
-        widths, weights = (self.in_features, self.out_features), (self.weight, self.bias)
-        if not native.supports(x, widths=widths, weights=weights):
+        widths = (self.in_features, x.size(-1), *([self.out_features] if self.bias is not None else []))
+        weights = (self.weight, self.bias)
+        if x.size(-1) != self.in_features or not native.supports(x, widths=widths, weights=weights):
             return super().forward(x)
         return native.linear(x, self.weight, self.bias)
 
@@ -88,6 +106,7 @@ class FastCausalSelfAttention(CausalSelfAttention):
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
     FeedForward: FastFeedForward,
+    Residual: FastResidual,
     ResidualSum: FastResidualSum,
 }
 

@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,9 +30,12 @@ from chargpt.compute.device import cpu_info, cpu_name
 from chargpt.compute.muon import MuonSettings
 
 _FOLDER = Path(__file__).parent / "cpp"
-SOURCES = (_FOLDER / "kernels.cpp", _FOLDER / "decoder.cpp")
-HEADER = _FOLDER / "kernels.h"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-w")
+SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
+HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno"),
+    *("-fno-trapping-math", "-fvisibility=hidden", "-pthread", "-w"),
+)
 # GCC's tuning for some AMD processors splits some of the multiply-adds, so that a row's sum would
 # depend on its neighbours. Clang does not do this and rejects the parameter.
 GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
@@ -43,18 +45,20 @@ _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _Pointer, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _RANDOM = (ctypes.c_double, ctypes.c_uint64)  # probability, seed
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "attention_forward": (*(_Pointer,) * 3, *(_Int,) * 4, *_RANDOM),
-    "attention_backward": (*(_Pointer,) * 5, *(_Int,) * 4, *_RANDOM),
-    "layer_norm_forward": (*(_Pointer,) * 6, _Long, _Int, _Float),
-    "layer_norm_backward": (*(_Pointer,) * 8, _Long, _Int),
-    "linear_forward": (*(_Pointer,) * 4, _Long, _Int, _Int),
-    "linear_backward": (*(_Pointer,) * 6, _Long, _Int, _Int),
-    "feed_forward_forward": (*(_Pointer,) * 7, _Long, _Int, _Int),
-    "feed_forward_backward": (*(_Pointer,) * 10, _Long, _Int, _Int),
-    "muon": (*(_Pointer,) * 5, _Int, _Float, _Float, _Pointer, _Int),
+    "attention_forward": (*(_Pointer,) * 3, *(_Long,) * 4, *_RANDOM),
+    "attention_backward": (*(_Pointer,) * 5, *(_Long,) * 4, *_RANDOM),
+    "layer_norm_forward": (*(_Pointer,) * 6, *(_Long,) * 2, _Float),
+    "layer_norm_backward": (*(_Pointer,) * 9, *(_Long,) * 2),
+    "linear_forward": (*(_Pointer,) * 4, *(_Long,) * 3),
+    "linear_backward": (*(_Pointer,) * 6, *(_Long,) * 3),
+    "feed_forward_forward": (*(_Pointer,) * 7, *(_Long,) * 3),
+    "feed_forward_backward": (*(_Pointer,) * 10, *(_Long,) * 3),
+    "muon": (*(_Pointer,) * 5, _Long, _Float, _Float, _Pointer, _Int),
     "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
     "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
 }
+LANES = 16
+"""Row widths must be multiples of it; see ``vectors.h``."""
 
 
 class KernelsError(Exception):
@@ -62,15 +66,15 @@ class KernelsError(Exception):
 
 
 class Kernels:
-    """The functions of the compiled library; those of ``kernels.cpp`` by name and value type.
+    """The functions of the compiled library, by name and value type.
 
-    `library` gives access to ``decoder.cpp``; see `chargpt.engine.native_decoder`. Row widths must
-    be multiples of `lanes`, the values per vector; `dtypes` are the supported value types.
+    `library` gives access to ``decoder.cpp``; see `chargpt.engine.native_decoder`. `dtypes` are the
+    supported value types.
     """
 
     def __init__(self, path: Path) -> None:
         self.library = library = ctypes.CDLL(str(path))
-        self.lanes: int = library.chargpt_lanes()
+        self._threads = 0
         self.dtypes: set[torch.dtype] = set()
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, signature in _SIGNATURES.items():
@@ -87,9 +91,17 @@ class Kernels:
         Raises:
             MemoryError: the kernel cannot allocate its working memory.
         """
+        self.follow_threads()
         pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         if self._functions[name, dtype](*pointers) != 0:
             raise MemoryError(f"the kernel {name} ran out of memory")
+
+    def follow_threads(self) -> None:
+        """Use as many threads as PyTorch does."""
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            self.library.chargpt_set_threads(threads)
+            self._threads = threads
 
 
 @functools.cache
@@ -113,7 +125,7 @@ def load_kernels() -> Kernels:
 
 def library_path() -> Path:
     """Return the library's path, which depends on its sources, its flags and this processor."""
-    sources = (file.read_text(encoding="utf-8") for file in (HEADER, *SOURCES))
+    sources = (file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES))
     # A home folder may be shared by machines with different processors.
     parts = (*sources, *FLAGS, *GCC_FLAGS, cpu_name(), *cpu_info("flags"))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -124,9 +136,7 @@ def _compile(path: Path) -> None:
     """Compile the library to `path`; no process sees a part of it."""
     compiler = _find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The kernels share the OpenMP threads of PyTorch. Apple's Clang has no OpenMP.
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    flags = [*FLAGS, *gcc_flags(compiler), *openmp, "-shared", "-fPIC"]
+    flags = [*FLAGS, *gcc_flags(compiler), "-shared", "-fPIC"]
     with replacing(path) as library:
         _run([*compiler, *flags, *map(str, SOURCES), "-o", str(library)])
 
@@ -157,14 +167,14 @@ def supports(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | 
 
     Args:
         values: activations; their types must be among the kernels' value types.
-        widths: row widths; each must be a multiple of the kernels' lanes.
+        widths: row widths; each must be a multiple of `LANES`.
         weights: parameters; each must be float32.
     """
     if torch.compiler.is_compiling() or any(value.device.type != "cpu" for value in values):
         return False
     kernels = load_kernels()
     return (
-        all(width % kernels.lanes == 0 for width in widths)
+        all(width % LANES == 0 for width in widths)
         and all(value.dtype in kernels.dtypes for value in values)
         and all(weight is None or weight.dtype == torch.float32 for weight in weights)
         and product_dtype() in kernels.dtypes
@@ -224,7 +234,7 @@ def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
 
     Args:
         qkv: queries, keys and values side by side, (B, T, 3C).
-        n_head: H; C / H must be a multiple of the kernels' lanes.
+        n_head: H; C / H must be a multiple of `LANES`.
         dropout_p: probability of dropping an attention weight.
 
     Returns:
@@ -233,10 +243,10 @@ def attention(qkv: Tensor, n_head: int, dropout_p: float) -> Tensor:
     qkv = qkv.contiguous()
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     out = qkv.new_empty(B, T, C)
-    log_sums = torch.empty(B, n_head, T)  # the backward pass recomputes the softmax from them
+    sums = torch.empty(B, n_head, T, 2)  # the backward pass recomputes the softmax from them
     rest = (B, T, n_head, C // n_head, dropout_p, _seed(dropout_p))
-    load_kernels()("attention_forward", qkv.dtype, qkv, out, log_sums, *rest)
-    return _with_backward("attention", rest, out, (out, log_sums), qkv)
+    load_kernels()("attention_forward", qkv.dtype, qkv, out, sums, *rest)
+    return _with_backward("attention", rest, out, (out, sums), qkv)
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -244,13 +254,44 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
 
     Under autocast the result already has the type of the next matrix product, which saves a pass.
     """
+    return fork_layer_norm(x, gain, bias, eps)[0]
+
+
+def fork_layer_norm(
+    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return `layer_norm` of x, and x for what goes around it: the kernel adds the gradients."""
     x, gain, bias = _contiguous(x, gain, bias)
-    out = torch.empty_like(x, dtype=product_dtype())
-    n, C = x.numel() // x.size(-1), x.size(-1)
-    means, inverse_stds = torch.empty(n), torch.empty(n)
-    tensors = (x, gain, bias, out, means, inverse_stds)
-    load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
-    return _with_backward("layer_norm", (n, C), out, (means, inverse_stds), x, gain, bias)
+    out: tuple[Tensor, Tensor] = _LayerNorm.apply(x, gain, bias, eps, product_dtype())  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(x, dtype=dtype)
+        n, C = x.numel() // x.size(-1), x.size(-1)
+        kept = torch.empty(2, n)  # means and inverse standard deviations
+        tensors = (x, gain, bias, out, kept[0], kept[1])
+        load_kernels()("layer_norm_forward", dtype, *tensors, n, C, eps)
+        ctx.save_for_backward(x, gain, bias, kept)
+        ctx.set_materialize_grads(False)
+        return out, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_around: Tensor | None) -> Any:
+        x, gain, bias, kept = ctx.saved_tensors
+        if d_out is None:
+            return d_around, None, None, None, None
+        d_out, d_around = _contiguous(d_out, d_around)
+        gradients = [None if t is None else torch.empty_like(t) for t in (x, gain, bias)]
+        tensors = (x, gain, kept[0], kept[1], d_out, d_around, *gradients)
+        n, C = kept.size(1), x.size(-1)
+        load_kernels()("layer_norm_backward", d_out.dtype, *tensors, n, C)
+        return *gradients, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -314,6 +355,8 @@ class _ResidualSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Any:
         d_out = d_out.contiguous()
+        if ctx.dtype == d_out.dtype and ctx.random[0] == 0:
+            return d_out, d_out, None
         d_update = torch.empty_like(d_out, dtype=ctx.dtype)
         load_kernels()("residual_backward", ctx.dtype, d_out, d_update, d_out.numel(), *ctx.random)
         return d_out, d_update, None

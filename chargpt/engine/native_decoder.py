@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chargpt.compute.native import KernelsError, load_kernels
+from chargpt.compute.native import LANES, KernelsError, load_kernels
 from chargpt.engine.decoder import Chunk
 from chargpt.model import GPT2, CausalSelfAttention, FeedForward, Residual
 
-_Pointer, _Int = ctypes.c_void_p, ctypes.c_int
+_Pointer, _Int, _Long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 THREADS_FROM = 4_000_000  # multiply-adds; with fewer, one thread is faster
 
 
@@ -33,6 +33,7 @@ class NativeDecoder:
     """
 
     def __init__(self, model: GPT2, n_slots: int) -> None:
+        self._kernels = load_kernels()
         self._library = _library()
         config = model.config
         self.block_size, self.vocab_size = config.block_size, config.vocab_size
@@ -64,10 +65,11 @@ class NativeDecoder:
         wanted = np.arange(n, dtype=np.int32) if every else np.cumsum(lengths, dtype=np.int32) - 1
         # (n or chunks, V)
         logits = torch.empty(len(wanted), self.vocab_size, dtype=torch.float32, device="cpu")
-        threads = torch.get_num_threads() if n * self._weights >= THREADS_FROM else 1
+        self._kernels.follow_threads()
+        strips = 2 * torch.get_num_threads() if n * self._weights >= THREADS_FROM else 1
         inputs = (n, *(array.ctypes.data for array in (ids, slots, positions)))
         outputs = (len(wanted), wanted.ctypes.data, logits.data_ptr())
-        self._library.decoder_forward(self._handle, *inputs, *outputs, threads)
+        self._library.decoder_forward(self._handle, *inputs, *outputs, strips)
         return logits
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -78,13 +80,14 @@ class NativeDecoder:
 
 def decodes(model: GPT2) -> bool:
     """Return whether `NativeDecoder` supports a model; `KernelsError`: it cannot be compiled."""
-    config, lanes = model.config, load_kernels().lanes
+    config = model.config
+    load_kernels()
     sizes = (config.d_model // config.n_head, config.d_model, config.d_ff)
     return (
         model.token_embedding.weight.device.type == "cpu"
         and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         and config.activation_function == "gelu"
-        and all(size % lanes == 0 for size in sizes)
+        and all(size % LANES == 0 for size in sizes)
     )
 
 
@@ -97,8 +100,8 @@ def _library() -> ctypes.CDLL:
         library.decoder_free.restype = library.decoder_forward.restype = None
         library.decoder_copy.restype = None
         library.decoder_forward.argtypes = (
-            *(_Pointer, _Int, _Pointer, _Pointer, _Pointer),
-            *(_Int, _Pointer, _Pointer, _Int),
+            *(_Pointer, _Long, _Pointer, _Pointer, _Pointer),
+            *(_Long, _Pointer, _Pointer, _Int),
         )
         library.decoder_copy.argtypes = (_Pointer, _Int, _Int, _Int)
     except AttributeError as error:

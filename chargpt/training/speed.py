@@ -26,7 +26,7 @@ from chargpt.compute.fast_layers import (
     use_kernels,
 )
 from chargpt.compute.muon import MuonAdamW
-from chargpt.compute.native import KernelsError, library_path, load_kernels
+from chargpt.compute.native import LANES, KernelsError, library_path, load_kernels
 from chargpt.config import Attention, GPT2Config, OnOffAuto
 from chargpt.training.trainer import Trainer
 
@@ -161,7 +161,7 @@ def choose_attention(
         UserError: ``native`` was requested, and the kernels are off or do not fit the shape.
     """
     head_size = model_config.d_model // model_config.n_head
-    fits = kernels and head_size % load_kernels().lanes == 0
+    fits = kernels and head_size % LANES == 0
     if setting == "native" and not fits:
         why = f"do not take heads of {head_size}" if kernels else "are off"
         raise UserError(f"attention is 'native', and the kernels {why}: give --attention auto")

@@ -187,7 +187,7 @@ def test_values_and_gradients(
     setting: Setting, batch: int, time: int, n_head: int, lanes: int, f: int, bias: bool
 ) -> None:
     """Every kernel, with widths of any whole number of vectors."""
-    c, f = n_head * lanes * setting.kernels.lanes, f * setting.kernels.lanes
+    c, f = n_head * lanes * native.LANES, f * native.LANES
     qkv = noise(batch, time, 3 * c, seed=time, dtype=setting.dtype)
     compare(setting, attend(n_head), attention_formula(n_head), qkv=qkv)
     for name, (kernel, formula, inputs) in cases((batch, time), c, f, bias, setting.dtype).items():
@@ -584,7 +584,7 @@ def by_definition(
 
 
 def test_supports(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = setting.kernels.lanes
+    lanes = native.LANES
     x = torch.zeros(2, lanes)
     assert native.supports(x, widths=(lanes, 3 * lanes))
     assert not native.supports(x, widths=(lanes, lanes + 1))

@@ -23,7 +23,7 @@ from variants import kernels_of
 from chargpt.base.errors import UserError
 from chargpt.compute import native
 from chargpt.compute.fast_layers import set_attention, use_kernels
-from chargpt.compute.native import KernelsError
+from chargpt.compute.native import LANES, KernelsError
 from chargpt.config import GPT2Config, OnOffAuto
 from chargpt.engine import native_decoder
 from chargpt.engine.decoder import Chunk, Decoder, PyTorchDecoder
@@ -304,7 +304,7 @@ def test_threads_share_only_large_reads(
     monkeypatch.setattr(native_decoder, "THREADS_FROM", weights * 10)
     for n in (1, T):
         decoder.read([Chunk(0, 0, [1] * n)])
-    assert [arguments[-1] for arguments in calls] == [1, 2]
+    assert [arguments[-1] > 1 for arguments in calls] == [False, True]
 
 
 # --- the model
@@ -442,7 +442,7 @@ def test_widths_must_be_multiples_of_the_lanes(
     monkeypatch.setattr(native_decoder, "load_kernels", lambda: kernels)
     for width in (4, 8, 12, 16, 24):
         model = some_model(n_head=2, d_model=2 * width, d_ff=64)
-        assert decodes(model) == (width % kernels.lanes == 0)
+        assert decodes(model) == (width % LANES == 0)
         if decodes(model):
             ids = some_ids(model, T, 0)
             logits = NativeDecoder(model, 1).read([Chunk(0, 0, ids)], every=True)
@@ -462,7 +462,7 @@ def test_without_a_compiler_pytorch_decodes(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_library_without_a_decoder_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = SimpleNamespace(lanes=16, library=ctypes.CDLL(None))
+    empty = SimpleNamespace(library=ctypes.CDLL(None))
     monkeypatch.setattr(native_decoder, "load_kernels", lambda: empty)
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(KernelsError):

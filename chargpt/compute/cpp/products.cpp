@@ -1,7 +1,6 @@
 #include "products.h"
 
-#include <array>
-#include <utility>
+#include <type_traits>
 
 namespace chargpt {
 namespace {
@@ -19,19 +18,17 @@ INLINE vec dot(Bfloat16, vec sums, uint32_t a, words b) {
 
 // Compute a tile of R rows by V vectors. A's words are neighbours along k (BY_ROW) or along the rows.
 template <class T, int R, int V, bool BY_ROW>
-void tile(Index k, Left a, const uint32_t* b, float* out, Index stride, bool add) {
+INLINE void tile(Index k, const uint32_t* a, Index stride_a, const uint32_t* b, float* out,
+                 Index stride, bool add) {
   vec sums[R][V];
-  const uint32_t* left[R];
-  UNROLL for (int r = 0; r < R; r++) {
-    left[r] = BY_ROW ? a.at + r * a.row : a.at + r;
+  UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int v = 0; v < V; v++)
       sums[r][v] = add ? load<vec>(out + r * stride + v * L) : vec{};
-  }
   for (Index i = 0; i < k; i++) {
     words right[V];
     UNROLL for (int v = 0; v < V; v++) right[v] = load<words>(b + i * PANEL + v * L);
     UNROLL for (int r = 0; r < R; r++) {
-      const uint32_t word = BY_ROW ? left[r][i] : a.at[i * a.step + r];
+      const uint32_t word = BY_ROW ? a[r * stride_a + i] : a[i * stride_a + r];
       UNROLL for (int v = 0; v < V; v++) sums[r][v] = dot(T(), sums[r][v], word, right[v]);
     }
   }
@@ -39,27 +36,36 @@ void tile(Index k, Left a, const uint32_t* b, float* out, Index stride, bool add
     UNROLL for (int v = 0; v < V; v++) store(out + r * stride + v * L, sums[r][v]);
 }
 
-typedef void Tile(Index k, Left a, const uint32_t* b, float* out, Index stride, bool add);
-
-// The tiles with 1 … ROWS rows.
-template <class T, int V, bool BY_ROW, int... R>
-constexpr std::array<Tile*, sizeof...(R)> tiles(std::integer_sequence<int, R...>) {
-  return {tile<T, R + 1, V, BY_ROW>...};
-}
+// Compute m rows: tiles of ROWS, then one of the rest.
 template <class T, int V, bool BY_ROW>
-constexpr auto TILES = tiles<T, V, BY_ROW>(std::make_integer_sequence<int, ROWS>());
+void tiles(Index m, Index k, const uint32_t* a, Index stride_a, const uint32_t* b, float* out,
+           Index stride, bool add) {
+  const Index next = BY_ROW ? stride_a : 1;
+  auto rest = [&](auto rows) {
+    tile<T, decltype(rows)::value, V, BY_ROW>(k, a, stride_a, b, out, stride, add);
+  };
+  for (; m >= ROWS; m -= ROWS, a += ROWS * next, out += ROWS * stride)
+    rest(std::integral_constant<int, ROWS>());
+  switch (m) {
+    case 1: return rest(std::integral_constant<int, 1>());
+    case 2: return rest(std::integral_constant<int, 2>());
+    case 3: return rest(std::integral_constant<int, 3>());
+    case 4: return rest(std::integral_constant<int, 4>());
+    case 5: return rest(std::integral_constant<int, 5>());
+    case 6: return rest(std::integral_constant<int, 6>());
+    case 7: return rest(std::integral_constant<int, 7>());
+  }
+}
 
 template <class T, bool BY_ROW>
-void multiply_by(Index m, Index n, Index k, Left a, const uint32_t* b, Index depth, float* out,
-                 Index stride, bool add) {
+void multiply_by(Index m, Index n, Index k, const uint32_t* a, Index stride_a, const uint32_t* b,
+                 Index depth, float* out, Index stride, bool add) {
   for (Index first = 0; first < k; first += DEPTH) {
     const Index here = std::min<Index>(DEPTH, k - first);
+    const uint32_t* left = a + first * (BY_ROW ? 1 : stride_a);
     for (Index j = 0; j < n; j += PANEL) {
-      const auto& table = n - j < PANEL ? TILES<T, PARTS, BY_ROW> : TILES<T, COLUMNS, BY_ROW>;
-      const uint32_t* panel = b + j * depth + first * PANEL;
-      for (Index i = 0; i < m; i += ROWS)
-        table[std::min<Index>(ROWS, m - i) - 1](here, a.from(i, first), panel,
-                                                out + i * stride + j, stride, add || first > 0);
+      const auto run = n - j < PANEL ? tiles<T, PARTS, BY_ROW> : tiles<T, COLUMNS, BY_ROW>;
+      run(m, here, left, stride_a, b + j * depth + first * PANEL, out + j, stride, add || first > 0);
     }
   }
 }
@@ -70,9 +76,9 @@ template <class T>
 void multiply(Index m, Index n, Index k, Left a, const uint32_t* b, Index depth, float* out,
               Index stride, bool add) {
   if (a.step == 1)
-    multiply_by<T, true>(m, n, k, a, b, depth, out, stride, add);
+    multiply_by<T, true>(m, n, k, a.at, a.row, b, depth, out, stride, add);
   else
-    multiply_by<T, false>(m, n, k, a, b, depth, out, stride, add);
+    multiply_by<T, false>(m, n, k, a.at, a.step, b, depth, out, stride, add);
 }
 
 template <class T>

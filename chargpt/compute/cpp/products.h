@@ -81,6 +81,8 @@ struct Float {
   // Return the words of G rows, given as vectors or as rows `stride` apart in memory.
   static INLINE words pack(const vec* rows) { return (words)rows[0]; }
   static INLINE words pack(const float* p, Index) { return load<words>(p); }
+  // Return row g of a vector of words.
+  static INLINE vec unpack(words w, int) { return (vec)w; }
 };
 
 #ifdef __AVX512BF16__
@@ -107,6 +109,7 @@ struct Bfloat16 {
     const __m256i second = _mm256_loadu_si256((const __m256i*)(p + stride));
     return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
   }
+  static INLINE vec unpack(words w, int g) { return (vec)(g ? w & 0xFFFF0000u : w << 16); }
   static INLINE words interleave(__m512i both) {
     const __m512i order = _mm512_set_epi32(
         0x1F000F, 0x1E000E, 0x1D000D, 0x1C000C, 0x1B000B, 0x1A000A, 0x190009, 0x180008, 0x170007,
@@ -155,12 +158,19 @@ template <class T>
 void multiply(Index m, Index n, Index k, Left a, const uint32_t* b, Index depth, float* out,
               Index stride, bool add = false);
 
+// Call f(g) for the rows i + g < m of a group of G rows: the last group may be odd.
+template <class T, class F>
+INLINE void for_group(Index i, Index m, F f) {
+  f(0);
+  if (T::G == 2 && i + 1 < m) f(T::G - 1);
+}
+
 // Pack x (rows × columns, its rows `stride` apart); zeros complete an odd last row.
 template <class T>
 void pack(const typename T::Value* x, Index stride, Index rows, Index columns, const Packed& out,
           Index first_group = 0) {
-  for (Index j = 0; j < columns; j += L)
-    for (Index i = 0; i < rows; i += T::G) {
+  for (Index i = 0; i < rows; i += T::G)
+    for (Index j = 0; j < columns; j += L) {
       words packed;
       if (i + T::G <= rows) {
         packed = T::pack(x + i * stride + j, stride);

@@ -66,6 +66,13 @@ INLINE ints lanes() {
   for (int i = 0; i < L; i++) v[i] = i;
   return v;
 }
+// Ask for m rows of n values: the processor does not predict strides this large.
+template <class Value>
+INLINE void prefetch(const Value* x, Index stride, Index m, Index n) {
+  constexpr Index LINE = 64 / sizeof(Value);
+  for (Index i = 0; i < m; i++)
+    for (Index j = 0; j < n; j += LINE) __builtin_prefetch(x + i * stride + j);
+}
 constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
 // Return a b + c, rounded once.
