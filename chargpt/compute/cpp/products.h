@@ -187,12 +187,14 @@ template <class T>
 void pack_transposed(const typename T::Value* x, Index stride, Index rows, Index columns,
                      const Packed& out) {
   for (Index first = 0; first < round_up(columns, PANEL); first += L) {
-    const Index here = std::min<Index>(L, columns - first);
-    for (Index w = 0; w < rows / T::G; w++) {
-      uint32_t column[L] = {};
+    const Index here = std::min<Index>(L, columns - first), depth = rows / T::G;
+    for (Index w = 0; w < depth; w += L) {  // rows are multiples of LANES: half of L may be left
+      const Index count = std::min<Index>(L, depth - w);
+      words square[L] = {};
       for (Index i = 0; i < here; i++)
-        std::memcpy(&column[i], x + (first + i) * stride + w * T::G, 4);
-      std::memcpy(out.at(w, first), column, sizeof column);
+        std::memcpy(&square[i], x + (first + i) * stride + w * T::G, count * 4);
+      transpose(square);
+      for (Index i = 0; i < count; i++) store(out.at(w + i, first), square[i]);
     }
   }
 }

@@ -150,6 +150,58 @@ INLINE float maximum(const Lanes& x) {
   return result;
 }
 
+// --- transposing
+
+#if defined(__AVX512F__)
+// Transpose L × L values of 32 bits: pairs, then pairs of pairs, then quarters of the registers.
+INLINE void transpose(words (&rows)[L]) {
+  __m512i a[16], b[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]), b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    const __m512i low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+    const __m512i high = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xDD);
+    const __m512i low2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xDD);
+    rows[i] = (words)_mm512_shuffle_i32x4(low, low2, 0x88);
+    rows[i + 4] = (words)_mm512_shuffle_i32x4(high, high2, 0x88);
+    rows[i + 8] = (words)_mm512_shuffle_i32x4(low, low2, 0xDD);
+    rows[i + 12] = (words)_mm512_shuffle_i32x4(high, high2, 0xDD);
+  }
+}
+#elif defined(__AVX2__)
+INLINE void transpose(words (&rows)[L]) {
+  __m256i a[8], b[8];
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_epi32((__m256i)rows[i], (__m256i)rows[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]), b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    rows[i] = (words)_mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+    rows[i + 4] = (words)_mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+  }
+}
+#else
+INLINE void transpose(words (&rows)[L]) {
+  words columns[L];
+  for (int i = 0; i < L; i++)
+    for (int j = 0; j < L; j++) columns[j][i] = rows[i][j];
+  for (int i = 0; i < L; i++) rows[i] = columns[i];
+}
+#endif
+
 // --- functions
 
 // e^x as 2^(x log2 e): the integer part becomes the exponent, a minimax polynomial computes the rest.
