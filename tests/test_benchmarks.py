@@ -222,21 +222,16 @@ def test_hugging_face_learns(text_file: Path) -> None:
     assert points[-1].val_loss < before
 
 
-def test_a_preset_keeps_a_budget_that_is_short_enough(
-    text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = curves.text_trainer
-    monkeypatch.setattr(curves, "text_trainer", lambda *shape: make(*shape, str(text_file)))
-    monkeypatch.setattr(curves, "TRIAL_SECONDS", 0.0)
-    training = QUICK.replace(kernels="off")
+def test_a_preset_keeps_its_budget_within_a_limit() -> None:
     for budget, seconds, expected in [
         ({"minutes": 2.0}, 60, {"minutes": 1.0}),
         ({"minutes": 2.0}, 180, {"minutes": 2.0}),
-        ({"steps": 2}, 600, {"steps": 2}),
-        ({"steps": 10**9}, 60, {"minutes": 1.0}),
+        ({"steps": 2}, 600, {"steps": 2, "minutes": 10.0}),
+        ({"steps": 2, "minutes": 4.0}, 60, {"steps": 2, "minutes": 1.0}),
+        ({"epochs": 2.0, "minutes": 4.0}, 600, {"epochs": 2.0, "minutes": 4.0}),
     ]:
-        chosen = Preset(model_config=SMALL, train_config=training.replace(**budget))
-        assert curves.within(chosen, seconds) == training.replace(**expected)
+        chosen = Preset(model_config=SMALL, train_config=QUICK.replace(**budget))
+        assert curves.within(chosen, seconds) == QUICK.replace(**expected)
 
 
 def test_redraw_makes_a_picture_of_the_points(tmp_path: Path) -> None:
