@@ -1,4 +1,4 @@
-# make train   set up and train on Tiny Shakespeare
+# make train   set up and train on Tiny Shakespeare, for at most four minutes
 # make test    set up and run the tests
 PYTHON ?= python3
 VENV   := .venv

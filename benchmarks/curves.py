@@ -5,7 +5,7 @@ They train on Tiny Shakespeare, one after another, each for at most about that t
 evaluations. ``FOLDER/curves.json`` holds the points, ``FOLDER/curves.png`` the picture
 (``--redraw`` draws it again from the points).
 
-- chargpt's presets keep their own budget if it is shorter.
+- chargpt's presets keep their own budget; the time is a limit beside it.
 - nanoGPT with its README's recipe for a CPU: context 64, batch 12, 2,000 iterations.
 - nanoGPT and Hugging Face's GPT-2 with the shape of the preset tiny: context 128, batch 32, peak
   learning rate 1e-3, which decays over the whole time.
@@ -41,7 +41,6 @@ from chargpt.compute.device import synchronize
 from chargpt.compute.optimizers import schedule
 from chargpt.config import PRESETS, DataConfig, GPT2Config, Preset, TrainConfig, tiny
 from chargpt.measure.contenders import HuggingFace, NanoGPT, describe_machine, find_clone
-from chargpt.measure.timing import median_seconds, own_step
 from chargpt.train import train
 from chargpt.training.plan import make_plan
 from chargpt.training.trainer import Trainer
@@ -181,14 +180,10 @@ def own_curve(name: str, chosen: Preset, seconds: float, run: Path) -> Curve:
 
 def within(chosen: Preset, seconds: float) -> TrainConfig:
     """Return how a preset trains, limited to `seconds`."""
-    training = chosen.train_config
+    training, minutes = chosen.train_config, seconds / 60
     if training.minutes is not None:
-        return training.replace(minutes=min(training.minutes, seconds / 60))
-    trainer = text_trainer(chosen.model_config, training)
-    assert trainer.total_steps is not None
-    step_seconds = median_seconds(own_step(trainer), TRIAL_SECONDS, trainer.device)
-    needed = trainer.total_steps * step_seconds
-    return training if needed <= seconds else training.replace(minutes=seconds / 60)
+        minutes = min(minutes, training.minutes)
+    return training.replace(steps=training.steps, epochs=training.epochs, minutes=minutes)
 
 
 # --- nanoGPT

@@ -41,7 +41,6 @@ from chargpt.training.saving import save_best, save_last
 from chargpt.training.summary import SUMMARY, StopReason, Summary, summarize
 from chargpt.training.trainer import Trainer
 
-FIRST_PROGRESS = 1e-3  # of a first step on the clock, whose length is not known yet
 SPIKE, SPIKE_SETTLING = 10, 100  # times the usual norm; steps until one is known
 MAX_SKIPPED_IN_A_ROW = 50  # the loss scale halves each time: 2^16 is gone long before
 PARTS = ("data", "forward", "backward", "clip", "optimizer")
@@ -369,12 +368,8 @@ def _set_learning_rate(trainer: Trainer) -> float:
     They are the highest of the schedule during the step, so that no step has rate 0: neither the
     first one, where warm-up starts, nor the last one, where a cool-down may end at 0.
     """
-    state, train_config = trainer.state, trainer.train_config
-    start = trainer.progress
-    if trainer.total_steps is not None:
-        end = (state.step + 1) / trainer.total_steps
-    else:
-        end = start * (1 + 1 / state.step) if state.step else FIRST_PROGRESS
+    train_config = trainer.train_config
+    start, end = trainer.progress, trainer.next_progress
     peak = min(max(start, train_config.warmup_fraction), end)
     share = max(schedule(progress, train_config) for progress in (start, peak, end))
     for group in trainer.optimizer.param_groups:

@@ -1,7 +1,12 @@
 """The scripts in benchmarks/: what they compute, never their speed."""
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +26,7 @@ if not FOLDER.is_dir():
     pytest.skip("benchmarks/ is only in the repository", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
 
+import busy_neighbour  # noqa: E402
 import curves  # noqa: E402
 import protocols  # noqa: E402
 import seeds  # noqa: E402
@@ -222,21 +228,16 @@ def test_hugging_face_learns(text_file: Path) -> None:
     assert points[-1].val_loss < before
 
 
-def test_a_preset_keeps_a_budget_that_is_short_enough(
-    text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = curves.text_trainer
-    monkeypatch.setattr(curves, "text_trainer", lambda *shape: make(*shape, str(text_file)))
-    monkeypatch.setattr(curves, "TRIAL_SECONDS", 0.0)
-    training = QUICK.replace(kernels="off")
+def test_a_preset_keeps_its_budget_within_a_limit() -> None:
     for budget, seconds, expected in [
         ({"minutes": 2.0}, 60, {"minutes": 1.0}),
         ({"minutes": 2.0}, 180, {"minutes": 2.0}),
-        ({"steps": 2}, 600, {"steps": 2}),
-        ({"steps": 10**9}, 60, {"minutes": 1.0}),
+        ({"steps": 2}, 600, {"steps": 2, "minutes": 10.0}),
+        ({"steps": 2, "minutes": 4.0}, 60, {"steps": 2, "minutes": 1.0}),
+        ({"epochs": 2.0, "minutes": 4.0}, 600, {"epochs": 2.0, "minutes": 4.0}),
     ]:
-        chosen = Preset(model_config=SMALL, train_config=training.replace(**budget))
-        assert curves.within(chosen, seconds) == training.replace(**expected)
+        chosen = Preset(model_config=SMALL, train_config=QUICK.replace(**budget))
+        assert curves.within(chosen, seconds) == QUICK.replace(**expected)
 
 
 def test_redraw_makes_a_picture_of_the_points(tmp_path: Path) -> None:
@@ -246,3 +247,86 @@ def test_redraw_makes_a_picture_of_the_points(tmp_path: Path) -> None:
     (tmp_path / "curves.json").write_text(json.dumps(report))
     curves.main(["--redraw", "--out", str(tmp_path)])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- busy neighbours
+
+
+def test_neighbours_run_until_the_end_even_of_a_failure() -> None:
+    with pytest.raises(RuntimeError), busy_neighbour.neighbours(3) as pids:
+        for pid in pids:
+            os.kill(pid, 0)  # raises if there is no such process
+        raise RuntimeError
+    assert len(set(pids)) == 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_neighbour_ends_with_the_program_that_started_it() -> None:
+    """It is given the number of a program that is not its parent."""
+    command = [sys.executable, "-c", busy_neighbour.BUSY_LOOP, "-1"]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+def test_jobs_take_turns_and_shares_are_those_of_each_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that becomes slower changes the speeds, not the shares."""
+    order: list[tuple[int, int, str]] = []
+    n_busy = 0
+
+    @contextmanager
+    def neighbours(n: int) -> Iterator[None]:
+        nonlocal n_busy
+        n_busy = n
+        yield
+
+    def job(name: str) -> float:
+        order.append((n_busy, torch.get_num_threads(), name))
+        round_speed = 1000.0 / (1 + len(order) // 12)
+        return round_speed / (1 + n_busy) * (2 if name == "b" else 1)
+
+    monkeypatch.setattr(busy_neighbour, "neighbours", neighbours)
+    before = torch.get_num_threads()
+    jobs = {name: partial(job, name) for name in "ab"}
+    rows = busy_neighbour.measure(jobs, [1, 2], 3)
+    assert torch.get_num_threads() == before
+    assert order == 3 * [(n, t, name) for n in (0, 1, 3) for name in "ab" for t in (1, 2)]
+    first, *_, last = busy_neighbour.table(rows).splitlines()[1:]
+    assert first.split() == ["a", "1", "500", "250", "(50%)", "125", "(25%)"]
+    assert last.split()[:2] == ["b", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "jobs", "speed"),
+    [
+        ([], ["chargpt", "nanoGPT"], 4 * 16 / 0.01),  # steps of 10 ms
+        (
+            ["--generate"],
+            ["chargpt, one text", "chargpt, 32 texts", "nanoGPT, one text", "nanoGPT, 32 texts"],
+            32 * 15 / 0.5,
+        ),
+    ],
+)
+def test_the_table_has_every_job(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    jobs: list[str],
+    speed: float,
+) -> None:
+    chosen = Preset(model_config=SMALL, train_config=QUICK)
+    monkeypatch.setattr(busy_neighbour, "PRESETS", {"tiny": lambda: chosen})
+    monkeypatch.setattr(busy_neighbour, "NEIGHBOURS", (0, 1))
+    monkeypatch.setattr(busy_neighbour, "nanogpt_writer", lambda *_: lambda n_texts, n_new: 0.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "train.py").write_text(FAKE)
+    (tmp_path / "config" / "train_shakespeare_char.py").write_text("")
+    command = f"--rounds 1 --seconds 0.001 --nanogpt {tmp_path}"
+    busy_neighbour.main([*command.split(), *arguments])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row[:24].strip() for row in rows] == jobs
+    assert rows[-1][24:].split() == ["1", f"{speed:,.0f}", f"{speed:,.0f}", "(100%)"]

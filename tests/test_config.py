@@ -150,20 +150,31 @@ def test_replace_checks_and_does_not_change_the_original(cls: type[Any]) -> None
 # --- budgets
 
 
-@pytest.mark.parametrize("given", [{}, {"steps": 5}, {"epochs": 1.5}, {"minutes": 1.0}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({}, {"steps": 5}, {"epochs": 1.5}, {"minutes": 1.0}),
+        *({"steps": 5, "minutes": 1.0}, {"epochs": 1.5, "minutes": 1.0}),
+    ],
+)
 def test_a_budget_replaces_the_other_budgets(given: dict[str, Any]) -> None:
     direct = TrainConfig(**given)
-    replaced = TrainConfig(steps=7).replace(**given) if given else TrainConfig()
+    replaced = TrainConfig(steps=7, minutes=2.0).replace(**given) if given else TrainConfig()
     for config in (direct, replaced, direct.replace(batch_size=4)):
         budgets = {"steps": config.steps, "epochs": config.epochs, "minutes": config.minutes}
         assert budgets == dict.fromkeys(budgets) | (given or {"minutes": 3.0})
 
 
 @pytest.mark.parametrize("make", [TrainConfig, TrainConfig().replace])
-def test_two_budgets_exclude_each_other(make: Any) -> None:
-    message = "^steps and minutes are budgets that exclude each other: give one$"
-    with pytest.raises(UserError, match=message):
-        make(steps=5, minutes=1.0)
+def test_steps_and_epochs_exclude_each_other(make: Any) -> None:
+    message = "^steps and epochs are budgets that exclude each other: give one$"
+    for limit in (None, 1.0):
+        with pytest.raises(UserError, match=message):
+            make(steps=5, epochs=1.0, minutes=limit)
+
+
+def test_a_limit_can_be_removed() -> None:
+    assert TrainConfig(steps=5, minutes=1.0).replace(minutes=None) == TrainConfig(steps=5)
 
 
 # --- presets

@@ -17,7 +17,7 @@ from chargpt.model import GPT2
 from chargpt.runs.report import Reporter, read_metrics
 from chargpt.train import TrainResult, train
 from chargpt.training.plan import make_plan
-from chargpt.training.summary import verdict
+from chargpt.training.summary import summarize, verdict
 from chargpt.training.trainer import TrainState
 
 
@@ -142,6 +142,24 @@ def test_the_verdict_rates_the_model_and_names_the_next_step(
     assert "\n" not in text
     if best == 1.467:
         assert text.startswith("val 1.467 nats/char = 2.12 bits/char; like choosing among 4.3 ")
+
+
+def test_the_verdict_names_a_limit_that_ended_the_run(text_file: Path, tmp_path: Path) -> None:
+    config = QUICK.replace(steps=2000, minutes=4.0)
+    plan = make_plan(
+        [str(text_file)],
+        **{"model_config": SMALL, "train_config": config, "data_config": DataConfig()},
+        out=tmp_path,
+        resuming=False,
+    )
+    losses = {"best_val_loss": 0.5, "val_loss": 0.5}
+    for step, end in [
+        (1234, "the limit of 4 minutes ended the run (step 1,234 of 2,000)"),
+        (2000, "the budget ended"),
+    ]:
+        plan.trainer.state = TrainState(step=step, evaluated_step=step, best_step=step, **losses)
+        said = summarize(plan.trainer, plan.corpus, "budget").verdict
+        assert f"still improving when {end}: a longer one would help" in said
 
 
 # --- trackers

@@ -1,9 +1,10 @@
 """The training loop: learning, resuming, ending, and numerical failures."""
 
 import signal
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, count, pairwise, repeat
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -290,15 +291,20 @@ def test_epochs_count_windows(text_file: Path, tmp_path: Path) -> None:
     assert trainer.total_steps == round(2 * 167 / 4)
 
 
-def test_minutes_end_the_run_and_its_schedule(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock moves by two seconds per step: a minute is thirty steps."""
-    seconds = iter(range(10_000))
-    clock = SimpleNamespace(perf_counter=lambda: 2.0 * next(seconds))
-    monkeypatch.setattr(training, "time", clock)
+def set_clock(monkeypatch: pytest.MonkeyPatch, lengths: Iterable[float]) -> None:
+    """Let steps and evaluations take these seconds, one after another; nothing else takes time."""
+    reads = chain.from_iterable(pairwise(accumulate(lengths, initial=0.0)))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(reads)))
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: 0.0))
-    changes = {"minutes": 1.0, "eval_interval": 10, "warmup_fraction": 0.1}
+
+
+@pytest.mark.parametrize("beside", [{}, {"steps": 1000}, {"epochs": 100.0}])
+def test_minutes_end_the_run_and_its_schedule(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: dict[str, Any]
+) -> None:
+    """A step takes two seconds: a minute is thirty steps."""
+    set_clock(monkeypatch, repeat(2.0))
+    changes = beside | {"minutes": 1.0, "eval_interval": 10, "warmup_fraction": 0.1}
     result = train_with(text_file, tmp_path / "run", **changes)
     summary = result.summary
     assert (summary.steps, summary.train_seconds, summary.stop_reason) == (30, 60, "budget")
@@ -306,6 +312,73 @@ def test_minutes_end_the_run_and_its_schedule(
     rates = [row["learning_rate"] for row in rows_of(result.run)]
     assert max(rates) == pytest.approx(QUICK.learning_rate, rel=0.01)
     assert rates[-1] == pytest.approx(0.1 * QUICK.learning_rate, rel=0.05)
+
+
+LIMITED = {"steps": 40, "minutes": 1.0, "eval_interval": 20, "sample_length": 0}
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even with a slow first step: 2.9 s are more of a minute than 1 step is of 40."""
+    free = train_with(text_file, tmp_path / "free", **LIMITED | {"minutes": None})
+    set_clock(monkeypatch, chain([2.9], repeat(1.4)))
+    limited = train_with(text_file, tmp_path / "limited", **LIMITED)
+    assert limited.summary.train_seconds == pytest.approx(57.5)
+    assert_same_run(free.run, limited.run)
+
+
+def test_a_limit_takes_over_where_steps_become_slow(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty steps of one second, then steps of four: the minute ends at step 30."""
+    free = train_with(text_file, tmp_path / "free", **LIMITED | {"minutes": None})
+    set_clock(monkeypatch, chain(repeat(1.0, 21), repeat(4.0)))  # 20 steps and an evaluation
+    limited = train_with(text_file, tmp_path / "limited", **LIMITED)
+    assert (limited.summary.steps, limited.summary.train_seconds) == (30, 60)
+    before, after = ([row["learning_rate"] for row in rows_of(run.run)] for run in (free, limited))
+    assert before[:20] == after[:20]
+    assert after == sorted(after[:4]) + sorted(after[4:], reverse=True)  # no rate rises again
+    assert after[-1] < before[29]
+
+
+@pytest.mark.parametrize("budget", [{"steps": 40}, {"epochs": 1.0}, {}])
+@pytest.mark.parametrize("seed", range(5))
+def test_progress_never_falls_and_ends_at_what_comes_first(
+    text_file: Path, tmp_path: Path, budget: dict[str, Any], seed: int
+) -> None:
+    trainer = trainer_for(text_file, tmp_path / "run", minutes=1.0, **budget)
+    state, random = trainer.state, Random(seed)
+    state.train_seconds = state.compile_seconds = 3.0
+    before, total = trainer.progress, trainer.total_steps or 10**9
+    assert before == 0
+    while before < 1:
+        assert state.step < total and state.train_seconds < 60
+        assert before <= trainer.next_progress
+        state.step += 1
+        state.train_seconds += random.choice([0.0, 0.1, 5.0])
+        if random.random() < 0.1:  # as a resume does
+            state.compile_seconds += 0.5
+            state.train_seconds += 0.5
+        assert trainer.progress >= before
+        before = trainer.progress
+    assert state.step >= total or state.train_seconds >= 60
+
+
+def test_a_run_that_the_clock_ends_resumes_with_its_time_and_takes_a_longer_limit(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It equals the uninterrupted run if the clock does the same."""
+    set_clock(monkeypatch, repeat(2.0))
+    whole = train_with(text_file, tmp_path / "whole", **LIMITED)
+    assert whole.summary.steps == 30
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(11, patch)
+        assert train_with(text_file, tmp_path / "part", **LIMITED).summary.steps == 11
+    part = train_with(text_file, tmp_path / "part", resume=True, **LIMITED)
+    assert_same_run(whole.run, part.run)
+    longer = train_with(text_file, tmp_path / "part", resume=True, **LIMITED | {"minutes": 2.0})
+    assert (longer.summary.steps, longer.summary.train_seconds) == (40, 80)
 
 
 @pytest.mark.parametrize(

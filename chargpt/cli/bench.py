@@ -24,8 +24,9 @@ def make_flags(shown_preset: str) -> type:
     peers = tyro.conf.UseAppendAction[tuple[str, ...]]
     return shared.flags_class(
         "Measure this machine: matrix products, training on random text in characters per second, "
-        "its share of the speed of the products, its parts, and Hugging Face's GPT-2 of the same "
-        "shape; or, with --generate, writing. Settings are those of train.",
+        "its share of the speed of the products, its parts, the same model without the kernels, "
+        "Hugging Face's GPT-2 of the same shape; or, with --generate, writing. Settings are those "
+        "of train.",
         [
             flag("texts", shared.Texts, (), texts_help, "[TEXT ...]"),
             *shared.settings_flags(shown_preset),

@@ -25,11 +25,11 @@ from chargpt.config import DataConfig, GPT2Config, PositiveFloat, PositiveInt, T
 from chargpt.data.corpus import load_corpus
 from chargpt.data.texts import STANDARD_INPUT
 from chargpt.measure import contenders, timing
-from chargpt.measure.contenders import NANOGPT, OWN
+from chargpt.measure.contenders import NANOGPT, OWN, PYTORCH
 from chargpt.measure.timing import median_seconds
 from chargpt.runs.report import read_metrics
 from chargpt.train import train
-from chargpt.training.plan import make_plan
+from chargpt.training.plan import Plan, make_plan
 from chargpt.training.trainer import Trainer
 
 N_CHARACTERS = 200_000
@@ -72,8 +72,9 @@ def bench(
 
     Returns:
         What ``--json`` prints: ``machine``, ``choices`` with reasons, ``ceilings_gflops``,
-        ``train``, ``model``, ``parts_milliseconds``, ``huggingface``, ``nanogpt`` and ``loss``.
-        Speeds are in characters per second; None stands for what was not measured.
+        ``train``, ``model``, ``parts_milliseconds``, ``pytorch`` (chargpt without its kernels),
+        ``huggingface``, ``nanogpt`` and ``loss``. Speeds are in characters per second; None stands
+        for what was not measured.
 
     Raises:
         UserError: a setting, a peer or a text is wrong.
@@ -93,8 +94,8 @@ def bench(
             report(line)
 
     with contenders.enough_memory(train_config.device, sizes), own_random_state():
-        trainer = synthetic_trainer(model_config, train_config, note)
-        figures = _measure(trainer, choices, clone, config, report)
+        plan = synthetic_plan(model_config, train_config, note)
+        figures = _measure(plan, choices, clone, config, report)
     figures["loss"] = None
     if config.loss is not None:
         report(f"training to a validation loss of {config.loss:g}")
@@ -103,12 +104,17 @@ def bench(
     return figures
 
 
-def synthetic_trainer(
+def synthetic_trainer(model_config: GPT2Config, train_config: TrainConfig) -> Trainer:
+    """Return a trainer, as `chargpt train` makes it, for a random text of 65 symbols."""
+    return synthetic_plan(model_config, train_config).trainer
+
+
+def synthetic_plan(
     model_config: GPT2Config,
     train_config: TrainConfig,
     report: Callable[[str], None] = lambda line: None,
-) -> Trainer:
-    """Return a trainer, as `chargpt train` makes it, for a random text of 65 symbols."""
+) -> Plan:
+    """Return a plan, as `chargpt train` makes it, for a random text of 65 symbols."""
     rng = random.Random(train_config.seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "random.txt")
@@ -121,16 +127,17 @@ def synthetic_trainer(
             out=Path(folder, "run"),
             resuming=False,
             report=report,
-        ).trainer
+        )
 
 
 def _measure(
-    trainer: Trainer,
+    plan: Plan,
     choices: dict[str, str],
     clone: Path | None,
     config: BenchConfig,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
+    trainer = plan.trainer
     device, n_characters, precision = trainer.device, trainer.tokens_per_step, trainer.precision
     machine = contenders.describe_machine(device)
     report("matrix products")
@@ -142,7 +149,10 @@ def _measure(
     guess = median_seconds(steps[OWN], 0, device)
     memory = timing.peak_memory_bytes(device)  # before other contenders take memory
     parts = timing.step_parts(trainer)
-    steps |= _hugging_face_steps(trainer)
+    if plan.speed.kernels != "off":
+        steps[PYTORCH] = timing.own_step(_without_kernels(trainer))
+    hugging_face = _hugging_face_steps(trainer)
+    steps |= hugging_face
     seconds = config.seconds
     jobs = {name: partial(median_seconds, step, seconds, device) for name, step in steps.items()}
     if clone:
@@ -151,8 +161,7 @@ def _measure(
     speeds: dict[str, dict[str, Any]] = {name: dict(row.speed) for name, row in rows.items()}
     for speed in speeds.values():
         speed["milliseconds_per_step"] = 1000 * n_characters / speed["characters_per_second"]
-    theirs = set(steps) - {OWN}
-    best = max(theirs, key=lambda name: speeds[name]["characters_per_second"], default=None)
+    best = max(hugging_face, key=lambda name: speeds[name]["characters_per_second"], default=None)
     per_token = training_flops_per_token(trainer.model.config)
     share = speeds[OWN]["characters_per_second"] * per_token / ceilings[precision.name]
 
@@ -170,14 +179,23 @@ def _measure(
             "parameters": count_parameters(trainer.model),
             "ceiling_share": share,
             "peak_memory_bytes": memory,
+            "vs_pytorch": rows[PYTORCH].times if PYTORCH in rows else None,
             "vs_huggingface": rows[best].times if best else None,
             "vs_nanogpt": rows[NANOGPT].times if clone else None,
         },
         "model": asdict(trainer.model.config),
         "parts_milliseconds": parts,
+        "pytorch": peer(PYTORCH) if PYTORCH in rows else None,
         "huggingface": peer(best),
         "nanogpt": peer(NANOGPT) if clone else None,
     }
+
+
+def _without_kernels(trainer: Trainer) -> Trainer:
+    """Return a second trainer like it, in the same precision, on PyTorch's layers."""
+    plain = {"kernels": "off", "attention": "auto", "compile": "off"}
+    train_config = trainer.train_config.replace(precision=trainer.precision.name, **plain)
+    return synthetic_trainer(trainer.model.config, train_config)
 
 
 def _hugging_face_steps(trainer: Trainer) -> dict[str, Callable[[], None]]:
@@ -240,7 +258,7 @@ def table(figures: dict[str, Any]) -> str:
     lines = contenders.heading(machine, rows)
     lines.append(f"{'':<34}{'characters/s':>13}{'slowest':>11}{'fastest':>11}{'ms/step':>10}")
     lines.append(_speed(OWN, own, ""))
-    for key in ("huggingface", "nanogpt"):
+    for key in ("pytorch", "huggingface", "nanogpt"):
         peer = figures[key]
         if peer and peer["name"]:
             times = f"  chargpt is {own[f'vs_{key}']:.2f}× as fast"

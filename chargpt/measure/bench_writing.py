@@ -23,10 +23,11 @@ from chargpt.compute.counts import count_parameters
 from chargpt.compute.device import choose_device
 from chargpt.config import Device, GPT2Config, OnOffAuto, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
+from chargpt.engine.native_decoder import NativeDecoder
 from chargpt.generate import complete, make_decoder
 from chargpt.measure import contenders
 from chargpt.measure.bench import SYMBOLS, BenchConfig
-from chargpt.measure.contenders import NANOGPT, OWN
+from chargpt.measure.contenders import NANOGPT, OWN, PYTORCH
 from chargpt.measure.timing import seconds_of
 from chargpt.model import GPT2
 
@@ -54,7 +55,8 @@ def bench_generation(
     Returns:
         What ``--json`` prints: ``machine``, ``model``, ``parameters``, ``decoder`` and
         ``generate``, for ``batch_1`` and ``batch_32``: characters per second of all texts together,
-        also past block_size, and chargpt's ratios to the others; None: such a peer is missing.
+        also past block_size, and chargpt's ratios to the others, of which ``pytorch`` is chargpt
+        without its kernels; None: such a peer is missing.
 
     Raises:
         UserError: a setting or a peer is wrong.
@@ -68,7 +70,10 @@ def bench_generation(
     with contenders.enough_memory(device, sizes), own_random_state():
         torch.manual_seed(0)
         model = GPT2(shape).to(chosen).eval()
+        decoder = type(make_decoder(model, 1, kernels))
         writers = {OWN: own_writer(model, kernels)}
+        if decoder is NativeDecoder:
+            writers[PYTORCH] = own_writer(model, "off")
         with suppress(ImportError):
             writers[HUGGING_FACE] = hugging_face_writer(shape, chosen)
         if clone:
@@ -78,12 +83,11 @@ def bench_generation(
             report(f"texts at a time: {n}")
             block_size = shape.block_size
             rows[f"batch_{n}"] = compare_writers(writers, n, block_size, config.rounds, report)
-        decoder = type(make_decoder(model, 1, kernels)).__name__
     return {
         "machine": contenders.describe_machine(chosen),
         "model": asdict(shape),
         "parameters": count_parameters(model),
-        "decoder": decoder,
+        "decoder": decoder.__name__,
         "generate": rows,
     }
 
@@ -107,7 +111,8 @@ def compare_writers(
     table = contenders.compare({**jobs, PAST: past}, n_texts * n_new, rounds, report)
     row: dict[str, Any] = dict(table[OWN].speed)
     row["past_block_size"] = table[PAST].speed["characters_per_second"]
-    for key, name in (("huggingface", HUGGING_FACE), ("nanogpt", NANOGPT)):
+    peers = (("pytorch", PYTORCH), ("huggingface", HUGGING_FACE), ("nanogpt", NANOGPT))
+    for key, name in peers:
         its = table.get(name)
         row[key] = its and its.speed["characters_per_second"]
         row[f"vs_{key}"] = its and its.times
@@ -184,6 +189,8 @@ def generation_table(figures: dict[str, Any]) -> str:
     for key, name in (
         ("characters_per_second", OWN),
         ("past_block_size", "  past block_size"),
+        ("pytorch", PYTORCH),
+        ("vs_pytorch", "  chargpt is"),
         ("huggingface", HUGGING_FACE),
         ("vs_huggingface", "  chargpt is"),
         ("nanogpt", NANOGPT),

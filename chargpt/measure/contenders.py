@@ -1,5 +1,6 @@
 """Who takes part in `chargpt bench`: chargpt, Hugging Face's GPT-2, a local clone of nanoGPT.
 
+Where chargpt uses its kernels, it takes part without them, too: they should never lose.
 All take turns, so that a slow phase of the machine affects all of them alike.
 """
 
@@ -28,7 +29,7 @@ from chargpt.compute.device import PrecisionChoice, choose_device, cpu_name, des
 from chargpt.config import Device, GPT2Config
 from chargpt.training.trainer import Trainer
 
-OWN, NANOGPT = "chargpt", "nanoGPT"
+OWN, PYTORCH, NANOGPT = "chargpt", "PyTorch's layers", "nanoGPT"
 NANOGPT_CONFIG = Path("config", "train_shakespeare_char.py")
 NANOGPT_SETTLING, NANOGPT_MIN_STEPS = 5, 10  # it also leaves out its own first five steps
 _NANOGPT_TIME = re.compile(r"^iter \d+: loss \S+, time ([\d.]+)ms", re.MULTILINE)

@@ -234,7 +234,9 @@ def _settings(config: AnyConfig) -> str:
 def _describe_budget(trainer: Trainer) -> str:
     tokens = f"{trainer.tokens_per_step:,} tokens a step"
     every = f"evaluation every {trainer.eval_interval:,} steps"
+    minutes = trainer.train_config.minutes
     if trainer.total_steps is None:
-        return f"{trainer.train_config.minutes:g} minutes of training, {tokens}, {every}"
+        return f"{minutes:g} minutes of training, {tokens}, {every}"
+    limit = "" if minutes is None else f", at most {minutes:g} minutes of training"
     seen = trainer.total_steps * trainer.tokens_per_step / len(trainer.windows.tokens)
-    return f"{trainer.total_steps:,} steps, {tokens} ({seen:.1f} epochs), {every}"
+    return f"{trainer.total_steps:,} steps{limit}, {tokens} ({seen:.1f} epochs), {every}"

@@ -55,7 +55,7 @@ def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summ
     best = state.best_val_loss
     by_frequency = unigram_nats(corpus.train, corpus.validation, corpus.tokenizer.vocab_size)
     return Summary(
-        verdict=verdict(state, by_frequency, stop_reason),
+        verdict=verdict(state, by_frequency, stop_reason, _budget_end(trainer)),
         val_loss=best,
         bits_per_char=None if best is None else bits_per_char(best),
         best_step=state.best_step,
@@ -75,10 +75,24 @@ def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summ
     )
 
 
-def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopReason) -> str:
+def _budget_end(trainer: Trainer) -> str:
+    """Return which part of the budget ended the run, for a sentence."""
+    step, total, minutes = trainer.state.step, trainer.total_steps, trainer.train_config.minutes
+    if minutes is None or total is None or step >= total:
+        return "the budget ended"
+    return f"the limit of {minutes:g} minutes ended the run (step {step:,} of {total:,})"
+
+
+def verdict(
+    state: TrainState,
+    letter_frequency_loss: float,
+    stop_reason: StopReason,
+    budget_end: str = "the budget ended",
+) -> str:
     """Return how good the model is, and what would make it better.
 
-    `letter_frequency_loss` is that of guessing by letter frequency alone, in nats a character.
+    `letter_frequency_loss` is that of guessing by letter frequency alone, in nats a character;
+    `budget_end` says what ended the run if its reason is "budget".
     """
     best = state.best_val_loss
     if best is None:
@@ -97,7 +111,7 @@ def verdict(state: TrainState, letter_frequency_loss: float, stop_reason: StopRe
     elif stop_reason == "patience" or state.best_step != state.evaluated_step:
         trend = "no longer improving"
     else:
-        trend = "still improving when the budget ended: a longer one would help"
+        trend = f"still improving when {budget_end}: a longer one would help"
     return (
         f"{loss}; like choosing among {perplexity(best):.1f} equally likely characters (letter "
         f"frequencies alone: {perplexity(letter_frequency_loss):.0f}); {trend}"

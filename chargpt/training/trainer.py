@@ -20,6 +20,9 @@ from chargpt.config import TrainConfig
 from chargpt.data.windows import Batch, Windows
 from chargpt.model import GPT2
 
+FIRST_PROGRESS = 1e-3  # of a first step on the clock, whose length is not known yet
+GRACE = 0.05  # share of the minutes that passes before a limit beside steps or epochs counts
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -116,7 +119,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int | None:
-        """Length of the run; None: the clock decides."""
+        """Length of the run, unless a limit in minutes ends it; None: the clock alone decides."""
         if self.train_config.epochs is None:
             return self.train_config.steps
         sequences = self.train_config.epochs * self.windows.per_epoch
@@ -124,14 +127,38 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is spent."""
-        if self.total_steps is not None:
-            return self.state.step / self.total_steps
-        assert self.train_config.minutes is not None
+        """Share of the budget that is spent: of the steps or of the minutes, the larger one."""
+        return max(self._share_of_steps(self.state.step), self._share_of_minutes(self._stepping))
+
+    @property
+    def next_progress(self) -> float:
+        """Progress after the next step, if it takes as long as the steps so far on average."""
+        before = self.state.step
+        if self.total_steps is None and before == 0:
+            return FIRST_PROGRESS
+        seconds = self._stepping * (before + 1) / max(1, before)
+        return max(self._share_of_steps(before + 1), self._share_of_minutes(seconds))
+
+    @property
+    def _stepping(self) -> float:
+        """Seconds in steps, without compilation."""
+        return self.state.train_seconds - self.state.compile_seconds
+
+    def _share_of_steps(self, step: int) -> float:
+        return 0.0 if self.total_steps is None else step / self.total_steps
+
+    def _share_of_minutes(self, seconds: float) -> float:
+        """Return which share of the minutes is spent after `seconds` in steps.
+
+        Beside steps or epochs it starts after the grace: a slow first step, or a short pause, must
+        not change the schedule of a run that ends in time.
+        """
+        if self.train_config.minutes is None:
+            return 0.0
         # Compilation shortens the run; it must not spend the warm-up.
         budget = 60 * self.train_config.minutes - self.state.compile_seconds
-        spent = self.state.train_seconds - self.state.compile_seconds
-        return spent / budget if budget > 0 else 1.0
+        grace = 0.0 if self.total_steps is None else GRACE * budget
+        return max(0.0, (seconds - grace) / (budget - grace)) if budget > 0 else 1.0
 
     @property
     def eval_interval(self) -> int:

@@ -48,7 +48,7 @@ MISTAKES = {
     "train text.txt --n-head": "Missing value for argument '--n-head'",
     "train text.txt --preset big": "invalid choice 'big' for argument '--preset'",
     "train text.txt --dropout 1": "dropout is 1.0: give a number from 0",
-    "train text.txt --steps 5 --minutes 1": "steps and minutes are budgets",
+    "train text.txt --steps 5 --epochs 1": "steps and epochs are budgets",
     "train text.txt --device cuda": "device is 'cuda', which",
     "train text.txt --vocab-size 7": "vocab_size is 7, but the text has 22 distinct",
     "train text.txt --config no.toml": "--config no.toml cannot be read",
@@ -162,14 +162,17 @@ def test_a_named_folder_is_never_overwritten(chargpt: Any) -> None:
 
 
 def test_preset_then_file_then_flags(chargpt: Any) -> None:
-    write("my.toml", 'preset = "baby"\nminutes = 5\n[model]\nn_layer = 2\nd_model = 24\nn_head = 2')
+    write(
+        "my.toml",
+        'preset = "baby"\nsteps = 9\nminutes = 5\n[model]\nn_layer = 2\nd_model = 24\nn_head = 2',
+    )
     arguments = ["--config", "my.toml", "--n-layer", "1", "--block-size", "8", "--steps", "2"]
     assert chargpt("train", "text.txt", *arguments, "--batch-size", "2").code == 0
     config = json.loads(Path("runs/text/config.json").read_text())
     model, training = config["model_config"], config["train_config"]
     assert (model["n_layer"], model["d_model"], model["d_ff"]) == (1, 24, 96)  # flag, file, derived
     assert model["dropout"] == 0.2  # from the preset that the file names
-    assert (training["steps"], training["minutes"]) == (2, None)  # a new budget removes the old one
+    assert (training["steps"], training["minutes"]) == (2, None)  # a flag removes the file's
 
 
 def test_resume_keeps_the_settings_and_takes_a_longer_budget(chargpt: Any) -> None:

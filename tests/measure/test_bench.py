@@ -11,15 +11,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICK, SMALL
+from variants import kernels_of
 
 import chargpt.train
 from chargpt.base.errors import TrainingError, UserError
 from chargpt.cli import main as cli
 from chargpt.compute.counts import count_parameters
+from chargpt.compute.fast_layers import FastLayerNorm, FastLinear
+from chargpt.compute.muon import muon_update
 from chargpt.config import DataConfig
 from chargpt.measure import bench as module
 from chargpt.measure import bench_writing, timing
-from chargpt.measure.bench import BenchConfig, bench, seconds_to_loss, synthetic_trainer, table
+from chargpt.measure.bench import (
+    BenchConfig,
+    bench,
+    seconds_to_loss,
+    synthetic_plan,
+    synthetic_trainer,
+    table,
+)
 from chargpt.measure.bench_writing import bench_generation, compare_writers, generation_table
 from chargpt.measure.contenders import compare, find_clone
 from chargpt.measure.timing import median_seconds, step_parts
@@ -106,7 +116,7 @@ def test_the_report_is_json_with_all_its_keys(report: dict[str, Any]) -> None:
     assert json.loads(json.dumps(report)) == report
     assert set(report) == {
         *("machine", "choices", "ceilings_gflops", "train", "model"),
-        *("parts_milliseconds", "huggingface", "nanogpt", "loss"),
+        *("parts_milliseconds", "pytorch", "huggingface", "nanogpt", "loss"),
     }
     assert set(report["ceilings_gflops"]) == {"fp32", "bf16"}
     assert set(report["parts_milliseconds"]) == set(PARTS)
@@ -123,10 +133,11 @@ def test_the_report_is_json_with_all_its_keys(report: dict[str, Any]) -> None:
 
 def test_speeds_and_ratios_agree(report: dict[str, Any]) -> None:
     train = report["train"]
-    for speed in (train, report["huggingface"], report["nanogpt"]):
+    peers = [name for name in ("pytorch", "huggingface", "nanogpt") if report[name]]
+    for speed in (train, *(report[name] for name in peers)):
         seconds = speed["milliseconds_per_step"] / 1000
         assert speed["characters_per_second"] * seconds == pytest.approx(4 * 16)
-    for peer in ("huggingface", "nanogpt"):
+    for peer in peers:
         times = train["characters_per_second"] / report[peer]["characters_per_second"]
         assert train[f"vs_{peer}"] == pytest.approx(times)
     # The median of 1, 2 and 3 ms; the first five took 900 ms.
@@ -162,8 +173,10 @@ def test_the_table_names_everything(report: dict[str, Any]) -> None:
     starts = ("device", "precision", "compile  ", "ceiling bf16", "training", "a step", "memory")
     for start in starts:
         assert any(line.startswith(start) for line in lines), start
-    assert [line.split()[0] for line in lines[-3:]] == ["chargpt", "Hugging", "nanoGPT"]
-    assert all("chargpt is" in line for line in lines[-2:])
+    plain = ["PyTorch's"] if report["pytorch"] else []
+    names = ["chargpt", *plain, "Hugging", "nanoGPT"]
+    assert [line.split()[0] for line in lines[-len(names) :]] == names
+    assert all("chargpt is" in line for line in lines[-len(names) + 1 :])
 
 
 def test_timing_the_parts_of_a_step_leaves_the_update_unchanged() -> None:
@@ -176,6 +189,34 @@ def test_timing_the_parts_of_a_step_leaves_the_update_unchanged() -> None:
         train_step(plain)
     for name, weight in plain.model.state_dict().items():
         assert torch.equal(weight, timed.model.state_dict()[name]), name
+
+
+def test_pytorchs_layers_take_part_if_the_kernels_are_on(kernels: Any) -> None:
+    config, shape = BenchConfig(rounds=1, seconds=0.001), SMALL.replace(d_model=32)
+    training = QUICK.replace(kernels=kernels)
+    trained = bench(model_config=shape, train_config=training, config=config)
+    written = bench_generation(model_config=shape, kernels=kernels, config=config)
+    rows = [trained["pytorch"], trained["train"]["vs_pytorch"]]
+    for row in written["generate"].values():
+        rows += [row["pytorch"], row["vs_pytorch"]]
+    assert [row is not None for row in rows] == [kernels == "on"] * 6
+
+
+def test_the_trainer_without_kernels_learns_the_same_and_disturbs_nothing() -> None:
+    kernels_of("native")
+    training = QUICK.replace(kernels="on", optimizer="muon")
+    alone, own = (synthetic_plan(SMALL.replace(dropout=0.0), training).trainer for _ in range(2))
+    plain = module._without_kernels(own)
+    assert {type(layer) for layer in plain.model.modules()} & {FastLinear, FastLayerNorm} == set()
+    for _ in range(3):
+        losses = []
+        for trainer in (alone, own, plain):
+            losses.append(train_step(trainer).loss)
+            trainer.state.step += 1
+        assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
+    assert plain.optimizer.update is muon_update  # type: ignore[attr-defined]
+    for name, weight in alone.model.state_dict().items():
+        assert torch.equal(weight, own.model.state_dict()[name]), name
 
 
 def test_hugging_faces_model_has_the_same_parameters() -> None:
@@ -237,8 +278,9 @@ def test_the_report_of_writing_is_json_with_all_its_keys(writing: dict[str, Any]
         assert set(row) == {
             *("characters_per_second", "characters_per_second_min", "characters_per_second_max"),
             *("past_block_size", "huggingface", "vs_huggingface", "nanogpt", "vs_nanogpt"),
+            *("pytorch", "vs_pytorch"),
         }
-        assert all(math.isfinite(value) and value > 0 for value in row.values())
+        assert all(math.isfinite(value) and value > 0 for value in row.values() if value)
         for name in ("characters_per_second", "past_block_size", "huggingface", "nanogpt"):
             assert f"{row[name]:,.0f}" in table
         assert f"{row['vs_nanogpt']:.1f}×" in table
@@ -248,12 +290,14 @@ def test_writing_past_block_size_and_ratios() -> None:
     own = {15: [1.0, 1.0, 2.0, 1.0, 5.0, 1.0], 31: [29.0, 30.0, 26.0]}
     writers = {
         "chargpt": lambda n_texts, n_new: own[n_new].pop(0),
+        "PyTorch's layers": lambda n_texts, n_new: 4.0,
         bench_writing.HUGGING_FACE: lambda n_texts, n_new: 10.0,
     }
     row = compare_writers(writers, 32, 16, 3, lambda line: None)
     assert row["characters_per_second"] == 32 * 15 / 2
     assert row["vs_huggingface"] == 5  # median of 10, 5 and 2
     assert row["huggingface"] == 32 * 15 / 10
+    assert row["vs_pytorch"] == 2  # median of 4, 2 and 0.8
     assert row["past_block_size"] == pytest.approx(32 * 16 / 28)  # of 28, 29 and 25 seconds
     assert row["nanogpt"] is row["vs_nanogpt"] is None
 
