@@ -61,14 +61,16 @@ struct Linear {
   void apply(Index m, const float* x, Index stride, int strips, Done done) const {
     const Index panels = round_up(outputs, PANEL) / PANEL, width = (panels + strips - 1) / strips;
     parallel(strips, [&](Index strip, int) {
-      alignas(64) float tile[MAX_ROWS * PANEL];
-      for (Index p = strip * width; p < std::min(panels, (strip + 1) * width); p++) {
-        const Index first = p * PANEL, n = std::min<Index>(PANEL, round_up(outputs - first, LANES));
+      constexpr Index WIDE = 4 * PANEL;
+      alignas(64) float tile[MAX_ROWS * WIDE];
+      const Index end = std::min(round_up(outputs, LANES), (strip + 1) * width * PANEL);
+      for (Index first = strip * width * PANEL; first < end; first += WIDE) {
+        const Index n = std::min(WIDE, end - first);
         multiply<Float>(m, n, inputs, rows_of<Float>(x, stride), weight.at(0, first), weight.depth,
-                        tile, PANEL);
+                        tile, WIDE);
         for (Index i = 0; i < m; i++)
           for (Index j = 0; j < n; j += L) {
-            vec y = load<vec>(tile + i * PANEL + j);
+            vec y = load<vec>(tile + i * WIDE + j);
             if (!bias.empty()) y += load<vec>(&bias[first + j]);
             done(i, first + j, y);
           }

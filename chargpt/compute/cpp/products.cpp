@@ -62,13 +62,31 @@ void tiles(Index m, Index k, const uint32_t* a, Index stride_a, const uint32_t* 
   }
 }
 
+// Compute one row over P panels of B: more sums to hide the latency, more streams of memory.
+template <class T, int P>
+void one_row(Index k, const uint32_t* a, const uint32_t* b, Index depth, float* out, bool add) {
+  vec sums[P][COLUMNS];
+  UNROLL for (int p = 0; p < P; p++)
+    UNROLL for (int v = 0; v < COLUMNS; v++)
+      sums[p][v] = add ? load<vec>(out + p * PANEL + v * L) : vec{};
+  for (Index i = 0; i < k; i++)
+    UNROLL for (int p = 0; p < P; p++)
+      UNROLL for (int v = 0; v < COLUMNS; v++)
+        sums[p][v] = dot(T(), sums[p][v], a[i], load<words>(b + (p * depth + i) * PANEL + v * L));
+  UNROLL for (int p = 0; p < P; p++)
+    UNROLL for (int v = 0; v < COLUMNS; v++) store(out + p * PANEL + v * L, sums[p][v]);
+}
+
 template <class T, bool BY_ROW>
 void multiply_by(Index m, Index n, Index k, const uint32_t* a, Index stride_a, const uint32_t* b,
                  Index depth, float* out, Index stride, bool add) {
   for (Index first = 0; first < k; first += DEPTH) {
     const Index here = std::min<Index>(DEPTH, k - first);
     const uint32_t* left = a + first * (BY_ROW ? 1 : stride_a);
-    for (Index j = 0; j < n; j += PANEL) {
+    Index j = 0;
+    for (constexpr int P = 4; m == 1 && BY_ROW && n - j >= P * PANEL; j += P * PANEL)
+      one_row<T, P>(here, left, b + j * depth + first * PANEL, depth, out + j, add || first > 0);
+    for (; j < n; j += PANEL) {
       const auto run = n - j < PANEL ? tiles<T, PARTS, BY_ROW> : tiles<T, COLUMNS, BY_ROW>;
       run(m, here, left, stride_a, b + j * depth + first * PANEL, out + j, stride, add || first > 0);
     }

@@ -191,10 +191,15 @@ void pack_transposed(const typename T::Value* x, Index stride, Index rows, Index
     for (Index w = 0; w < depth; w += L) {  // rows are multiples of LANES: half of L may be left
       const Index count = std::min<Index>(L, depth - w);
       words square[L] = {};
-      for (Index i = 0; i < here; i++)
-        std::memcpy(&square[i], x + (first + i) * stride + w * T::G, count * 4);
+      const typename T::Value* corner = x + first * stride + w * T::G;
+      if (here == L && count == L) {
+        UNROLL for (int i = 0; i < L; i++) square[i] = load<words>(corner + i * stride);
+      } else {
+        for (Index i = 0; i < here; i++) std::memcpy(&square[i], corner + i * stride, count * 4);
+      }
       transpose(square);
-      for (Index i = 0; i < count; i++) store(out.at(w + i, first), square[i]);
+      uint32_t* to = out.at(w, first);
+      for (Index i = 0; i < count; i++) store(to + i * PANEL, square[i]);
     }
   }
 }
