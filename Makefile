@@ -42,4 +42,4 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist chargpt/compute/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from torch import Tensor
 from chargpt.compute import native
 from chargpt.compute.device import choose_device, describe_device
 from chargpt.compute.fast_layers import Backend, set_attention, use_fast_dropout
+from chargpt.compute.library import KernelsError
 from chargpt.config import PRESETS, GPT2Config
 from chargpt.measure.timing import median_seconds
 from chargpt.model import CausalSelfAttention
@@ -69,7 +70,7 @@ def time_backend(backend: Backend, config: GPT2Config, qkv: Tensor, seconds: flo
         if backend == "native" and not native.supports(qkv, widths=(width,)):
             return "–"  # it would fall back to another backend
         return f"{1000 * median_seconds(both_ways, seconds, qkv.device):.2f}"
-    except (native.KernelsError, torch.OutOfMemoryError):
+    except (KernelsError, torch.OutOfMemoryError):
         return "–"
 
 

@@ -186,7 +186,7 @@ class TrainConfig(_Config):
     precision: Precision = "auto"
     """auto takes bf16 where the hardware multiplies it fast, then fp16 on CUDA, then fp32."""
     kernels: OnOffAuto = "auto"
-    """C++ kernels for a CPU, compiled on first use. auto: on where they work (Linux)."""
+    """C++ kernels for a CPU, prebuilt or (on Linux) compiled on first use. auto: if they work."""
     attention: Attention = "auto"
     """Attention by native (the kernels), matmul or sdpa (PyTorch's fused kernel); auto: fastest."""
     compile: OnOffAuto = "auto"

@@ -10,7 +10,6 @@ block_size and all of it; with 1, always the last block_size tokens, re-read per
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -22,7 +21,7 @@ from chargpt.base.callable_module import make_callable
 from chargpt.base.checks import check_names
 from chargpt.base.errors import UserError, is_out_of_memory
 from chargpt.base.seeding import SAMPLE, derive_seed
-from chargpt.compute.native import KernelsError
+from chargpt.compute.library import KernelsError, why_not_tried
 from chargpt.config import OnOffAuto, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.decoder import Decoder, PyTorchDecoder
@@ -143,16 +142,16 @@ def sample(
 def make_decoder(model: GPT2, n_slots: int, kernels: OnOffAuto = "auto") -> Decoder:
     """Return the fastest decoder for a model, for `n_slots` sequences at the same time.
 
-    With kernels "auto", `NativeDecoder` on Linux if it supports the model and compiles; with "on",
+    With kernels "auto", `NativeDecoder` if it supports the model and the kernels work; with "on",
     it or a `UserError`.
     """
     reason = "they do not support this model's device, type, activation or widths"
-    if kernels == "on" or (kernels == "auto" and sys.platform.startswith("linux")):
+    if kernels != "off":
         try:
-            if decodes(model):
+            if (kernels == "on" or not why_not_tried()) and decodes(model):
                 return NativeDecoder(model, n_slots)
         except KernelsError as error:
-            reason = f"they cannot be compiled here: {error}"
+            reason = f"they do not work here: {error}"
     if kernels == "on":
         raise UserError(f"kernels is 'on', but {reason}: give --kernels auto")
     return PyTorchDecoder(model, n_slots)

@@ -1,26 +1,20 @@
-"""The kernels compiled for this processor, for older ones, and with allocations that can fail."""
+"""The kernels as a test needs them: any variant, or with allocations that can fail."""
 
 import functools
+import platform
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from chargpt.compute import native
-from chargpt.compute.device import cpu_info
+from chargpt.compute import build
+from chargpt.compute.library import capabilities
+from chargpt.compute.library_cache import compiled
 from chargpt.compute.native import Kernels, load_kernels
 
-COMPILERS = [name for name in native.COMPILERS if shutil.which(name)]
-# Without -m flags, a compiler uses what its processor family always has (SSE2, NEON: 4 lanes).
-# znver3 is AVX2 with GCC's tuning for AMD's Zen 3, which splits multiply-adds without GCC_FLAGS.
-FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "znver3": ["-mavx2", "-mfma", "-mtune=znver3"],
-    "plain": [],
-    "failing": ["-Wl,-Bsymbolic"],
-}
+COMPILERS = [name for name in build.COMPILERS if shutil.which(name)]
+VARIANTS = {variant.name: variant for variant in build.variants_of(platform.machine())}
 # Replaces operator new inside the library: allocation number n from now on fails, once.
 FAILING_NEW = """
 #include <atomic>
@@ -44,25 +38,27 @@ void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::fre
 
 @functools.cache
 def kernels_of(variant: str) -> Kernels:
-    """Return the kernels of ``native`` or a variant of `FLAGS`, compiled once per process.
+    """Return the kernels of a variant of `build`, of ``native`` (the best one), or ``failing``.
 
-    Only ``native`` and ``failing`` use OpenMP. Skips the calling test if it cannot run them.
+    Skips the calling test if this machine cannot compile or run them.
     """
     if not COMPILERS:
         pytest.skip("no C++ compiler here")
     if variant == "native":
         return load_kernels()
-    if "-mavx2" in FLAGS[variant] and not {"avx2", "fma"} <= set(
-        "".join(cpu_info("flags")).split()
-    ):
-        pytest.skip("no AVX2 here")
-    flags = [flag for flag in native.FLAGS if not flag.startswith("-march")]
-    flags += [*FLAGS[variant], *native.gcc_flags(COMPILERS[:1]), "-shared", "-fPIC"]
+    if variant == "failing":
+        return _failing_kernels()
+    if variant not in VARIANTS or not VARIANTS[variant].needs <= capabilities():
+        pytest.skip(f"no {variant} here")
+    path, _ = compiled(VARIANTS[variant])
+    return Kernels(path)
+
+
+def _failing_kernels() -> Kernels:
+    plain = next(iter(VARIANTS.values()))
     with tempfile.TemporaryDirectory() as folder:
-        library, failing_new = Path(folder, f"{variant}.so"), Path(folder, "failing_new.cpp")
+        library, failing_new = Path(folder, "failing.so"), Path(folder, "failing_new.cpp")
         failing_new.write_text(FAILING_NEW)
-        sources = [*native.SOURCES, *([failing_new] if variant == "failing" else [])]
-        command = [COMPILERS[0], *flags, *map(str, sources), "-o", str(library)]
-        subprocess.run(command, check=True)
-        kernels = Kernels(library)
-    return kernels
+        extra = [str(failing_new), "-Wl,-Bsymbolic"]
+        build.compile_variant(plain, build.find_compiler(), library, extra)
+        return Kernels(library)

@@ -41,7 +41,7 @@ def make_flags(_: str) -> type:
         "For --surprise: predict each character from at least block_size - stride others; 1 is "
         "best and slowest. (half of block_size)"
     )
-    kernels_help = "C++ kernels for a CPU; auto turns them on where they work (Linux). (auto)"
+    kernels_help = "C++ kernels for a CPU; auto turns them on where they work. (auto)"
     return shared.flags_class(
         "Write text with a trained model.",
         [

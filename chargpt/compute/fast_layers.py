@@ -31,7 +31,8 @@ class FastLayerNorm(nn.LayerNorm):
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return norm(x) and x, both (…, C); the gradients of the two are added in the kernel."""
         weights = (self.weight, self.bias)
-        if x.dtype != torch.float32 or not native.supports(x, widths=x.shape[-1:], weights=weights):
+        fits = x.dtype == torch.float32 and x.shape[-1:] == self.weight.shape
+        if not fits or not native.supports(x, widths=x.shape[-1:], weights=weights):
             return super().forward(x), x
         return native.fork_layer_norm(x, self.weight, self.bias, self.eps)
 
@@ -54,9 +55,11 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, inputs) to (…, outputs)."""
-        widths = (self.in_features, x.size(-1), *([self.out_features] if self.bias is not None else []))
-        weights = (self.weight, self.bias)
-        if x.size(-1) != self.in_features or not native.supports(x, widths=widths, weights=weights):
+        widths = [self.in_features]
+        if self.bias is not None:  # without one, any number of outputs
+            widths.append(self.out_features)
+        fits = x.size(-1) == self.in_features
+        if not fits or not native.supports(x, widths=widths, weights=(self.weight, self.bias)):
             return super().forward(x)
         return native.linear(x, self.weight, self.bias)
 
@@ -69,8 +72,8 @@ class FastFeedForward(FeedForward):
         first, second = self.expand, self.projection
         widths = (first.in_features, first.out_features)
         weights = (first.weight, first.bias, second.weight, second.bias)
-        is_gelu = self.activation is ACTIVATIONS["gelu"]
-        if not is_gelu or not native.supports(x, widths=widths, weights=weights):
+        fits = self.activation is ACTIVATIONS["gelu"] and x.size(-1) == first.in_features
+        if not fits or not native.supports(x, widths=widths, weights=weights):
             return super().forward(x)
         return native.feed_forward(x, *weights)
 
@@ -80,7 +83,8 @@ class FastResidualSum(ResidualSum):
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         """Map two tensors (B, T, C) to one."""
-        if x.dtype != torch.float32 or not native.supports(x, update, widths=x.shape[-1:]):
+        fits = x.dtype == torch.float32 and x.shape == update.shape
+        if not fits or not native.supports(x, update, widths=x.shape[-1:]):
             return super().forward(x, update)
         return native.residual_sum(x, update, self.dropout.p if self.training else 0.0)
 
@@ -98,7 +102,8 @@ class FastCausalSelfAttention(CausalSelfAttention):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Map queries, keys and values side by side, (B, T, 3C), to (B, T, C)."""
-        if not native.supports(qkv, widths=(qkv.size(2) // (3 * self.n_head),)):
+        head_size, rest = divmod(qkv.size(2), 3 * self.n_head)
+        if rest or not native.supports(qkv, widths=(head_size,)):
             return super().attend(qkv)
         return native.attention(qkv, self.n_head, self.dropout.p if self.training else 0.0)
 

@@ -1,4 +1,4 @@
-"""The kernels of ``kernels.cpp`` as PyTorch calls, compiled for this processor on first use.
+"""The kernels of ``kernels.cpp`` as PyTorch calls; `chargpt.compute.library` finds their library.
 
 Each function computes what its PyTorch counterpart computes, forward and backward, in one pass over
 memory. `supports` says for which tensors. `chargpt.compute.fast_layers` uses them in a model.
@@ -10,36 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chargpt.base.files import replacing
-from chargpt.compute.device import cpu_info, cpu_name
+from chargpt.compute.library import KernelsError, get_library
 from chargpt.compute.muon import MuonSettings
 
-_FOLDER = Path(__file__).parent / "cpp"
-SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
-HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno"),
-    *("-fno-trapping-math", "-fvisibility=hidden", "-pthread", "-w"),
-)
-# GCC's tuning for some AMD processors splits some of the multiply-adds, so that a row's sum would
-# depend on its neighbours. Clang does not do this and rejects the parameter.
-GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
-COMPILERS = ("c++", "g++", "clang++")
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 _Pointer, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -59,10 +40,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 LANES = 16
 """Row widths must be multiples of it; see ``vectors.h``."""
-
-
-class KernelsError(Exception):
-    """The kernels cannot be compiled or loaded here; use PyTorch's own layers."""
 
 
 class Kernels:
@@ -106,60 +83,15 @@ class Kernels:
 
 @functools.cache
 def load_kernels() -> Kernels:
-    """Return the kernels; compile them first if the cache folder does not have them.
+    """Return the kernels; they are compiled first if no library of them is found.
 
     Raises:
-        KernelsError: there is no compiler, or it fails.
+        KernelsError: as `chargpt.compute.library.find_library`; or the library lacks a function.
     """
-    path = library_path()
     try:
-        if path.exists():
-            with suppress(OSError):  # a damaged file: compile it again
-                return Kernels(path)
-        _compile(path)
-        return Kernels(path)
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        message = getattr(error, "stderr", None) or str(error)
-        raise KernelsError(" ".join(message.split())[:200] or type(error).__name__) from error
-
-
-def library_path() -> Path:
-    """Return the library's path, which depends on its sources, its flags and this processor."""
-    sources = (file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES))
-    # A home folder may be shared by machines with different processors.
-    parts = (*sources, *FLAGS, *GCC_FLAGS, cpu_name(), *cpu_info("flags"))
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return Path(platformdirs.user_cache_dir("chargpt"), "kernels", f"kernels-{key}.so")
-
-
-def _compile(path: Path) -> None:
-    """Compile the library to `path`; no process sees a part of it."""
-    compiler = _find_compiler()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flags = [*FLAGS, *gcc_flags(compiler), "-shared", "-fPIC"]
-    with replacing(path) as library:
-        _run([*compiler, *flags, *map(str, SOURCES), "-o", str(library)])
-
-
-def _find_compiler() -> list[str]:
-    """Return ``$CXX``, which may include arguments, or the first C++ compiler found."""
-    command = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, COMPILERS)][:1]
-    if not command:
-        raise KernelsError(f"no C++ compiler found ({', '.join(COMPILERS)})")
-    return command
-
-
-def gcc_flags(compiler: Sequence[str]) -> tuple[str, ...]:
-    """Return the flags that only GCC accepts, or nothing for another compiler."""
-    return () if "clang" in _run([*compiler, "--version"]).lower() else GCC_FLAGS
-
-
-def _run(command: Sequence[str]) -> str:
-    """Run a compiler and return what it prints, in any locale."""
-    done = subprocess.run(
-        command, check=True, capture_output=True, encoding="utf-8", errors="replace"
-    )
-    return done.stdout
+        return Kernels(get_library().path)
+    except (OSError, AttributeError) as error:
+        raise KernelsError(str(error)) from error
 
 
 def supports(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | None] = ()) -> bool:
@@ -262,20 +194,20 @@ def fork_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return `layer_norm` of x, and x for what goes around it: the kernel adds the gradients."""
     x, gain, bias = _contiguous(x, gain, bias)
-    out: tuple[Tensor, Tensor] = _LayerNorm.apply(x, gain, bias, eps, product_dtype())  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor] = _LayerNorm.apply(x, gain, bias, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(x, dtype=dtype)
+        out = torch.empty_like(x, dtype=product_dtype())
         n, C = x.numel() // x.size(-1), x.size(-1)
         kept = torch.empty(2, n)  # means and inverse standard deviations
         tensors = (x, gain, bias, out, kept[0], kept[1])
-        load_kernels()("layer_norm_forward", dtype, *tensors, n, C, eps)
+        load_kernels()("layer_norm_forward", out.dtype, *tensors, n, C, eps)
         ctx.save_for_backward(x, gain, bias, kept)
         ctx.set_materialize_grads(False)
         return out, x
@@ -285,13 +217,13 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_around: Tensor | None) -> Any:
         x, gain, bias, kept = ctx.saved_tensors
         if d_out is None:
-            return d_around, None, None, None, None
+            return d_around, None, None, None
         d_out, d_around = _contiguous(d_out, d_around)
         gradients = [None if t is None else torch.empty_like(t) for t in (x, gain, bias)]
         tensors = (x, gain, kept[0], kept[1], d_out, d_around, *gradients)
         n, C = kept.size(1), x.size(-1)
         load_kernels()("layer_norm_backward", d_out.dtype, *tensors, n, C)
-        return *gradients, None, None
+        return *gradients, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chargpt.compute.native import LANES, KernelsError, load_kernels
+from chargpt.compute.library import KernelsError
+from chargpt.compute.native import LANES, load_kernels
 from chargpt.engine.decoder import Chunk
 from chargpt.model import GPT2, CausalSelfAttention, FeedForward, Residual
 

@@ -25,8 +25,9 @@ from chargpt.compute.fast_layers import (
     use_fast_dropout,
     use_kernels,
 )
+from chargpt.compute.library import KernelsError, get_library, why_not_tried
 from chargpt.compute.muon import MuonAdamW
-from chargpt.compute.native import LANES, KernelsError, library_path, load_kernels
+from chargpt.compute.native import LANES, load_kernels
 from chargpt.config import Attention, GPT2Config, OnOffAuto
 from chargpt.training.trainer import Trainer
 
@@ -39,7 +40,7 @@ Report = Callable[[str], None]
 class SpeedChoices(NamedTuple):
     """How a model computes; another choice rounds differently."""
 
-    kernels: str  # the library's name, which stands for its sources and the processor; or "off"
+    kernels: str  # `chargpt.compute.library.Library.name`, or "off"
     attention: Backend
     compiled: bool
 
@@ -66,7 +67,7 @@ def accelerate(trainer: Trainer, report: Report) -> SpeedChoices:
     seconds = time.perf_counter() - start
     trainer.state.compile_seconds += seconds
     trainer.state.train_seconds += seconds
-    library = library_path().stem if kernels.on else "off"
+    library = get_library().name if kernels.on else "off"
     return SpeedChoices(kernels=library, attention=attention.backend, compiled=compiled)
 
 
@@ -111,7 +112,7 @@ class KernelsChoice(NamedTuple):
 
 
 def choose_kernels(setting: OnOffAuto, device: torch.device, compiling: bool) -> KernelsChoice:
-    """Return whether to use the kernels; they are compiled to find out.
+    """Return whether to use the kernels; they are loaded, or first compiled, to find out.
 
     Raises:
         UserError: they were requested and do not work here.
@@ -122,18 +123,14 @@ def choose_kernels(setting: OnOffAuto, device: torch.device, compiling: bool) ->
         reason = f"they are for CPUs, and this is {device.type}"
     elif compiling:
         reason = "torch.compile makes its own"
-    elif setting == "auto" and not sys.platform.startswith("linux"):
-        reason = "they were tried on Linux only; --kernels on tries them here"
     else:
-        known = library_path().exists()
-        start = time.perf_counter()
         try:
-            load_kernels()
-            seconds = time.perf_counter() - start
-            how = "compiled before" if known else f"compiled for this processor in {seconds:.1f} s"
-            return KernelsChoice(True, how)
+            reason = why_not_tried() if setting == "auto" else ""
+            if not reason:
+                load_kernels()
+                return KernelsChoice(True, get_library().how)
         except KernelsError as error:
-            reason = f"they cannot be compiled here: {error}"
+            reason = f"they do not work here: {error}"
     if setting == "on":
         raise UserError(f"kernels is 'on', but {reason}: give --kernels auto")
     return KernelsChoice(False, reason)

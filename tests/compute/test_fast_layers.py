@@ -24,8 +24,9 @@ from chargpt.compute.fast_layers import (
     set_attention,
     use_kernels,
 )
+from chargpt.compute.library import KernelsError
 from chargpt.compute.muon import JORDAN, MuonSettings, muon_update
-from chargpt.compute.native import Kernels, KernelsError, load_kernels
+from chargpt.compute.native import Kernels, load_kernels
 from chargpt.config import GPT2Config
 from chargpt.model import GPT2
 

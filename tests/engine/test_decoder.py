@@ -1,7 +1,6 @@
 """Both decoders, compared with the model without a cache in float64.
 
-The native decoder is also tested as compiled for AVX2 and without vector extensions, both without
-OpenMP: other vector widths have other tails.
+The native decoder is also tested as compiled for AVX-512, for AVX2, and without vector extensions.
 """
 
 import ctypes
@@ -21,9 +20,10 @@ from twin import shake
 from variants import kernels_of
 
 from chargpt.base.errors import UserError
-from chargpt.compute import native
+from chargpt.compute import library
 from chargpt.compute.fast_layers import set_attention, use_kernels
-from chargpt.compute.native import LANES, KernelsError
+from chargpt.compute.library import KernelsError, find_library
+from chargpt.compute.native import LANES, Kernels
 from chargpt.config import GPT2Config, OnOffAuto
 from chargpt.engine import native_decoder
 from chargpt.engine.decoder import Chunk, Decoder, PyTorchDecoder
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if self.name == "pytorch" else 0)
 
 
-@pytest.fixture(scope="module", params=["pytorch", "native", "avx2", "znver3", "plain"])
+@pytest.fixture(scope="module", params=["pytorch", "native", "avx512", "avx2", "plain"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     if request.param != "pytorch":
         kernels_of(request.param)  # skips the test where they do not compile
@@ -453,7 +453,8 @@ def test_without_a_compiler_pytorch_decodes(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
-    monkeypatch.setattr(native_decoder, "load_kernels", native.load_kernels.__wrapped__)
+    monkeypatch.setattr(library, "PREBUILT", tmp_path)
+    monkeypatch.setattr(native_decoder, "load_kernels", lambda: Kernels(find_library().path))
     monkeypatch.setattr(sys, "platform", "linux")
     assert kind_of(some_model(), "auto") is PyTorchDecoder
     with pytest.raises(UserError, match=r"no C\+\+ compiler found .*: give --kernels auto$") as e:

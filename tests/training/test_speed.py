@@ -16,7 +16,7 @@ import chargpt.training.plan
 from chargpt.base.errors import UserError
 from chargpt.compute import native
 from chargpt.compute.fast_layers import FAST, FastCausalSelfAttention
-from chargpt.compute.native import KernelsError
+from chargpt.compute.library import KernelsError, get_library
 from chargpt.compute.parallel import ParallelChoice
 from chargpt.config import DataConfig
 from chargpt.model import GPT2, CausalSelfAttention
@@ -33,6 +33,7 @@ from chargpt.training.speed import (
 from chargpt.training.trainer import Trainer
 
 needs_compiler = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler here")
+NOT_PREBUILT = "none are prebuilt in this installation; --kernels on compiles them"
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
@@ -48,6 +49,7 @@ def fake_kernels(
 
     for module in (speed, native):
         patch.setattr(module, "load_kernels", load)
+    patch.setattr(speed, "get_library", lambda: SimpleNamespace(how="faked", name="fake-0"))
     patch.setattr(sys, "platform", platform)
 
 
@@ -66,8 +68,8 @@ def test_kernels_are_used_if_they_compile(monkeypatch: pytest.MonkeyPatch) -> No
         (MPS, False, "", "darwin", "they are for CPUs, and this is mps"),
         (CUDA, True, "", "linux", "they are for CPUs, and this is cuda"),
         (CPU, True, "", "linux", "torch.compile makes its own"),
-        (CPU, False, "no c++", "linux", "they cannot be compiled here: no c++"),
-        (CPU, False, "", "darwin", "they were tried on Linux only; --kernels on tries them here"),
+        (CPU, False, "no c++", "linux", "they do not work here: no c++"),
+        *((CPU, False, "", system, NOT_PREBUILT) for system in ("darwin", "win32")),
     ],
 )
 def test_without_kernels_the_choice_gives_a_reason(
@@ -202,9 +204,11 @@ def test_accelerate_reports_three_choices(
     monkeypatch.setattr(sys, "platform", "linux")
     trainer, lines = make(kernels=kernels)
     on = kernels == "auto"
-    accelerate(trainer, lines.append)
+    choices = accelerate(trainer, lines.append)
     assert [line[:11] for line in lines] == ["kernels    ", "attention  ", "compile    "]
-    assert lines[0].startswith("kernels    on (compiled" if on else "kernels    off (asked for)")
+    how = f"on ({get_library().how})" if on else "off (asked for)"
+    assert lines[0] == f"kernels    {how}"
+    assert choices.kernels == (get_library().name if on else "off")
     assert lines[1].startswith(f"attention  {'native' if on else 'matmul'} (the fastest")
     assert lines[2].startswith("compile    off (takes longer")
     assert is_fast(trainer.model) == on
@@ -234,7 +238,7 @@ def test_a_model_trains_without_kernels_if_they_do_not_compile(
     fake_kernels(monkeypatch, problem="no c++")
     accelerate(trainer, lines.append)
     accelerate(plain, lines.append)
-    assert lines[0] == "kernels    off (they cannot be compiled here: no c++)"
+    assert lines[0] == "kernels    off (they do not work here: no c++)"
     assert lines[1].startswith("attention  matmul")
     assert not is_fast(trainer.model)
     assert train_step(trainer) == train_step(plain)
@@ -245,7 +249,7 @@ def test_requested_kernels_that_fail_are_an_error(
 ) -> None:
     trainer, lines = make(kernels="on")
     fake_kernels(monkeypatch, problem="no c++")
-    with pytest.raises(UserError, match="kernels is 'on', but they cannot be compiled here: no c"):
+    with pytest.raises(UserError, match="kernels is 'on', but they do not work here: no c"):
         accelerate(trainer, lines.append)
     assert lines == []
 

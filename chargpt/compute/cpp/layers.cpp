@@ -11,27 +11,43 @@
 namespace chargpt {
 namespace {
 
-constexpr Index STRIP = 64;           // columns of a product at a time: they stay in the first cache
-constexpr Index STRETCH = 20 * BLOCK;  // rows whose packed values are kept for the weights' gradients
-constexpr Index SHARD = 128;          // columns of a weight's gradient per chunk of work
+constexpr Index STRIP = 64;   // columns of a product at a time: they stay in the first cache
+constexpr Index SHARD = 128;  // columns of a weight's gradient per chunk of work
+constexpr Index CACHED = 1 << 18;  // a weight with more values does not fit the second cache
 
-// Compute a product of m ≤ BLOCK rows in strips of columns, and pass each to done(j, columns, strip);
-// its rows are STRIP apart.
+// How rows are cut. A large weight streams through the cache once for each chunk, so chunks are then
+// larger. No result depends on the cut.
+struct Cut {
+  Index chunk;    // rows per chunk of work
+  Index stretch;  // rows whose packed values are kept for the weights' gradients
+
+  explicit Cut(Index n_weights)
+      : chunk(n_weights <= CACHED ? BLOCK : 4 * BLOCK), stretch(20 * chunk) {}
+  Index chunks(Index n) const { return (n + chunk - 1) / chunk; }
+};
+
+// Compute a product in strips of columns, and pass each block of rows to done(i, m, j, columns,
+// strip): m rows from i on, columns from j on; the strip's rows are STRIP apart.
 template <class T, class Done>
-INLINE void in_strips(Index m, Index n, Index k, Left a, const Packed& b, Done done) {
+INLINE void in_strips(Index n_rows, Index n, Index k, Left a, const Packed& b, Done done) {
   alignas(64) float strip[BLOCK * STRIP];
-  for (Index j = 0; j < n; j += STRIP) {
-    const Index columns = std::min(STRIP, n - j);
-    multiply<T>(m, columns, k, a, b.at(0, j), b.depth, strip, STRIP);
-    done(j, columns, strip);
-  }
+  for (Index j = 0; j < n; j += STRIP)
+    for (Index i = 0; i < n_rows; i += BLOCK) {
+      const Index m = std::min<Index>(BLOCK, n_rows - i), columns = std::min(STRIP, n - j);
+      multiply<T>(m, columns, k, a.from(i), b.at(0, j), b.depth, strip, STRIP);
+      done(i, m, j, columns, strip);
+    }
 }
 
-// Call f(i, j, x, v) for each vector x of a strip: i is its row, j its column in the matrix.
-template <class F>
-INLINE void for_strip(Index m, Index first, Index columns, const float* strip, F f) {
-  for (Index i = 0; i < m; i++)
-    for (Index j = 0; j < columns; j += L) f(i, first + j, load<vec>(strip + i * STRIP + j));
+// The same, and call f(i, j, x) for each vector x: i is its row, j its column.
+template <class T, class F>
+INLINE void for_product(Index n_rows, Index n, Index k, Left a, const Packed& b, F f) {
+  in_strips<T>(n_rows, n, k, a, b,
+               [&](Index first, Index m, Index left, Index columns, const float* strip) {
+                 for (Index i = 0; i < m; i++)
+                   for (Index j = 0; j < columns; j += L)
+                     f(first + i, left + j, load<vec>(strip + i * STRIP + j));
+               });
 }
 
 // Write the first `count` values of a vector, if they are fewer than L.
@@ -54,21 +70,24 @@ struct Gradient {
 
   Index shards() const { return down() * across(); }
   void add(Index shard, Index rows, bool first) const {
-    const Index o = shard / across() * PANEL, i = shard % across() * SHARD;
-    const Index groups = (rows + T::G - 1) / T::G, here = std::min<Index>(PANEL, outputs - o);
-    multiply<T>(here, std::min(SHARD, inputs - i), groups, up.panel(o), x.at(0, i), x.depth,
-                weight + o * inputs + i, inputs, !first);
-    if (!bias || i > 0) return;
-    for (Index j = 0; j < here; j += L) {
-      vec total = first ? vec{} : load<vec>(bias + o + j);
-      for (Index group = 0; group < groups; group++)
-        for (int g = 0; g < T::G; g++) total += T::unpack(load<words>(up.at(group, o + j)), g);
-      store(bias + o + j, total);
+    const Index top = shard / across() * height(), i = shard % across() * SHARD;
+    const Index groups = (rows + T::G - 1) / T::G;
+    for (Index o = top; o < std::min(outputs, top + height()); o += PANEL) {
+      const Index here = std::min<Index>(PANEL, outputs - o);
+      multiply<T>(here, std::min(SHARD, inputs - i), groups, up.panel(o), x.at(0, i), x.depth,
+                  weight + o * inputs + i, inputs, !first);
+      for (Index j = 0; bias && i == 0 && j < here; j += L) {
+        vec total = first ? vec{} : load<vec>(bias + o + j);
+        for (Index group = 0; group < groups; group++)
+          for (int g = 0; g < T::G; g++) total += T::unpack(load<words>(up.at(group, o + j)), g);
+        store(bias + o + j, total);
+      }
     }
   }
 
  private:
-  Index down() const { return (outputs + PANEL - 1) / PANEL; }
+  Index height() const { return outputs * inputs <= CACHED ? PANEL : 128; }
+  Index down() const { return (outputs + height() - 1) / height(); }
   Index across() const { return (inputs + SHARD - 1) / SHARD; }
 };
 
@@ -78,11 +97,11 @@ template <class T>
 void linear_forward(const typename T::Value* x, const float* w, const float* b,
                     typename T::Value* out, Index n, Index inputs, Index outputs) {
   const Packed weight = pack_weight<T>(w, outputs, inputs, true);
-  parallel(blocks(n), [&](Index block, int) {
-    const Index first = block * BLOCK, m = std::min<Index>(BLOCK, n - first);
-    in_strips<T>(m, round_up(outputs, LANES), inputs / T::G, rows_of<T>(x + first * inputs, inputs),
-                 weight, [&](Index j, Index columns, const float* strip) {
-                   for_strip(m, j, columns, strip, [&](Index i, Index j, vec y) {
+  const Cut cut(inputs * outputs);
+  parallel(cut.chunks(n), [&](Index chunk, int) {
+    const Index first = chunk * cut.chunk, m = std::min(cut.chunk, n - first);
+    for_product<T>(m, round_up(outputs, LANES), inputs / T::G,
+                   rows_of<T>(x + first * inputs, inputs), weight, [&](Index i, Index j, vec y) {
                      typename T::Value* at = out + (first + i) * outputs + j;
                      if (b) y += load<vec>(b + j);
                      if (j + L <= outputs)
@@ -90,7 +109,6 @@ void linear_forward(const typename T::Value* x, const float* w, const float* b,
                      else if (j < outputs)
                        write_some<T>(at, y, outputs - j);
                    });
-                 });
   });
 }
 
@@ -100,17 +118,18 @@ void linear_backward(const typename T::Value* x, const float* w, const typename 
                      Index outputs) {
   typedef typename T::Value Value;
   const Packed weight = pack_weight<T>(w, outputs, inputs, false);
-  const Packed xs = Packed::of(T(), STRETCH, inputs), ups = Packed::of(T(), STRETCH, outputs);
+  const Cut cut(inputs * outputs);
+  const Packed xs = Packed::of(T(), cut.stretch, inputs), ups = Packed::of(T(), cut.stretch, outputs);
   const Index wide = round_up(outputs, LANES);
-  const Array<Value> padded(wide == outputs ? 0 : pool::threads() * BLOCK * wide);
+  const Array<Value> padded(wide == outputs ? 0 : pool::threads() * cut.chunk * wide);
   const Gradient<T> gradient{ups, xs, outputs, inputs, d_w, d_b};
-  for (Index start = 0; start < n; start += STRETCH) {
-    const Index rows = std::min(STRETCH, n - start);
-    parallel(blocks(rows), [&](Index block, int slot) {
-      const Index first = block * BLOCK, m = std::min<Index>(BLOCK, rows - first);
+  for (Index start = 0; start < n; start += cut.stretch) {
+    const Index rows = std::min(cut.stretch, n - start);
+    parallel(cut.chunks(rows), [&](Index chunk, int slot) {
+      const Index first = chunk * cut.chunk, m = std::min(cut.chunk, rows - first);
       const Value* up = d_out + (start + first) * outputs;
       if (wide != outputs) {
-        Value* copy = padded.data() + slot * BLOCK * wide;
+        Value* copy = padded.data() + slot * cut.chunk * wide;
         std::memset(copy, 0, m * wide * sizeof(Value));
         for (Index i = 0; i < m; i++)
           std::memcpy(copy + i * wide, up + i * outputs, outputs * sizeof(Value));
@@ -118,15 +137,12 @@ void linear_backward(const typename T::Value* x, const float* w, const typename 
       }
       pack<T>(x + (start + first) * inputs, inputs, m, inputs, xs, first / T::G);
       pack<T>(up, wide, m, wide, ups, first / T::G);
-      in_strips<T>(m, inputs, weight.depth, rows_of<T>(up, wide), weight,
-                   [&](Index j, Index columns, const float* strip) {
-                     for_strip(m, j, columns, strip, [&](Index i, Index j, vec y) {
+      for_product<T>(m, inputs, weight.depth, rows_of<T>(up, wide), weight,
+                     [&](Index i, Index j, vec y) {
                        T::write(d_x + (start + first + i) * inputs + j, y);
                      });
-                   });
     });
-    parallel(gradient.shards(),
-             [&](Index shard, int) { gradient.add(shard, rows, start == 0); });
+    parallel(gradient.shards(), [&](Index shard, int) { gradient.add(shard, rows, start == 0); });
   }
 }
 
@@ -139,25 +155,21 @@ void feed_forward_forward(const typename T::Value* x, const float* w1, const flo
                           typename T::Value* out, Index n, Index c, Index f) {
   typedef typename T::Value Value;
   const Packed expand = pack_weight<T>(w1, f, c, true), project = pack_weight<T>(w2, c, f, true);
-  const Array<Value> hiddens(pool::threads() * BLOCK * f);
-  parallel(blocks(n), [&](Index block, int slot) {
-    const Index first = block * BLOCK, m = std::min<Index>(BLOCK, n - first);
-    Value* hidden = hiddens.data() + slot * BLOCK * f;
-    in_strips<T>(m, f, c / T::G, rows_of<T>(x + first * c, c), expand,
-                 [&](Index j, Index columns, const float* strip) {
-                   for_strip(m, j, columns, strip, [&](Index i, Index j, vec v) {
+  const Cut cut(c * f);
+  const Array<Value> hiddens(pool::threads() * cut.chunk * f);
+  parallel(cut.chunks(n), [&](Index chunk, int slot) {
+    const Index first = chunk * cut.chunk, m = std::min(cut.chunk, n - first);
+    Value* hidden = hiddens.data() + slot * cut.chunk * f;
+    for_product<T>(m, f, c / T::G, rows_of<T>(x + first * c, c), expand,
+                   [&](Index i, Index j, vec v) {
                      if (b1) v += load<vec>(b1 + j);
                      T::write(before + (first + i) * f + j, v);
                      T::write(hidden + i * f + j, gelu<T>(v));
                    });
-                 });
-    in_strips<T>(m, c, f / T::G, rows_of<T>(hidden, f), project,
-                 [&](Index j, Index columns, const float* strip) {
-                   for_strip(m, j, columns, strip, [&](Index i, Index j, vec y) {
-                     if (b2) y += load<vec>(b2 + j);
-                     T::write(out + (first + i) * c + j, y);
-                   });
-                 });
+    for_product<T>(m, c, f / T::G, rows_of<T>(hidden, f), project, [&](Index i, Index j, vec y) {
+      if (b2) y += load<vec>(b2 + j);
+      T::write(out + (first + i) * c + j, y);
+    });
   });
 }
 
@@ -168,44 +180,47 @@ void feed_forward_backward(const typename T::Value* x, const float* w1, const fl
                            float* d_b2, Index n, Index c, Index f) {
   typedef typename T::Value Value;
   const Packed expand = pack_weight<T>(w1, f, c, false), project = pack_weight<T>(w2, c, f, false);
-  const Packed xs = Packed::of(T(), STRETCH, c), ups = Packed::of(T(), STRETCH, c);
-  const Packed hiddens = Packed::of(T(), STRETCH, f), d_hiddens = Packed::of(T(), STRETCH, f);
-  const Array<Value> buffers(pool::threads() * BLOCK * f);
+  const Cut cut(c * f);
+  const Packed xs = Packed::of(T(), cut.stretch, c), ups = Packed::of(T(), cut.stretch, c);
+  const Packed hiddens = Packed::of(T(), cut.stretch, f), d_hiddens = Packed::of(T(), cut.stretch, f);
+  const Array<Value> buffers(pool::threads() * cut.chunk * f);
   const Gradient<T> first_layer{d_hiddens, xs, f, c, d_w1, d_b1};
   const Gradient<T> second_layer{ups, hiddens, c, f, d_w2, d_b2};
-  for (Index start = 0; start < n; start += STRETCH) {
-    const Index rows = std::min(STRETCH, n - start);
-    parallel(blocks(rows), [&](Index block, int slot) {
-      const Index first = block * BLOCK, m = std::min<Index>(BLOCK, rows - first);
-      const Value *here = x + (start + first) * c, *up = d_out + (start + first) * c;
-      Value* d_hidden = buffers.data() + slot * BLOCK * f;
-      const Value* in = before + (start + first) * f;
-      prefetch(in, f, m, STRIP);
-      pack<T>(here, c, m, c, xs, first / T::G);
-      pack<T>(up, c, m, c, ups, first / T::G);
-      in_strips<T>(m, f, project.depth, rows_of<T>(up, c), project,
-                   [&](Index j, Index columns, const float* strip) {
-        prefetch(in + j + STRIP, f, m, std::min(STRIP, f - j - STRIP));
-        for (Index i = 0; i < m; i += T::G)
-          for (Index v = 0; v < columns; v += L) {
+  for (Index start = 0; start < n; start += cut.stretch) {
+    const Index rows = std::min(cut.stretch, n - start);
+    parallel(cut.chunks(rows), [&](Index chunk, int slot) {
+      const Index top = chunk * cut.chunk, n_rows = std::min(cut.chunk, rows - top);
+      const Value* up = d_out + (start + top) * c;
+      const Value* in = before + (start + top) * f;
+      Value* d_hidden = buffers.data() + slot * cut.chunk * f;
+      prefetch(in, f, std::min<Index>(BLOCK, n_rows), STRIP);
+      pack<T>(x + (start + top) * c, c, n_rows, c, xs, top / T::G);
+      pack<T>(up, c, n_rows, c, ups, top / T::G);
+      in_strips<T>(n_rows, f, project.depth, rows_of<T>(up, c), project,
+                   [&](Index first, Index m, Index left, Index columns, const float* strip) {
+        // Rows below, or else the next strip's.
+        const Index next = first + m < n_rows ? first + m : 0, right = next ? left : left + STRIP;
+        prefetch(in + next * f + right, f, std::min<Index>(BLOCK, n_rows - next),
+                 std::min(STRIP, f - right));
+        for (Index i = first; i < first + m; i += T::G)
+          for (Index j = left; j < left + columns; j += L) {
             vec hidden[2] = {}, d_before[2] = {};
-            for_group<T>(i, m, [&](int g) {
-              const vec h = T::read(in + (i + g) * f + j + v);
+            for_group<T>(i, n_rows, [&](int g) {
+              const vec h = T::read(in + (i + g) * f + j);
+              const vec up = load<vec>(strip + (i + g - first) * STRIP + j - left);
               const Gate its = gate<T>(h);
               hidden[g] = h * its.s;
-              d_before[g] = load<vec>(strip + (i + g) * STRIP + v) * gelu_slope(h, its);
-              T::write(d_hidden + (i + g) * f + j + v, d_before[g]);
+              d_before[g] = up * gelu_slope(h, its);
+              T::write(d_hidden + (i + g) * f + j, d_before[g]);
             });
-            store(hiddens.at((first + i) / T::G, j + v), T::pack(hidden));
-            store(d_hiddens.at((first + i) / T::G, j + v), T::pack(d_before));
+            store(hiddens.at((top + i) / T::G, j), T::pack(hidden));
+            store(d_hiddens.at((top + i) / T::G, j), T::pack(d_before));
           }
       });
-      in_strips<T>(m, c, expand.depth, rows_of<T>(d_hidden, f), expand,
-                   [&](Index j, Index columns, const float* strip) {
-                     for_strip(m, j, columns, strip, [&](Index i, Index j, vec y) {
-                       T::write(d_x + (start + first + i) * c + j, y);
+      for_product<T>(n_rows, c, expand.depth, rows_of<T>(d_hidden, f), expand,
+                     [&](Index i, Index j, vec y) {
+                       T::write(d_x + (start + top + i) * c + j, y);
                      });
-                   });
     });
     const Index firsts = first_layer.shards();
     parallel(firsts + second_layer.shards(), [&](Index shard, int) {
