@@ -69,14 +69,18 @@ def choose_device(requested: Device) -> DeviceChoice:
     return DeviceChoice(torch.device(requested), "asked for")
 
 
-def choose_precision(requested: Precision, device: torch.device) -> PrecisionChoice:
+def choose_precision(
+    requested: Precision, device: torch.device, bf16_gain: float | None = None
+) -> PrecisionChoice:
     """Return the precision to train in.
+
+    `bf16_gain` is how many times as fast as fp32 a CPU computes in bf16; None: measure PyTorch.
 
     Raises:
         UserError: fp16 on a CPU or an Apple GPU, or bf16 on a GPU without it.
     """
     if requested == "auto":
-        return _auto_precision(device)
+        return _auto_precision(device, bf16_gain)
     problem = UNSUPPORTED.get((requested, device.type))
     if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         problem = "this GPU does not support: give --precision fp16 or fp32"
@@ -96,18 +100,21 @@ def choose_compile(requested: OnOffAuto, device: torch.device) -> CompileChoice:
     return CompileChoice(False, "takes longer than it saves here; --compile on forces it")
 
 
-def _auto_precision(device: torch.device) -> PrecisionChoice:
+def _auto_precision(device: torch.device, gain: float | None) -> PrecisionChoice:
     if device.type == "mps":
         return PrecisionChoice("fp32", "the safe choice on Apple GPUs")
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return PrecisionChoice("bf16", "this GPU has bf16 tensor cores")
         return PrecisionChoice("fp16", "this GPU has no fast bf16; the loss is scaled")
-    size, seconds = (1024, 512, 512), 0.1
-    bf16 = matmul_flops(torch.bfloat16, device, size, seconds)
-    gain = bf16 / matmul_flops(torch.float32, device, size, seconds)
+    if gain is None:
+        size, seconds = (1024, 512, 512), 0.1
+        bf16 = matmul_flops(torch.bfloat16, device, size, seconds)
+        gain = bf16 / matmul_flops(torch.float32, device, size, seconds)
     if gain >= BF16_MIN_GAIN:
         return PrecisionChoice("bf16", f"bf16 is {gain:.1f} times as fast as fp32 here")
+    if gain == 0:
+        return PrecisionChoice("fp32", "this processor does not multiply bf16")
     reason = f"fp32 is faster here: bf16 runs at {max(gain, 0.01):.0%} of its speed"
     if gain >= 1:
         reason = f"bf16 is only {gain:.1f} times as fast here, and less exact"

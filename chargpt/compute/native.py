@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,25 @@ def supports(*values: Tensor, widths: Iterable[int], weights: Iterable[Tensor | 
         and all(weight is None or weight.dtype == torch.float32 for weight in weights)
         and product_dtype() in kernels.dtypes
     )
+
+
+@functools.cache
+def bf16_gain() -> float:
+    """Return how many times as fast as in float32 a matrix product is in bfloat16; 0 without it.
+
+    The two take turns, and the best turn of each counts, so that a busy neighbour changes little.
+    """
+    if torch.bfloat16 not in load_kernels().dtypes:
+        return 0.0
+    weight, x = torch.ones(512, 512), torch.ones(960, 512)
+    inputs = {dtype: x.to(dtype) for dtype in _SUFFIXES}
+    times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in _SUFFIXES}
+    for dtype in 8 * (*_SUFFIXES,):
+        out = torch.empty_like(inputs[dtype])
+        start = time.perf_counter()
+        load_kernels()("linear_forward", dtype, inputs[dtype], weight, None, out, 960, 512, 512)
+        times[dtype].append(time.perf_counter() - start)
+    return min(times[torch.float32]) / min(times[torch.bfloat16])
 
 
 def product_dtype() -> torch.dtype:

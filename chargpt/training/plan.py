@@ -33,7 +33,7 @@ from chargpt.runs.checkpoint import MODEL
 from chargpt.runs.folder import RunConfig, read_config
 from chargpt.runs.weights import check_model_file
 from chargpt.training.saving import restore_last
-from chargpt.training.speed import SpeedChoices, accelerate
+from chargpt.training.speed import SpeedChoices, accelerate, bf16_gain
 from chargpt.training.trainer import Trainer
 
 FREE_ON_RESUME = {
@@ -75,7 +75,10 @@ def make_plan(
     """
     device, device_reason = choose_device(train_config.device)
     before = read_config(out) if resuming else None
-    precision = choose_precision(train_config.precision, device)
+    gain = None
+    if train_config.precision == "auto":
+        gain = bf16_gain(train_config, model_config, device)
+    precision = choose_precision(train_config.precision, device, gain)
     if before and train_config.precision == "auto":
         precision = _same_precision(before.environment, device) or precision
     parallel = choose_parallel(train_config.parallel, device, train_config.batch_size)

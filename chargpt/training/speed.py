@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from chargpt.base.errors import UserError, is_out_of_memory
-from chargpt.compute.device import CompileChoice, choose_compile
+from chargpt.compute import native
+from chargpt.compute.device import DTYPES, CompileChoice, choose_compile
 from chargpt.compute.fast_layers import (
     Backend,
     fast_muon_update,
@@ -28,10 +29,12 @@ from chargpt.compute.fast_layers import (
 from chargpt.compute.library import KernelsError, get_library, why_not_tried
 from chargpt.compute.muon import MuonAdamW
 from chargpt.compute.native import LANES, load_kernels
-from chargpt.config import Attention, GPT2Config, OnOffAuto
+from chargpt.config import Attention, GPT2Config, OnOffAuto, TrainConfig
 from chargpt.training.trainer import Trainer
 
 SDPA_MIN_BLOCK = 1024  # below it, the textbook's matrix products are faster on a CPU
+WIDEST = {"plain": 0, "avx2": 448, "avx512": 320, "avx512bf16": 320, "amx": 320}
+"""By variant, the largest d_model at which the kernels are faster than PyTorch's in fp32."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 Report = Callable[[str], None]
@@ -76,7 +79,8 @@ def _choose_layers(
 ) -> tuple[KernelsChoice, AttentionChoice]:
     train_config, model, device = trainer.train_config, trainer.model, trainer.device
     use_fast_dropout(model)
-    kernels = choose_kernels(train_config.kernels, device, compiling)
+    dtype = DTYPES[trainer.precision.name]
+    kernels = choose_kernels(train_config.kernels, model.config, dtype, device, compiling=compiling)
     if kernels.on:
         use_kernels(model)
         if isinstance(trainer.optimizer, MuonAdamW):
@@ -111,29 +115,76 @@ class KernelsChoice(NamedTuple):
     reason: str
 
 
-def choose_kernels(setting: OnOffAuto, device: torch.device, compiling: bool) -> KernelsChoice:
+def choose_kernels(
+    setting: OnOffAuto,
+    model_config: GPT2Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    compiling: bool,
+) -> KernelsChoice:
     """Return whether to use the kernels; they are loaded, or first compiled, to find out.
+
+    `dtype` is the type of matrix products.
 
     Raises:
         UserError: they were requested and do not work here.
     """
     if setting == "off":
         return KernelsChoice(False, "asked for")
-    if device.type != "cpu":
-        reason = f"they are for CPUs, and this is {device.type}"
-    elif compiling:
-        reason = "torch.compile makes its own"
-    else:
-        try:
-            reason = why_not_tried() if setting == "auto" else ""
-            if not reason:
-                load_kernels()
-                return KernelsChoice(True, get_library().how)
-        except KernelsError as error:
-            reason = f"they do not work here: {error}"
+    try:
+        reason = _why_not(setting, model_config, dtype, device, compiling)
+    except KernelsError as error:
+        reason = f"they do not work here: {error}"
+    if not reason:
+        return KernelsChoice(True, get_library().how)
     if setting == "on":
         raise UserError(f"kernels is 'on', but {reason}: give --kernels auto")
     return KernelsChoice(False, reason)
+
+
+def _why_not(
+    setting: OnOffAuto,
+    model_config: GPT2Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiling: bool,
+) -> str:
+    """Return why the kernels cannot be used, or with "auto" why they should not be, or ""."""
+    if device.type != "cpu":
+        return f"they are for CPUs, and this is {device.type}"
+    if compiling:
+        return "torch.compile makes its own"
+    for name in ("d_model", "d_ff"):
+        if getattr(model_config, name) % LANES:
+            return f"{name} is {getattr(model_config, name)}, and they take multiples of {LANES}"
+    if setting == "auto" and (reason := why_not_tried()):
+        return reason
+    return _why_not_this_library(setting, model_config, dtype)
+
+
+def _why_not_this_library(setting: OnOffAuto, model_config: GPT2Config, dtype: torch.dtype) -> str:
+    variant = get_library().variant.name
+    if dtype not in load_kernels().dtypes:
+        return f"the {variant} kernels have no {str(dtype).removeprefix('torch.')}"
+    widest = WIDEST.get(variant, model_config.d_model)
+    if setting == "auto" and dtype == torch.float32 and model_config.d_model > widest:
+        return f"PyTorch's layers are faster in fp32 for a d_model above {widest}"
+    return ""
+
+
+def bf16_gain(
+    train_config: TrainConfig, model_config: GPT2Config, device: torch.device
+) -> float | None:
+    """Return how much faster the kernels multiply in bf16 than in fp32; None: they are not used."""
+    compiling = choose_compile(train_config.compile, device).on
+    fits = model_config.d_model % LANES == model_config.d_ff % LANES == 0
+    if train_config.kernels == "off" or device.type != "cpu" or compiling or not fits:
+        return None
+    with suppress(KernelsError):
+        if train_config.kernels == "on" or not why_not_tried():
+            return native.bf16_gain()
+    return None
 
 
 # --- attention

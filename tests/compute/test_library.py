@@ -27,7 +27,7 @@ from chargpt.compute.native import Kernels
 
 needs_compiler = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler here")
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="owners, modes and scripts are POSIX's")
-# The least that `Kernels` needs; it compiles quickly. Like kernels.cpp, it is not ASCII.
+# The least that `Kernels` needs; it compiles quickly. Like the real ones, it is not ASCII.
 TINY_SOURCE = """
 extern "C" __attribute__((visibility("default"))) int chargpt_lanes() { return 12; }  // H × D
 """
@@ -154,7 +154,7 @@ def test_a_library_is_compiled_once(cache: Path) -> None:
     first, second = find_library(), find_library()
     assert first.how.startswith("compiled for ") and second.how.startswith("compiled before, ")
     assert first.path == second.path and first.path.parent == cache
-    assert Kernels(first.path).lanes == 12
+    assert Kernels(first.path).library.chargpt_lanes() == 12
     assert first.name == second.name and first.name.startswith(f"{choose_variant().name}-")
 
 
@@ -247,7 +247,7 @@ def test_a_library_that_does_not_load_is_compiled_again(
     path.write_bytes(b"no ELF")
     path.with_suffix(".sha256").write_text(hashlib.sha256(b"no ELF").hexdigest())
     assert find_library().how.startswith("compiled for ")
-    assert find_library().path == path and Kernels(path).lanes == 12
+    assert find_library().path == path and Kernels(path).library.chargpt_lanes() == 12
 
 
 @needs_compiler
@@ -398,7 +398,7 @@ build.FOLDER, library.PREBUILT = Path(sys.argv[2]), Path(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    print(native.load_kernels().lanes)
+    print(native.load_kernels().library.chargpt_lanes())
 except library.KernelsError as error:
     print("failed")
 """

@@ -18,7 +18,7 @@ from chargpt.compute import native
 from chargpt.compute.fast_layers import FAST, FastCausalSelfAttention
 from chargpt.compute.library import KernelsError, get_library
 from chargpt.compute.parallel import ParallelChoice
-from chargpt.config import DataConfig
+from chargpt.config import DataConfig, OnOffAuto
 from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.train import train_step
 from chargpt.training import speed
@@ -26,6 +26,7 @@ from chargpt.training.plan import make_plan
 from chargpt.training.speed import (
     SpeedChoices,
     accelerate,
+    bf16_gain,
     choose_attention,
     choose_kernels,
     keep_memory,
@@ -37,29 +38,34 @@ NOT_PREBUILT = "none are prebuilt in this installation; --kernels on compiles th
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
-def fake_kernels(
-    patch: pytest.MonkeyPatch, *, lanes: int = 16, problem: str = "", platform: str = "linux"
-) -> None:
-    """Fake kernels with vectors of `lanes`, or kernels that do not compile because of `problem`."""
+def fake_kernels(patch: pytest.MonkeyPatch, *, problem: str = "", platform: str = "linux") -> None:
+    """Fake kernels for fp32, or kernels that do not compile because of `problem`."""
 
     def load() -> Any:
         if problem:
             raise KernelsError(problem)
-        return SimpleNamespace(lanes=lanes)
+        return SimpleNamespace(dtypes={torch.float32})
 
+    library = SimpleNamespace(how="faked", name="fake-0", variant=SimpleNamespace(name="avx2"))
     for module in (speed, native):
         patch.setattr(module, "load_kernels", load)
-    patch.setattr(speed, "get_library", lambda: SimpleNamespace(how="faked", name="fake-0"))
+    patch.setattr(speed, "get_library", lambda: library)
     patch.setattr(sys, "platform", platform)
 
 
 # --- kernels
 
 
+def choose(setting: OnOffAuto, device: torch.device, compiling: bool, **changes: Any) -> Any:
+    dtype = changes.pop("dtype", torch.float32)
+    config = SMALL.replace(**changes)
+    return choose_kernels(setting, config, dtype, device, compiling=compiling)
+
+
 def test_kernels_are_used_if_they_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_kernels(monkeypatch)
-    assert choose_kernels("auto", CPU, compiling=False).on
-    assert choose_kernels("on", CPU, compiling=False).on
+    assert choose("auto", CPU, False).on
+    assert choose("on", CPU, False).on
 
 
 @pytest.mark.parametrize(
@@ -81,21 +87,53 @@ def test_without_kernels_the_choice_gives_a_reason(
     reason: str,
 ) -> None:
     fake_kernels(monkeypatch, problem=problem, platform=platform)
-    assert choose_kernels("auto", device, compiling) == (False, reason)
-    assert choose_kernels("off", device, compiling) == (False, "asked for")
+    assert choose("auto", device, compiling) == (False, reason)
+    assert choose("off", device, compiling) == (False, "asked for")
     if "--kernels on" in reason:
-        assert choose_kernels("on", device, compiling).on
+        assert choose("on", device, compiling).on
     else:
         with pytest.raises(UserError) as caught:
-            choose_kernels("on", device, compiling)
+            choose("on", device, compiling)
         assert str(caught.value) == f"kernels is 'on', but {reason}: give --kernels auto"
 
 
 def test_kernels_that_are_off_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "load_kernels", lambda: pytest.fail("compiled"))
-    assert not choose_kernels("off", CPU, compiling=False).on
-    assert not choose_kernels("auto", CUDA, compiling=False).on
-    assert not choose_kernels("auto", CPU, compiling=True).on
+    assert not choose("off", CPU, False).on
+    assert not choose("auto", CUDA, False).on
+    assert not choose("auto", CPU, True).on
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "on_works"),
+    [
+        ({"dtype": torch.bfloat16}, "the avx2 kernels have no bfloat16", False),
+        ({"d_model": 40}, "d_model is 40, and they take multiples of 16", False),
+        ({"d_ff": 100}, "d_ff is 100, and they take multiples of 16", False),
+        ({"d_model": 768}, "PyTorch's layers are faster in fp32 for a d_model above 448", True),
+    ],
+)
+def test_kernels_that_would_not_be_used_or_lose_are_off(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str, on_works: bool
+) -> None:
+    fake_kernels(monkeypatch)
+    assert choose("auto", CPU, False, **changes) == (False, reason)
+    if on_works:
+        assert choose("on", CPU, False, **changes).on
+    else:
+        with pytest.raises(UserError, match=f"kernels is 'on', but {reason}: give --kernels auto"):
+            choose("on", CPU, False, **changes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", [{"kernels": "off"}, {"compile": "on"}])
+def test_the_gain_of_bf16_is_the_kernels_only_where_they_are_used(changes: dict[str, Any]) -> None:
+    gain = bf16_gain(QUICK, SMALL, CPU)
+    assert gain is not None and gain >= 0
+    assert (gain > 0) == (torch.bfloat16 in native.load_kernels().dtypes)
+    assert bf16_gain(QUICK.replace(**changes), SMALL, CPU) is None
+    assert bf16_gain(QUICK, SMALL, CUDA) is None
+    assert bf16_gain(QUICK, SMALL.replace(d_model=40), CPU) is None
 
 
 # --- attention
@@ -132,15 +170,6 @@ def test_auto_chooses_the_attention_measured_as_fastest(
         why = f"do not take heads of {64 // model_config.n_head}" if kernels else "are off"
         with pytest.raises(UserError, match=f"and the kernels {why}: give --attention auto$"):
             choose("native")
-
-
-def test_native_attention_needs_heads_of_whole_vectors(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for lanes, backend in ((16, "matmul"), (8, "native"), (4, "native")):
-        fake_kernels(monkeypatch, lanes=lanes)
-        model_config = SMALL.replace(d_model=48, n_head=2)
-        assert choose_attention("auto", model_config, CPU, kernels=True).backend == backend
 
 
 # --- memory
