@@ -61,8 +61,9 @@ class NativeDecoder:
         slots = np.repeat(np.array([chunk.slot for chunk in chunks], np.int32), lengths)
         ranges = (range(chunk.start, chunk.start + len(chunk.ids)) for chunk in chunks)
         positions = np.fromiter(chain.from_iterable(ranges), np.int32, n)
-        assert ids.min() >= 0 and ids.max() < self.vocab_size
-        assert slots.max() < self.n_slots and positions.max() < self.block_size
+        limits = ((ids, self.vocab_size), (slots, self.n_slots), (positions, self.block_size))
+        if any(values.min() < 0 or values.max() >= limit for values, limit in limits):
+            raise IndexError(f"a token, slot or position is out of range: {chunks}")
         wanted = np.arange(n, dtype=np.int32) if every else np.cumsum(lengths, dtype=np.int32) - 1
         # (n or chunks, V)
         logits = torch.empty(len(wanted), self.vocab_size, dtype=torch.float32, device="cpu")
@@ -75,7 +76,9 @@ class NativeDecoder:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder`."""
-        assert max(source, target) < self.n_slots and length <= self.block_size
+        slots_fit = 0 <= min(source, target) and max(source, target) < self.n_slots
+        if not slots_fit or not 0 <= length <= self.block_size:
+            raise IndexError(f"{length} positions of slot {source} do not fit slot {target}")
         self._library.decoder_copy(self._handle, source, target, length)
 
 

@@ -480,9 +480,15 @@ def test_a_cache_that_does_not_fit_is_a_memory_error() -> None:
 def test_values_out_of_range_do_not_reach_the_kernels() -> None:
     kernels_of("native")
     decoder = NativeDecoder(some_model(), 2)
-    for chunk in (Chunk(0, 0, [11]), Chunk(0, 0, [-1]), Chunk(2, 0, [1]), Chunk(0, T - 1, [1, 1])):
-        with pytest.raises(AssertionError):
+    for chunk in (
+        Chunk(0, 0, [11]),
+        Chunk(0, 0, [-1]),
+        Chunk(2, 0, [1]),
+        Chunk(-1, 0, [1]),
+        Chunk(0, T - 1, [1, 1]),
+    ):
+        with pytest.raises(IndexError):
             decoder.read([chunk])
-    for target, length in ((2, 1), (1, T + 1)):
-        with pytest.raises(AssertionError):
+    for target, length in ((2, 1), (-1, 1), (1, T + 1), (1, -1)):
+        with pytest.raises(IndexError):
             decoder.copy(0, target, length)
