@@ -28,8 +28,8 @@ COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
-    # PyTorch's threads wait for each other in a loop, by default for milliseconds. With another busy
-    # program that makes a step many times slower. It counts when torch is imported, which is later.
+    # PyTorch's threads wait for each other in a loop, by default for milliseconds. Beside another
+    # busy program, that makes a step many times slower. It counts when torch is imported: later.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)

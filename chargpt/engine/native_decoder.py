@@ -76,7 +76,7 @@ class NativeDecoder:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Decoder`."""
-        slots_fit = 0 <= min(source, target) and max(source, target) < self.n_slots
+        slots_fit = min(source, target) >= 0 and max(source, target) < self.n_slots
         if not slots_fit or not 0 <= length <= self.block_size:
             raise IndexError(f"{length} positions of slot {source} do not fit slot {target}")
         self._library.decoder_copy(self._handle, source, target, length)
