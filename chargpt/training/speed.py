@@ -20,13 +20,12 @@ from chargpt.base.errors import UserError, is_out_of_memory
 from chargpt.compute.device import CompileChoice, choose_compile
 from chargpt.compute.fast_layers import (
     Backend,
-    fast_muon_update,
     set_attention,
     use_fast_dropout,
     use_kernels,
 )
-from chargpt.compute.muon import MuonAdamW
 from chargpt.compute.native import KernelsError, library_path, load_kernels
+from chargpt.compute.step import use_fast_updates
 from chargpt.config import Attention, GPT2Config, OnOffAuto
 from chargpt.training.trainer import Trainer
 
@@ -78,8 +77,7 @@ def _choose_layers(
     kernels = choose_kernels(train_config.kernels, device, compiling)
     if kernels.on:
         use_kernels(model)
-        if isinstance(trainer.optimizer, MuonAdamW):
-            trainer.optimizer.update = fast_muon_update
+        use_fast_updates(trainer.optimizer)
     report(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
     attention = choose_attention(train_config.attention, model.config, device, kernels=kernels.on)
     set_attention(model, attention.backend)
