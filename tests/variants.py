@@ -34,6 +34,14 @@ void* operator new(std::size_t size) {
   if (!p) throw std::bad_alloc();
   return p;
 }
+void* operator new(std::size_t size, std::align_val_t line) {
+  const std::size_t alignment = (std::size_t)line;
+  const std::size_t whole = (size + alignment - 1) / alignment * alignment;
+  void* p = left >= 0 && left-- == 0 ? nullptr : std::aligned_alloc(alignment, whole);
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 """

@@ -94,9 +94,10 @@ class FastAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             lists: list[Tensors] = [[] for _ in range(6)]
             self._init_group(group, *lists)  # type: ignore[no-untyped-call]
-            *tensors, _, steps = lists
+            weights, gradients, means, squares, _, steps = lists
+            tensors = AdamWTensors(weights, gradients, means, squares, steps)
             settings = AdamWSettings(*(group[name] for name in AdamWSettings._fields))
-            fast_adamw_update(AdamWTensors(*tensors, steps), settings)
+            fast_adamw_update(tensors, settings)
         return loss
 
 
