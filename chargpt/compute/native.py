@@ -370,7 +370,8 @@ def embedding(
         IndexError: a table has no such row.
     """
     assert tokens.size(1) == positions.size(1)
-    ids, places = _rows(ids, len(tokens)), _rows(places.expand_as(ids), len(positions))
+    ids, places = _rows(ids, len(tokens)), _rows(places, len(positions))
+    places = places.expand_as(ids).contiguous()
     tables = _contiguous(tokens, positions)
     out: Tensor = _Embedding.apply(dropout_p, ids, places, *tables)  # type: ignore[no-untyped-call]
     return out

@@ -79,11 +79,15 @@ def use_fast_updates(optimizer: torch.optim.Optimizer) -> None:
         optimizer.muon_update, optimizer.adamw_update = fast_muon_update, fast_adamw_update
     elif type(optimizer) is torch.optim.AdamW:
         optimizer.__class__ = FastAdamW
+        # PyTorch's fused step itself leaves out an update that overflowed; this one relies on the
+        # gradient scaler for it.
+        optimizer._step_supports_amp_scaling = False
 
 
 class FastAdamW(torch.optim.AdamW):
     """AdamW on the kernels, with its parent's groups, state and formula."""
 
+    @torch.optim.Optimizer.profile_hook_step  # calls the hooks that users register
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; `closure` returns the loss, as in PyTorch."""
