@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import shlex
 import shutil
@@ -50,7 +49,7 @@ _Pointer, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, c
 _RANDOM = (ctypes.c_double, ctypes.c_uint64)  # probability, seed
 _Double = ctypes.c_double
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "adamw": (*(_Pointer,) * 7, _Long, _Float, _Double, _Double, _Float),
+    "adamw": (*(_Pointer,) * 6, _Long, *(_Double,) * 5),
     "attention_forward": (*(_Pointer,) * 3, *(_Int,) * 4, *_RANDOM),
     "attention_backward": (*(_Pointer,) * 5, *(_Int,) * 4, *_RANDOM),
     "layer_norm_forward": (*(_Pointer,) * 6, _Long, _Int, _Float),
@@ -466,7 +465,7 @@ def _cross_entropy(
 def in_kernels_memory(*tensors: Tensor) -> bool:
     """Return whether `norm`, `scale_` and `adamw_update` take these tensors."""
     return not torch.compiler.is_compiling() and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+        t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
     )
 
 
@@ -490,18 +489,14 @@ def _scale(tensors: Sequence[Tensor], out: Sequence[Tensor], factor: float) -> N
 
 def adamw_update(tensors: AdamWTensors, settings: AdamWSettings) -> None:
     """Call AdamW's kernel, like `chargpt.compute.muon.adamw_update`."""
-    *lists, steps = tensors
     sizes = [weight.numel() for weight in tensors.weights]
-    assert all([tensor.numel() for tensor in column] == sizes for column in lists)
-    n, (beta1, beta2) = len(sizes), settings.betas
-    counts = (torch.stack(steps) + 1).tolist()
-    rates = [settings.lr / (1 - beta1**count) for count in counts]
-    roots = [math.sqrt(1 - beta2**count) for count in counts]
-    numbers = ((_Long * n)(*sizes), (_Float * n)(*rates), (_Float * n)(*roots))
-    decay = 1 - settings.lr * settings.weight_decay
-    settings_ = (n, decay, beta1, beta2, settings.eps)
-    load_kernels()("adamw", torch.float32, *map(_addresses, lists), *numbers, *settings_)
-    torch._foreach_add_(steps, 1)
+    for column in (tensors.gradients, tensors.means, tensors.squares):
+        assert [tensor.numel() for tensor in column] == sizes
+    n = len(sizes)
+    assert len(tensors.steps) == n
+    lists = (*map(_addresses, tensors), (_Long * n)(*sizes))
+    numbers = (settings.lr, *settings.betas, settings.weight_decay, settings.eps)
+    load_kernels()("adamw", torch.float32, *lists, n, *numbers)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:

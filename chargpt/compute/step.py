@@ -79,6 +79,7 @@ def use_fast_updates(optimizer: torch.optim.Optimizer) -> None:
         optimizer.muon_update, optimizer.adamw_update = fast_muon_update, fast_adamw_update
     elif type(optimizer) is torch.optim.AdamW:
         optimizer.__class__ = FastAdamW
+        optimizer._patch_step_function()  # step calls registered hooks
         # PyTorch's fused step itself leaves out an update that overflowed; this one relies on the
         # gradient scaler for it.
         optimizer._step_supports_amp_scaling = False
@@ -87,7 +88,6 @@ def use_fast_updates(optimizer: torch.optim.Optimizer) -> None:
 class FastAdamW(torch.optim.AdamW):
     """AdamW on the kernels, with its parent's groups, state and formula."""
 
-    @torch.optim.Optimizer.profile_hook_step  # calls the hooks that users register
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; `closure` returns the loss, as in PyTorch."""
@@ -107,6 +107,5 @@ class FastAdamW(torch.optim.AdamW):
 
 def fast_adamw_update(tensors: AdamWTensors, settings: AdamWSettings) -> None:
     """Call `native.adamw_update` where the kernels support the tensors, else `adamw_update`."""
-    *lists, _ = tensors
-    fits = native.in_kernels_memory(*chain(*lists))
+    fits = native.in_kernels_memory(*chain(*tensors))
     (native.adamw_update if fits else adamw_update)(tensors, settings)

@@ -200,17 +200,19 @@ INLINE vec root(vec x) {
 #endif
 }
 
-// `rates` holds the learning rate of each tensor divided by the correction of its mean, `roots` the
-// square root of the correction of its mean square; `decay` multiplies the weights.
+// Update n tensors; `steps` counts the updates of each.
 void adamw(float* const* weights, const float* const* gradients, float* const* means,
-           float* const* squares, const Index* sizes, const float* rates, const float* roots,
-           Index n, float decay, double beta1, double beta2, float eps) {
+           float* const* squares, float* const* steps, const Index* sizes, Index n, double lr,
+           double beta1, double beta2, double weight_decay, double eps) {
   const std::vector<Piece> pieces = pieces_of(sizes, n);
   const vec new1 = broadcast((float)(1 - beta1)), new2 = broadcast((float)(1 - beta2));
-  const vec old2 = broadcast((float)beta2), least = broadcast(eps);
+  const vec old2 = broadcast((float)beta2), least = broadcast((float)eps);
+  const vec decay = broadcast((float)(1 - lr * weight_decay));
   parallel((Index)pieces.size(), [&](Index chunk, int) {
     const auto [i, first, last] = pieces[chunk];
-    const vec rate = broadcast(rates[i]), inverse_root = broadcast(1.f / roots[i]);
+    const double step_number = *steps[i] + 1;  // the running means start at 0; correct for it
+    const vec rate = broadcast((float)(lr / (1 - std::pow(beta1, step_number))));
+    const vec inverse_root = broadcast((float)(1 / std::sqrt(1 - std::pow(beta2, step_number))));
     const float* gradient = gradients[i];
     float *weight = weights[i], *mean = means[i], *square = squares[i];
     for (Index j = first; j < last; j += L) {
@@ -223,6 +225,7 @@ void adamw(float* const* weights, const float* const* gradients, float* const* m
       write<Float>(weight, j, last, fma(read<Float>(weight, j, last), decay, -step));
     }
   });
+  for (Index i = 0; i < n; i++) *steps[i] += 1;
 }
 
 }  // namespace
@@ -246,11 +249,10 @@ EXPORT int norm_fp32(const float* const* tensors, const Index* sizes, Index n, f
   return out_of_memory([&] { norm(tensors, sizes, n, result); });
 }
 EXPORT int adamw_fp32(float* const* weights, const float* const* gradients, float* const* means,
-                      float* const* squares, const Index* sizes, const float* rates,
-                      const float* roots, Index n, float decay, double beta1, double beta2,
-                      float eps) {
+                      float* const* squares, float* const* steps, const Index* sizes, Index n,
+                      double lr, double beta1, double beta2, double weight_decay, double eps) {
   return out_of_memory([&] {
-    adamw(weights, gradients, means, squares, sizes, rates, roots, n, decay, beta1, beta2, eps);
+    adamw(weights, gradients, means, squares, steps, sizes, n, lr, beta1, beta2, weight_decay, eps);
   });
 }
 
