@@ -241,7 +241,7 @@ class GPT2(nn.Module):
         # Each block adds to the residual stream twice. Its variance must not grow with depth.
         for name, weight in self.named_parameters():
             if name.endswith("projection.weight"):
-                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * config.n_layer))
+                _draw_normal(weight, INIT_STD / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Map token ids, (B, T), to logits for the token after each position, (B, T, V).
@@ -255,12 +255,17 @@ class GPT2(nn.Module):
         if self.config.block_size < T:
             raise UserError(f"{T} tokens do not fit block_size {self.config.block_size}: crop them")
         positions = cache.positions if cache else torch.arange(T, device=ids.device)  # (…, T)
-        x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, C)
-        x = self.dropout(x)
+        x = self.embed(ids, positions)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, cache.layers[i] if cache else None)  # (B, T, C)
         logits: Tensor = self.head(self.final_norm(x))  # (B, T, V)
         return logits
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Map ids, (B, T), and their positions, (T,) or (B, T), to (B, T, C)."""
+        x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, C)
+        out: Tensor = self.dropout(x)
+        return out
 
 
 def layer_norm(config: GPT2Config) -> nn.LayerNorm:
@@ -285,6 +290,12 @@ def _or(value: float | None, default: float) -> float:
 
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=INIT_STD)
+        _draw_normal(module.weight, INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _draw_normal(weight: Tensor, std: float) -> None:
+    # PyTorch's normal numbers in float32 have other bits on other processors.
+    weight.copy_(torch.empty_like(weight, dtype=torch.float64).normal_(std=std))

@@ -28,6 +28,7 @@ from chargpt.base.interrupts import StopRequested, StopSignals
 from chargpt.base.seeding import own_random_state
 from chargpt.compute.device import describe_device, deterministic_algorithms
 from chargpt.compute.optimizers import schedule
+from chargpt.compute.step import clip_gradient, gradient_norm
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import evaluate
@@ -393,16 +394,14 @@ def _clip_gradient(trainer: Trainer, loss: Tensor) -> Tensor:
     """Check that all is finite, shorten the gradient to ``grad_clip``, return its norm before."""
     max_norm, optimizer = trainer.train_config.grad_clip, trainer.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    foreach = True if trainer.device.type == "cpu" else None  # PyTorch's default is slow on CPUs
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
+    norm = gradient_norm(trainer.model, parameters)
     is_finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
     if not is_finite and not trainer.scaler.is_enabled():
         reason = _first_non_finite(trainer, float(loss))
         optimizer.zero_grad()
         raise NonFiniteError(reason)
     if max_norm:  # 0 clips nothing
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=foreach)
+        clip_gradient(trainer.model, parameters, norm, max_norm)
     return norm
 
 

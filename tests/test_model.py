@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -123,6 +126,26 @@ def test_initial_weights(placement: str) -> None:
         n = parameter.numel()
         assert abs(parameter.std().item() / std - 1) < 5 / math.sqrt(2 * n), name
         assert abs(parameter.mean().item()) < 5 * std / math.sqrt(n), name
+
+
+def test_initial_weights_do_not_depend_on_the_processor() -> None:
+    """PyTorch computes with vectors of other widths, or none; its float32 numbers then differ."""
+    program = """
+import hashlib, torch
+from chargpt.config import GPT2Config
+from chargpt.model import GPT2
+torch.manual_seed(1)
+weights = GPT2(GPT2Config(vocab_size=11, n_layer=1, d_model=32, n_head=2)).parameters()
+print(hashlib.sha256(b"".join(w.detach().numpy().tobytes() for w in weights)).hexdigest())
+"""
+    printed = {
+        subprocess.check_output(
+            [sys.executable, "-c", program],
+            env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": threads},
+        )
+        for capability, threads in (("default", "1"), ("avx2", "1"), ("avx2", "2"))
+    }
+    assert len(printed) == 1
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])

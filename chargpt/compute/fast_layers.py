@@ -108,10 +108,25 @@ class FastCausalSelfAttention(CausalSelfAttention):
         return native.attention(qkv, self.n_head, self.dropout.p if self.training else 0.0)
 
 
+class FastGPT2(GPT2):
+    """A GPT-2 that sums its two embeddings, with dropout, in one pass.
+
+    A model of this class computes on the kernels; see `chargpt.compute.step`.
+    """
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Map ids, (B, T), and their positions, (T,) or (B, T), to (B, T, C)."""
+        tables = (self.token_embedding.weight, self.position_embedding.weight)
+        if not native.supports(*tables, widths=(self.config.d_model,), weights=tables):
+            return super().embed(ids, positions)
+        return native.embedding(ids, positions, *tables, self.dropout.p if self.training else 0.0)
+
+
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
     FeedForward: FastFeedForward,
     Residual: FastResidual,
+    GPT2: FastGPT2,
     ResidualSum: FastResidualSum,
 }
 

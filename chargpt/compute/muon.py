@@ -45,8 +45,29 @@ class MuonSettings(NamedTuple):
     steps: Steps
 
 
+class AdamWSettings(NamedTuple):
+    """What all tensors of an update share."""
+
+    lr: float
+    betas: tuple[float, float]  # shares of the running means that a step keeps
+    weight_decay: float  # per step, as a share of lr
+    eps: float
+    fused: bool | None  # whether to use PyTorch's fused kernel; None: PyTorch chooses
+
+
 Tensors = list[Tensor]
 MuonUpdate = Callable[[Tensors, Tensors, Tensors, Sequence[float], MuonSettings], None]
+AdamWUpdate = Callable[["AdamWTensors", AdamWSettings], None]
+
+
+class AdamWTensors(NamedTuple):
+    """Parameters and their states, in one order; an update changes all but the gradients."""
+
+    weights: Tensors
+    gradients: Tensors
+    means: Tensors  # running means of the gradients
+    squares: Tensors  # running means of the squared gradients
+    steps: Tensors  # updates made so far, a scalar each
 
 
 def muon_update(
@@ -71,6 +92,27 @@ def muon_update(
     torch._foreach_mul_(updates, [-length for length in lengths])
     torch._foreach_mul_(weights, settings.decay)
     torch._foreach_add_(weights, updates)
+
+
+def adamw_update(tensors: AdamWTensors, settings: AdamWSettings) -> None:
+    """Update each tensor by one step of AdamW, in place."""
+    beta1, beta2 = settings.betas
+    adamw(
+        tensors.weights,
+        tensors.gradients,
+        tensors.means,
+        tensors.squares,
+        [],
+        tensors.steps,
+        fused=settings.fused,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        maximize=False,
+    )
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -115,7 +157,8 @@ class MuonAdamW(torch.optim.Optimizer):
             {"params": list(others), "lr": lr, "betas": betas, "weight_decay": embedding_decay},
         ]
         self.steps, self.parts = POLAR_EXPRESS, parts
-        self.update: MuonUpdate = muon_update
+        self.muon_update: MuonUpdate = muon_update
+        self.adamw_update: AdamWUpdate = adamw_update
         super().__init__(groups, {"fused": fused})
 
     @torch.no_grad()
@@ -141,7 +184,7 @@ class MuonAdamW(torch.optim.Optimizer):
         counts = [self.parts.get(p, 1) for p in params]
         # The whole parameter sets the factor, even if it stacks several matrices.
         lengths = [group["lr"] * math.sqrt(max(1, _ratio(p))) for p in params]
-        self.update(
+        self.muon_update(
             _cut(params, counts),
             _cut(grads, counts),
             _cut(buffers, counts),
@@ -155,29 +198,22 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
     def _adamw(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
-        tables = [p for p in params if p.dim() == 2]
-        if tables:
-            torch._foreach_mul_(tables, 1 - group["lr"] * group["weight_decay"])
-        fused, (beta1, beta2) = group["fused"], group["betas"]
-        steps = self._states(
-            params, "step", lambda p: torch.zeros((), device=p.device if fused else "cpu")
-        )
-        adamw(
-            params,
-            grads,
-            self._states(params, "exp_avg", torch.zeros_like),
-            self._states(params, "exp_avg_sq", torch.zeros_like),
-            [],
-            steps,
-            fused=fused or None,  # None: PyTorch chooses another
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=0.0,
-            eps=ADAMW_EPS,
-            maximize=False,
-        )
+        fused = group["fused"] or None  # None: PyTorch chooses another
+        pairs = list(zip(params, grads, strict=True))
+        for is_table, decay in ((True, group["weight_decay"]), (False, 0.0)):
+            some = [(p, grad) for p, grad in pairs if (p.dim() == 2) == is_table]
+            if not some:
+                continue
+            weights, gradients = (list(column) for column in zip(*some, strict=True))
+            steps = self._states(
+                weights, "step", lambda p: torch.zeros((), device=p.device if fused else "cpu")
+            )
+            means = self._states(weights, "exp_avg", torch.zeros_like)
+            squares = self._states(weights, "exp_avg_sq", torch.zeros_like)
+            self.adamw_update(
+                AdamWTensors(weights, gradients, means, squares, steps),
+                AdamWSettings(group["lr"], group["betas"], decay, ADAMW_EPS, fused),
+            )
 
     def _states(self, params: Tensors, name: str, create: Callable[[Tensor], Tensor]) -> Tensors:
         """Return one state tensor of each parameter, created on first use."""

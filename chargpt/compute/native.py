@@ -20,15 +20,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chargpt.compute.library import KernelsError, get_library
-from chargpt.compute.muon import MuonSettings
+from chargpt.compute.muon import AdamWSettings, AdamWTensors, MuonSettings
 
 _SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 _Pointer, _Int, _Long, _Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _RANDOM = (ctypes.c_double, ctypes.c_uint64)  # probability, seed
+_Double = ctypes.c_double
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "adamw": (*(_Pointer,) * 6, _Long, *(_Double,) * 5),
     "attention_forward": (*(_Pointer,) * 3, *(_Long,) * 4, *_RANDOM),
     "attention_backward": (*(_Pointer,) * 5, *(_Long,) * 4, *_RANDOM),
+    "cross_entropy": (*(_Pointer,) * 5, _Long, _Long),
+    "embedding_forward": (*(_Pointer,) * 5, _Long, _Long, *_RANDOM),
+    "embedding_backward": (*(_Pointer,) * 3, _Long, _Long, _Long, *_RANDOM),
     "layer_norm_forward": (*(_Pointer,) * 6, *(_Long,) * 2, _Float),
     "layer_norm_backward": (*(_Pointer,) * 9, *(_Long,) * 2),
     "linear_forward": (*(_Pointer,) * 4, *(_Long,) * 3),
@@ -36,8 +41,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "feed_forward_forward": (*(_Pointer,) * 7, *(_Long,) * 3),
     "feed_forward_backward": (*(_Pointer,) * 10, *(_Long,) * 3),
     "muon": (*(_Pointer,) * 5, _Long, _Float, _Float, _Pointer, _Int),
+    "norm": (_Pointer, _Pointer, _Long, _Pointer),
     "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
     "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
+    "scale": (_Pointer, _Pointer, _Pointer, _Long, _Float),
 }
 LANES = 16
 """Row widths must be multiples of it; see ``vectors.h``."""
@@ -331,3 +338,160 @@ def muon_update(
     tensors = (*addresses, shapes, (_Float * n)(*lengths))
     numbers = (n, settings.momentum, settings.decay, steps, n_steps)
     load_kernels()("muon", settings.dtype, *tensors, *numbers)
+
+
+# --- a step besides its layers: step.cpp
+
+
+def embedding(
+    ids: Tensor, places: Tensor, tokens: Tensor, positions: Tensor, dropout_p: float
+) -> Tensor:
+    """Return dropout(tokens[ids] + positions[places]), float32, (B, T, C).
+
+    Args:
+        ids: rows of `tokens`, (B, T).
+        places: rows of `positions`, (T,) or (B, T).
+        tokens: float32, (V, C); C must be a multiple of the kernels' lanes.
+        positions: float32, (block_size, C).
+        dropout_p: probability of dropping a value.
+
+    Raises:
+        IndexError: a table has no such row.
+    """
+    assert tokens.size(1) == positions.size(1)
+    ids, places = _rows(ids, len(tokens)), _rows(places, len(positions))
+    places = places.expand_as(ids).contiguous()
+    tables = _contiguous(tokens, positions)
+    out: Tensor = _Embedding.apply(dropout_p, ids, places, *tables)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _rows(ids: Tensor, n: int) -> Tensor:
+    """Return ids as contiguous int64; an IndexError if one is not in [0, n)."""
+    ids = ids.long().contiguous()
+    if ids.numel():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= n:
+            raise IndexError(f"{low if low < 0 else high} is not a row of a table of {n} rows")
+    return ids
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dropout_p: float, *tensors: Tensor) -> Tensor:
+        ids, places, tokens, positions = tensors
+        C = tokens.size(1)
+        out = tokens.new_empty(*ids.shape, C)
+        ctx.save_for_backward(ids, places)
+        ctx.shapes, ctx.random = (tokens.shape, positions.shape), (dropout_p, _seed(dropout_p))
+        rest = (ids.numel(), C, *ctx.random)
+        load_kernels()("embedding_forward", out.dtype, *tensors, out, *rest)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        d_out, gradients = d_out.contiguous(), []
+        tables = zip(ctx.saved_tensors, ctx.shapes, ctx.needs_input_grad[3:], strict=True)
+        for ids, shape, needed in tables:
+            d_table = d_out.new_empty(shape) if needed else None
+            if d_table is not None:
+                tensors, sizes = (ids, d_out, d_table), (ids.numel(), *shape)
+                load_kernels()("embedding_backward", d_out.dtype, *tensors, *sizes, *ctx.random)
+            gradients.append(d_table)
+        return None, None, None, *gradients
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats, a float32 scalar.
+
+    Args:
+        logits: float32 or bfloat16, (…, V).
+        targets: (…), as many as rows of logits.
+
+    Raises:
+        IndexError: a target is not in [0, V).
+    """
+    out: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return out
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each target, float32, flat; not differentiable."""
+    return _cross_entropy(logits, targets, None)[0]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(gradient)
+        return _cross_entropy(logits, targets, gradient)[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        if d_mean == 1:
+            return gradient, None
+        scaled = torch.empty_like(gradient)
+        _scale([gradient], [scaled], float(d_mean))
+        return scaled, None
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row and their mean; fill the gradient of the mean."""
+    V = logits.size(-1)
+    logits, targets = logits.contiguous(), _rows(targets, V)
+    n = targets.numel()
+    assert logits.numel() == n * V
+    losses, mean = torch.empty(n), torch.empty(())
+    load_kernels()("cross_entropy", logits.dtype, logits, targets, losses, mean, gradient, n, V)
+    return losses, mean
+
+
+def in_kernels_memory(*tensors: Tensor) -> bool:
+    """Return whether `norm`, `scale_` and `adamw_update` take these tensors."""
+    return not torch.compiler.is_compiling() and all(
+        t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all values of the tensors together, a scalar."""
+    result = torch.empty(())
+    lists = (_addresses(tensors), _sizes(tensors))
+    load_kernels()("norm", torch.float32, *lists, len(tensors), result)
+    return result
+
+
+def scale_(tensors: Sequence[Tensor], factor: float) -> None:
+    """Multiply tensors by a factor, in place."""
+    _scale(tensors, tensors, factor)
+
+
+def _scale(tensors: Sequence[Tensor], out: Sequence[Tensor], factor: float) -> None:
+    lists = (_addresses(tensors), _addresses(out), _sizes(tensors))
+    load_kernels()("scale", out[0].dtype, *lists, len(tensors), factor)
+
+
+def adamw_update(tensors: AdamWTensors, settings: AdamWSettings) -> None:
+    """Call AdamW's kernel, like `chargpt.compute.muon.adamw_update`."""
+    sizes = [weight.numel() for weight in tensors.weights]
+    for column in (tensors.gradients, tensors.means, tensors.squares):
+        assert [tensor.numel() for tensor in column] == sizes
+    n = len(sizes)
+    assert len(tensors.steps) == n
+    lists = (*map(_addresses, tensors), (_Long * n)(*sizes))
+    numbers = (settings.lr, *settings.betas, settings.weight_decay, settings.eps)
+    load_kernels()("adamw", torch.float32, *lists, n, *numbers)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (_Pointer * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _sizes(tensors: Sequence[Tensor]) -> Any:
+    return (_Long * len(tensors))(*(tensor.numel() for tensor in tensors))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chargpt.base.errors import UserError
+from chargpt.compute.step import token_losses
 from chargpt.config import Unknown
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.windows import blocks, compact
@@ -88,8 +88,8 @@ def log_probabilities(
         for inputs, targets in _windows(tokens, block_size, stride or block_size, batch_size):
             with autocast or nullcontext():
                 logits = model(inputs.to(device))  # (B, ≤T, V)
-            logits = logits[:, -targets.size(1) :].float().flatten(0, 1)  # (B × ≤S, V)
-            nats = F.cross_entropy(logits, targets.to(device).flatten(), reduction="none")
+            logits = logits[:, -targets.size(1) :]  # (B, ≤S, V)
+            nats = token_losses(model, logits, targets.to(device))  # (B × ≤S,)
             scores[done : done + len(nats)] = -nats
             done += len(nats)
     result: npt.NDArray[np.float32] = scores.cpu().numpy()

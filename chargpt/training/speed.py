@@ -21,14 +21,13 @@ from chargpt.compute import native
 from chargpt.compute.device import DTYPES, CompileChoice, choose_compile
 from chargpt.compute.fast_layers import (
     Backend,
-    fast_muon_update,
     set_attention,
     use_fast_dropout,
     use_kernels,
 )
 from chargpt.compute.library import KernelsError, get_library, why_not_tried
-from chargpt.compute.muon import MuonAdamW
 from chargpt.compute.native import LANES, load_kernels
+from chargpt.compute.step import use_fast_updates
 from chargpt.config import Attention, GPT2Config, OnOffAuto, TrainConfig
 from chargpt.training.trainer import Trainer
 
@@ -83,8 +82,7 @@ def _choose_layers(
     kernels = choose_kernels(train_config.kernels, model.config, dtype, device, compiling=compiling)
     if kernels.on:
         use_kernels(model)
-        if isinstance(trainer.optimizer, MuonAdamW):
-            trainer.optimizer.update = fast_muon_update
+        use_fast_updates(trainer.optimizer)
     report(f"kernels    {'on' if kernels.on else 'off'} ({kernels.reason})")
     attention = choose_attention(train_config.attention, model.config, device, kernels=kernels.on)
     set_attention(model, attention.backend)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chargpt.base.checks import check, check_fields
 from chargpt.base.seeding import DROPOUT, derive_seed
 from chargpt.compute.device import PrecisionChoice
 from chargpt.compute.parallel import ParallelChoice, seed_dropout
+from chargpt.compute.step import cross_entropy
 from chargpt.config import TrainConfig
 from chargpt.data.windows import Batch, Windows
 from chargpt.model import GPT2
@@ -89,7 +89,7 @@ class Trainer:
         seed_dropout(seed, self.parallel)
         with self.precision.autocast(self.device):
             logits = self.forward(batch.inputs)  # (B, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+        return cross_entropy(self.model, logits, batch.targets)
 
     def trial_step(self) -> None:
         """Run a forward and a backward pass that change nothing, so that the model compiles."""

@@ -33,7 +33,7 @@ from chargpt.model import GPT2
 pytestmark = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler here")
 BF16 = torch.bfloat16
 PLACEMENTS = ["pre", "post", "sandwich"]
-KERNELS = {"attention", "linear", "feed_forward", "layer_norm", "residual"}
+KERNELS = {"attention", "embedding", "linear", "feed_forward", "layer_norm", "residual"}
 
 Call = tuple[str, tuple[Any, ...]]
 

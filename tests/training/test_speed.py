@@ -18,6 +18,7 @@ from chargpt.compute import native
 from chargpt.compute.fast_layers import FAST, FastCausalSelfAttention
 from chargpt.compute.library import KernelsError, get_library
 from chargpt.compute.parallel import ParallelChoice
+from chargpt.compute.step import FastAdamW
 from chargpt.config import DataConfig, OnOffAuto
 from chargpt.model import GPT2, CausalSelfAttention
 from chargpt.train import train_step
@@ -241,6 +242,7 @@ def test_accelerate_reports_three_choices(
     assert lines[1].startswith(f"attention  {'native' if on else 'matmul'} (the fastest")
     assert lines[2].startswith("compile    off (takes longer")
     assert is_fast(trainer.model) == on
+    assert isinstance(trainer.optimizer, FastAdamW) == on
     layers = {type(m) for m in trainer.model.modules() if isinstance(m, CausalSelfAttention)}
     assert layers == {FastCausalSelfAttention if on else CausalSelfAttention}
     assert trainer.forward is trainer.model

@@ -28,6 +28,7 @@ struct Dropout {
     const ints keep = (ints)(x >> 1) >= (int32_t)dropped;
     return (vec)((ints)broadcast(scale) & keep);
   }
+  INLINE vec apply(vec x, Index first) const { return on() ? x * mask((uint32_t)first) : x; }
 };
 
 }  // namespace chargpt

@@ -143,11 +143,11 @@ INLINE float sum(const Lanes& x) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 INLINE float maximum(const Lanes& x) {
-  vec most = x.part[0];
-  for (int p = 1; p < PARTS; p++) most = max_of(most, x.part[p]);
-  float result = most[0];
-  for (int i = 1; i < L; i++) result = std::max(result, (float)most[i]);
-  return result;
+  float all[LANES];
+  for (int p = 0; p < PARTS; p++) store(all + p * L, x.part[p]);
+  UNROLL for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) all[i] = all[i] > all[i + half] ? all[i] : all[i + half];
+  return all[0];
 }
 
 // --- transposing
