@@ -22,7 +22,7 @@ struct Cut {
   Index stretch;  // rows whose packed values are kept for the weights' gradients
 
   explicit Cut(Index n_weights)
-      : chunk(n_weights <= CACHED ? BLOCK : 4 * BLOCK), stretch(20 * chunk) {}
+      : chunk(n_weights <= CACHED ? BLOCK : 4 * BLOCK), stretch(std::max(10, 3 * pool::threads()) * chunk) {}
   Index chunks(Index n) const { return (n + chunk - 1) / chunk; }
 };
 
