@@ -19,6 +19,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "znver3": ["-mavx2", "-mfma", "-mtune=znver3"],
     "plain": [],
+    "clang": ["-march=native"],
     "failing": ["-Wl,-Bsymbolic"],
 }
 # Replaces operator new inside the library: allocation number n from now on fails, once.
@@ -46,10 +47,13 @@ void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::fre
 def kernels_of(variant: str) -> Kernels:
     """Return the kernels of ``native`` or a variant of `FLAGS`, compiled once per process.
 
-    Only ``native`` and ``failing`` use OpenMP. Skips the calling test if it cannot run them.
+    Skips the calling test if it cannot run them.
     """
     if not COMPILERS:
         pytest.skip("no C++ compiler here")
+    compiler = "clang++" if variant == "clang" else COMPILERS[0]
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
     if variant == "native":
         return load_kernels()
     if "-mavx2" in FLAGS[variant] and not {"avx2", "fma"} <= set(
@@ -57,12 +61,11 @@ def kernels_of(variant: str) -> Kernels:
     ):
         pytest.skip("no AVX2 here")
     flags = [flag for flag in native.FLAGS if not flag.startswith("-march")]
-    flags += [*FLAGS[variant], *native.gcc_flags(COMPILERS[:1]), "-shared", "-fPIC"]
+    flags += [*FLAGS[variant], *native.gcc_flags([compiler]), "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
         library, failing_new = Path(folder, f"{variant}.so"), Path(folder, "failing_new.cpp")
         failing_new.write_text(FAILING_NEW)
         sources = [*native.SOURCES, *([failing_new] if variant == "failing" else [])]
-        command = [COMPILERS[0], *flags, *map(str, sources), "-o", str(library)]
+        command = [compiler, *flags, *map(str, sources), "-o", str(library)]
         subprocess.run(command, check=True)
-        kernels = Kernels(library)
-    return kernels
+        return Kernels(library)

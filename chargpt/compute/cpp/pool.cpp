@@ -83,7 +83,7 @@ class Pool {
     for (uint64_t state = state_; has_work(state, slot);) {
       if (!state_.compare_exchange_weak(state, state + 1)) continue;
       // The job cannot end before this chunk does, so its fields are stable from here on.
-      body_(context_, next_of(state), slot);
+      body_.load()(context_, next_of(state), slot);
       taken++;
       if (slot > 0) finish_one();
       state = state_;
