@@ -18,10 +18,11 @@ from chargpt.compute.native import load_kernels
 
 HERE = Path(__file__).parent
 Array = npt.NDArray[Any]
-_LINE = re.compile(r"^FUNCTION\((\w+), (\w+), (.*)\)$", re.M)
+_LINE = re.compile(r"^(FUNCTION|KERNEL)\((\w+), (\w+), (.*)\)$", re.M)
 FUNCTIONS: dict[str, tuple[str, list[str]]] = {
-    name: (result, types.split(", "))
-    for result, name, types in _LINE.findall((HERE / "functions.h").read_text("utf-8"))
+    name + suffix: (result, types.split(", "))
+    for kind, result, name, types in _LINE.findall((HERE / "functions.h").read_text("utf-8"))
+    for suffix in (("_fp32", "_bf16") if kind == "KERNEL" else ("",))
 }
 """Result and argument types of each exported function, as ``functions.h`` names them."""
 _CTYPES = {
@@ -51,8 +52,8 @@ class Caller:
     def __call__(self, name: str, *arguments: Any) -> None:
         """Call a function with numbers, arrays (or None), and lists of arrays (or None).
 
-        Arrays hold values of 4 bytes; the kernel may change them. Decoders are not passed: there is
-        one at a time.
+        Arrays hold values of 4 or 8 bytes; the kernel may change them. No decoder is passed: there
+        is one at a time.
         """
         result, types = FUNCTIONS[name]
         function = getattr(self.library, name)
@@ -68,15 +69,21 @@ class Caller:
         elif result == "Status":
             assert returned == 0
         after = [_copy(argument) for argument in arguments]
-        self.results.append((name, [array for item in after for array in _arrays(item)]))
+        self.results.append((name, arrays_in(after)))
         if self.record:
-            parts = [_packed(*part) for part in zip(types, before, after, strict=True)]
-            self.record.write(bytes([len(name)]) + name.encode() + b"".join(parts))
+            self.record.write(packed_call(name, before, after))
 
 
-def _arrays(argument: Any) -> list[Array]:
-    items = argument if isinstance(argument, list) else [argument]
-    return [item for item in items if isinstance(item, np.ndarray)]
+def packed_call(name: str, before: Sequence[Any], after: Sequence[Any]) -> bytes:
+    """Return a call in the format of a record: its arguments before and after it."""
+    parts = zip(FUNCTIONS[name][1], before, after, strict=True)
+    return bytes([len(name)]) + name.encode() + b"".join(_packed(*part) for part in parts)
+
+
+def arrays_in(arguments: Sequence[Any]) -> list[Array]:
+    """Return the arrays among arguments, and those in lists among them."""
+    lists = (argument if isinstance(argument, list) else [argument] for argument in arguments)
+    return [item for items in lists for item in items if isinstance(item, np.ndarray)]
 
 
 def _copy(argument: Any) -> Any:
@@ -89,7 +96,7 @@ def _pass(argument: Any) -> Any:
     if isinstance(argument, list):
         return (ctypes.c_void_p * len(argument))(*(_pass(item) for item in argument))
     if isinstance(argument, np.ndarray):
-        assert argument.flags.c_contiguous and argument.itemsize == 4
+        assert argument.flags.c_contiguous
         return argument.ctypes.data
     return argument
 

@@ -1,6 +1,8 @@
 // Repeat recorded kernel calls and compare every value that they leave, bit by bit.
 //
-// usage: replay RECORD THREADS
+// usage: replay RECORD THREADS [RESULTS]
+//
+// With RESULTS, it compares nothing, but writes there what each call leaves in its pointers' values.
 //
 // record.py writes the record, on whatever processor runs it. Linked with the kernels' sources, this
 // program checks another processor (in an emulator, too) or a build with sanitizers; it needs no
@@ -22,6 +24,8 @@
 #include <tuple>
 #include <vector>
 
+#include "products.h"
+
 typedef void* P;
 typedef void* const* Ps;
 typedef struct Decoder* Handle;
@@ -33,6 +37,13 @@ typedef uint64_t Seed;
 typedef float Float;
 typedef double Double;
 
+#ifdef CHARGPT_BF16
+#define KERNEL(result, name, ...)          \
+  FUNCTION(result, name##_fp32, __VA_ARGS__) \
+  FUNCTION(result, name##_bf16, __VA_ARGS__)
+#else
+#define KERNEL(result, name, ...) FUNCTION(result, name##_fp32, __VA_ARGS__)
+#endif
 #define FUNCTION(result, name, ...) extern "C" result name(__VA_ARGS__);
 #include "functions.h"
 #undef FUNCTION
@@ -41,6 +52,7 @@ extern "C" void chargpt_set_threads(int);
 namespace {
 
 std::ifstream record;
+std::ofstream results;
 
 template <class Value>
 Value read() {
@@ -60,7 +72,7 @@ struct Buffer {
   }
 };
 
-// The memory of one call. All values are words of 4 bytes.
+// The memory of one call. Values are compared 4 bytes at a time.
 struct Call {
   std::string name;
   std::list<Buffer> buffers;
@@ -141,7 +153,9 @@ bool replay(Result (*function)(Arguments...), const char* name) {
     std::apply(function, arguments);
   else
     accept(std::apply(function, arguments));
-  return call.equal();
+  if (!results.is_open()) return call.equal();
+  for (const Buffer& buffer : call.buffers) results.write(buffer.now.get(), buffer.size);
+  return true;
 }
 
 #define FUNCTION(result, name, ...) {#name, [] { return replay(name, #name); }},
@@ -153,9 +167,10 @@ const std::map<std::string, bool (*)()> functions = {
 }  // namespace
 
 int main(int n_arguments, char** arguments) try {
-  if (n_arguments != 3) throw std::runtime_error("usage: replay RECORD THREADS");
+  if (n_arguments < 3) throw std::runtime_error("usage: replay RECORD THREADS [RESULTS]");
   record.open(arguments[1], std::ios::binary);
   if (!record) throw std::runtime_error(std::string("cannot open ") + arguments[1]);
+  if (n_arguments > 3) results.open(arguments[3], std::ios::binary);
   chargpt_set_threads(std::atoi(arguments[2]));
   bool equal = true;
   int calls = 0;
