@@ -8,7 +8,7 @@ ARGS   ?=
 # Short tests of the promises in docs/reliability.md; `make test` runs them, too.
 PROMISES := tests/runs tests/reliability
 
-.PHONY: train test test-slow test-reliability check clean
+.PHONY: train test test-slow test-reliability test-kernels check clean
 
 train: $(VENV)/installed
 	$(BIN)/chargpt train $(if $(filter --resume,$(subst --resume auto,,$(ARGS))),,--preset speedrun) $(ARGS)
@@ -23,6 +23,9 @@ test-slow: $(VENV)/installed-dev
 test-reliability: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not reliability" $(ARGS) $(PROMISES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m reliability -rP $(ARGS)
+
+test-kernels: $(VENV)/installed
+	tests/kernels/sanitize.sh $(BIN)/python
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

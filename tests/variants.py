@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chargpt.compute import build
-from chargpt.compute.library import capabilities
+from chargpt.compute.library import capabilities, choose_variant
 from chargpt.compute.library_cache import compiled
 from chargpt.compute.native import Kernels, load_kernels
 
@@ -38,7 +38,7 @@ void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::fre
 
 @functools.cache
 def kernels_of(variant: str) -> Kernels:
-    """Return the kernels of a variant of `build`, of ``native`` (the best one), or ``failing``.
+    """Return the kernels of a variant of `build`, ``native`` (the best), ``clang`` or ``failing``.
 
     Skips the calling test if this machine cannot compile or run them.
     """
@@ -48,10 +48,20 @@ def kernels_of(variant: str) -> Kernels:
         return load_kernels()
     if variant == "failing":
         return _failing_kernels()
+    if variant == "clang":
+        return _clang_kernels()
     if variant not in VARIANTS or not VARIANTS[variant].needs <= capabilities():
         pytest.skip(f"no {variant} here")
     path, _ = compiled(VARIANTS[variant])
     return Kernels(path)
+
+
+def _clang_kernels() -> Kernels:
+    if not shutil.which("clang++"):
+        pytest.skip("no clang++ here")
+    with tempfile.TemporaryDirectory() as folder:
+        build.compile_variant(choose_variant(), ["clang++"], Path(folder, "clang.so"))
+        return Kernels(Path(folder, "clang.so"))
 
 
 def _failing_kernels() -> Kernels:

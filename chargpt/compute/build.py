@@ -55,7 +55,10 @@ VARIANTS = {  # by machine; the later, the faster
         Variant("avx512bf16", _BF16_FLAGS, _BF16),
         Variant("amx", _AMX_FLAGS, _BF16 | {"amxtile", "amxbf16"}),
     ),
-    "aarch64": (Variant("neon", ("-march=armv8-a",)),),
+    "aarch64": (
+        Variant("neon", ("-march=armv8-a",)),
+        Variant("neonbf16", ("-march=armv8.2-a+bf16",), frozenset({"bf16"})),
+    ),
 }
 
 

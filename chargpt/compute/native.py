@@ -59,7 +59,6 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         self.library = library = ctypes.CDLL(str(path))
-        self._threads = 0
         self.dtypes: set[torch.dtype] = set()
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, signature in _SIGNATURES.items():
@@ -82,11 +81,8 @@ class Kernels:
             raise MemoryError(f"the kernel {name} ran out of memory")
 
     def follow_threads(self) -> None:
-        """Use as many threads as PyTorch does."""
-        threads = torch.get_num_threads()
-        if threads != self._threads:
-            self.library.chargpt_set_threads(threads)
-            self._threads = threads
+        """Use as many threads as PyTorch does; both numbers belong to the calling thread."""
+        self.library.chargpt_set_threads(torch.get_num_threads())
 
 
 @functools.cache

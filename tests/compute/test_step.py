@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from variants import COMPILERS, kernels_of
+from variants import COMPILERS, VARIANTS, kernels_of
 
 from chargpt.compute import native, step
 from chargpt.compute.fast_layers import use_kernels
@@ -23,7 +23,6 @@ if not COMPILERS:
     pytest.skip("no C++ compiler here", allow_module_level=True)
 
 BF16 = torch.bfloat16
-VARIANTS = ("native", "avx2", "znver3", "plain")
 SIZES = (1, 7, 16, 130, 8192, 8193, 30_011)  # of tensors: less than a vector, and several chunks
 VOCABULARIES = (1, 2, 15, 16, 17, 65, 331)
 

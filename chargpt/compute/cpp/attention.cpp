@@ -158,7 +158,8 @@ void score_gradients(const Backward<T>& my, const Dropout& dropout, Index first,
           weight[g] *= mask;
           dw *= mask;
         }
-        d_score[g] = w * (dw - deltas[g]) * scale;
+        // Masked again: 0 times dw may be -0 or NaN, and only in vectors that the diagonal crosses.
+        d_score[g] = visible(w * (dw - deltas[g]) * scale, query, j, 0.f);
       }
       T::write(my.d_scores.data() + at, d_score[g]);
     });
@@ -245,6 +246,6 @@ using namespace chargpt;
   }
 
 FUNCTIONS(Float, fp32)
-#ifdef __AVX512BF16__
+#ifdef CHARGPT_BF16
 FUNCTIONS(Bfloat16, bf16)
 #endif

@@ -122,6 +122,6 @@ using namespace chargpt;
   }
 
 FUNCTIONS(Float, fp32)
-#ifdef __AVX512BF16__
+#ifdef CHARGPT_BF16
 FUNCTIONS(Bfloat16, bf16)
 #endif

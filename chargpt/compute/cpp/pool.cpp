@@ -24,7 +24,9 @@ constexpr microseconds END_SPIN{20};   // the caller's wait for the last chunks 
 constexpr int MAX_THREADS = 255;
 constexpr int64_t MAX_CHUNKS = (1 << 18) - 1;
 
-std::atomic<int> n_threads{1};
+// Per caller: a kernel's working memory is for as many threads as its jobs get, even if another thread
+// of Python sets another number meanwhile.
+thread_local int n_threads = 1;
 
 void relax() {
 #if defined(__SSE2__)

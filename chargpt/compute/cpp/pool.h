@@ -11,7 +11,7 @@
 
 namespace pool {
 
-// Threads that share a job, the caller included. A body's `slot` is below it.
+// Threads that share a job of this thread, itself included. A body's `slot` is below it.
 int threads();
 
 typedef void (*Body)(void* context, int64_t chunk, int slot);

@@ -15,9 +15,14 @@ INLINE vec dot(Float, vec sums, uint32_t a, words b) {
   std::memcpy(&x, &a, 4);
   return fma((vec)b, x, sums);
 }
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
 INLINE vec dot(Bfloat16, vec sums, uint32_t a, words b) {
   return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+#elif defined(CHARGPT_BF16)
+INLINE vec dot(Bfloat16, vec sums, uint32_t a, words b) {
+  return (vec)vbfdotq_f32((float32x4_t)sums, vreinterpretq_bf16_u32(vdupq_n_u32(a)),
+                          vreinterpretq_bf16_u32((uint32x4_t)b));
 }
 #endif
 
@@ -254,7 +259,7 @@ Packed pack_weight(const float* w, Index outputs, Index inputs, bool over_inputs
                             bool);                                                         \
   template Packed pack_weight<T>(const float*, Index, Index, bool);
 INSTANTIATE(Float)
-#ifdef __AVX512BF16__
+#ifdef CHARGPT_BF16
 INSTANTIATE(Bfloat16)
 #endif
 

@@ -85,18 +85,23 @@ struct Float {
   static INLINE vec unpack(words w, int) { return (vec)w; }
 };
 
-#ifdef __AVX512BF16__
+// Defined where the processor multiplies pairs of bfloat16.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define CHARGPT_BF16
+#endif
+
+#ifdef CHARGPT_BF16
 struct Bfloat16 {
   typedef uint16_t Value;
   static constexpr int G = 2;
   static INLINE vec read(const uint16_t* p) {
     return (vec)(__builtin_convertvector(load<halves>(p), words) << 16);
   }
-  static INLINE void write(uint16_t* p, vec v) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(p, &rounded, sizeof rounded);
-  }
+  static INLINE void write(uint16_t* p, vec v) { store(p, rounded(v)); }
   static INLINE vec inverse(vec x) { return reciprocal<2>(x); }  // bfloat16 has 8 bits
+  static INLINE vec unpack(words w, int g) { return (vec)(g ? w & 0xFFFF0000u : w << 16); }
+#ifdef __AVX512BF16__
+  static INLINE halves rounded(vec v) { return (halves)_mm512_cvtneps_pbh((__m512)v); }
   static INLINE uint32_t word(const float* p) {
     const __m128 pair = _mm_castpd_ps(_mm_load_sd((const double*)p));
     return (uint32_t)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(pair));
@@ -109,13 +114,27 @@ struct Bfloat16 {
     const __m256i second = _mm256_loadu_si256((const __m256i*)(p + stride));
     return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
   }
-  static INLINE vec unpack(words w, int g) { return (vec)(g ? w & 0xFFFF0000u : w << 16); }
   static INLINE words interleave(__m512i both) {
     const __m512i order = _mm512_set_epi32(
         0x1F000F, 0x1E000E, 0x1D000D, 0x1C000C, 0x1B000B, 0x1A000A, 0x190009, 0x180008, 0x170007,
         0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
     return (words)((__m512i)_mm512_permutexvar_epi16(order, both));
   }
+#else
+  static INLINE halves rounded(vec v) { return (halves)vcvt_bf16_f32((float32x4_t)v); }
+  static INLINE uint32_t word(const float* p) {
+    const float32x2_t pair = vld1_f32(p);
+    return vget_lane_u32(vreinterpret_u32_bf16(vcvt_bf16_f32(vcombine_f32(pair, pair))), 0);
+  }
+  static INLINE words pack(const vec* rows) { return interleave(rounded(rows[0]), rounded(rows[1])); }
+  static INLINE words pack(const uint16_t* p, Index stride) {
+    return interleave(load<halves>(p), load<halves>(p + stride));
+  }
+  static INLINE words interleave(halves first, halves second) {
+    const uint16x4_t low = vzip1_u16((uint16x4_t)first, (uint16x4_t)second);
+    return (words)vcombine_u16(low, vzip2_u16((uint16x4_t)first, (uint16x4_t)second));
+  }
+#endif
 };
 #endif
 

@@ -26,7 +26,7 @@ INLINE RowSum exponentials(float* scores, Index query, float scale) {
   });
   for (Index j = full; j < end; j += L)
     most.part[0] = max_of(most.part[0], visible(load<vec>(scores + j), query, j, MASKED));
-  const float top = scale * maximum(most);
+  const float top = scale * maximum(most) + 0.f;  // never -0: which zero is larger depends on L
   for_vectors(full, [&](Index j, int p) {
     const vec x = exponential(fma(load<vec>(scores + j), scale, broadcast(-top)));
     store(scores + j, x);

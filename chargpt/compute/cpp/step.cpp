@@ -261,6 +261,6 @@ EXPORT int adamw_fp32(float* const* weights, const float* const* gradients, floa
   }
 
 FUNCTIONS(Float, fp32)
-#ifdef __AVX512BF16__
+#ifdef CHARGPT_BF16
 FUNCTIONS(Bfloat16, bf16)
 #endif
