@@ -58,7 +58,7 @@ def project(tmp_path: Path) -> Path:
     files = ["pyproject.toml", "README.md", "LICENSE", "hatch_build.py"]
     for file in (*files, "chargpt/base/version.py", "chargpt/compute/build.py"):
         shutil.copyfile(ROOT / file, root / file)
-    (cpp / "kernels.cpp").write_text("int f() { return 1; }")
+    (cpp / "tiny.cpp").write_text("int f() { return 1; }")
     return root
 
 

@@ -124,9 +124,10 @@ def test_a_run_resumed_elsewhere(
     expected = digests(trained(text_file, tmp_path / "whole", "AdamW", **changes).run)
     cut = trained(text_file, tmp_path / "cut", "AdamW", steps=2, **changes).run
     use(RUNNABLE[-2], 2)
+    changes["precision"] = "auto"  # it stays as the run started
     resumed = digests(trained(text_file, cut, "AdamW", resume=True, **changes).run)
     printed = capsys.readouterr().err
-    assert "resuming   after step 2" in printed
+    assert "resuming   after step 2" in printed and "precision  fp32" in printed
     if kernels == "on":
         assert resumed == expected and "may differ" not in printed
     else:

@@ -23,7 +23,7 @@ if not COMPILERS:
     pytest.skip("no C++ compiler here", allow_module_level=True)
 
 BF16 = torch.bfloat16
-VARIANTS = ("native", "avx2", "znver3", "plain")
+VARIANTS = ("native", "avx512", "avx2", "plain")
 SIZES = (1, 7, 16, 130, 8192, 8193, 30_011)  # of tensors: less than a vector, and several chunks
 VOCABULARIES = (1, 2, 15, 16, 17, 65, 331)
 
