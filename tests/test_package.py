@@ -58,7 +58,7 @@ def project(tmp_path: Path) -> Path:
     files = ["pyproject.toml", "README.md", "LICENSE", "hatch_build.py"]
     for file in (*files, "chargpt/base/version.py", "chargpt/compute/build.py"):
         shutil.copyfile(ROOT / file, root / file)
-    (cpp / "kernels.cpp").write_text("int f() { return 1; }")
+    (cpp / "tiny.cpp").write_text("int f() { return 1; }")
     return root
 
 
@@ -91,7 +91,7 @@ def test_a_wheel_for_another_machine_has_its_variants_and_tag(
     target = {"_PYTHON_HOST_PLATFORM": "linux-aarch64", "CXX": str(compiler)}
     wheel, _ = make_wheel(project, tmp_path / "there", **target)
     assert wheel.name.endswith("-py3-none-linux_aarch64.whl")
-    assert libraries_in(wheel) == ["neon"]
+    assert libraries_in(wheel) == ["neon", "neonbf16"]
 
 
 @pytest.mark.parametrize("environment", [{"CXX": "/nowhere"}, {"CHARGPT_PURE_WHEEL": "1"}])

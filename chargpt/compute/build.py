@@ -76,6 +76,11 @@ def library_name(variant: Variant) -> str:
     return f"{variant.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
+def is_library_name(name: str) -> bool:
+    """Return whether a library with this name is a variant of these sources, for any machine."""
+    return any(name == library_name(v) for variants in VARIANTS.values() for v in variants)
+
+
 def find_compiler(command: str = "") -> list[str]:
     """Return `command` or ``$CXX``, which may include arguments, or else the first compiler found.
 

@@ -107,7 +107,8 @@ def choose_variant() -> Variant:
 
 def capabilities() -> set[str]:
     """Return what PyTorch and Linux report for every core, as `Variant.needs` names it."""
-    reports = [flags.split() for flags in cpu_info("flags")]
+    lists = cpu_info("flags") or cpu_info("Features")  # x86 or ARM
+    reports = [flags.split() for flags in lists]
     if hasattr(torch.cpu, "get_capabilities"):  # newer versions of PyTorch
         known = torch.cpu.get_capabilities().items()
         reports.append([_CPUINFO_NAMES.get(name, name) for name, has in known if has is True])

@@ -100,7 +100,7 @@ def _raise_if_failed_before(path: Path) -> None:
     file = _failure_file(path)
     if file.exists() and time.time() - file.stat().st_mtime < RETRY_S:
         reason = file.read_text(encoding="utf-8", errors="replace")
-        raise OSError(f"failed before (to try again, remove {file}): {reason}")
+        raise OSError(f"failed before: {reason} (to try again, remove {file})")
 
 
 def _is_intact(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The kernels of ``kernels.cpp`` as PyTorch calls; `chargpt.compute.library` finds their library.
+"""The kernels of ``cpp/`` as PyTorch calls; `chargpt.compute.library` finds their library.
 
 Each function computes what its PyTorch counterpart computes, forward and backward, in one pass over
 memory. `supports` says for which tensors. `chargpt.compute.fast_layers` uses them in a model.
@@ -347,7 +347,7 @@ def embedding(
     Args:
         ids: rows of `tokens`, (B, T).
         places: rows of `positions`, (T,) or (B, T).
-        tokens: float32, (V, C); C must be a multiple of the kernels' lanes.
+        tokens: float32, (V, C); C must be a multiple of `LANES`.
         positions: float32, (block_size, C).
         dropout_p: probability of dropping a value.
 

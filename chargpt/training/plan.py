@@ -15,6 +15,7 @@ from chargpt.base.errors import UserError
 from chargpt.base.seeding import INIT, derive_seed
 from chargpt.base.units import human_count
 from chargpt.base.version import __version__
+from chargpt.compute.build import is_library_name
 from chargpt.compute.counts import count_parameters
 from chargpt.compute.device import (
     PrecisionChoice,
@@ -33,7 +34,7 @@ from chargpt.runs.checkpoint import MODEL
 from chargpt.runs.folder import RunConfig, read_config
 from chargpt.runs.weights import check_model_file
 from chargpt.training.saving import restore_last
-from chargpt.training.speed import SpeedChoices, accelerate, bf16_gain
+from chargpt.training.speed import SpeedChoices, accelerate, bf16_gain, has_same_bits
 from chargpt.training.trainer import Trainer
 
 FREE_ON_RESUME = {
@@ -100,9 +101,10 @@ def make_plan(
         report(f"resuming   after step {trainer.state.step:,}")
     speed = accelerate(trainer, report)
     environment = _environment(trainer, speed)
-    for name, was in (before.environment if before else {}).items():
-        now = environment.get(name)
-        if now != was:
+    if before:
+        same_bits = has_same_bits(trainer, speed)
+        for name in _changes(before.environment, environment, same_bits=same_bits):
+            was, now = before.environment[name], environment.get(name)
             report(f"resuming   {name} was {was}, is {now}: losses may differ by rounding")
     run_config = RunConfig(
         model_config=model.config,
@@ -157,10 +159,15 @@ def _with_vocabulary(model_config: GPT2Config, vocab_size: int) -> GPT2Config:
 def _same_precision(environment: dict[str, Any], device: torch.device) -> PrecisionChoice | None:
     """Return the precision that the run started with, if the device is the same."""
     known = environment.get("precision") in ("fp32", "bf16", "fp16")
-    if not known or environment.get("device") != describe_device(device):
+    if not known or environment.get("device") != _device_name(device):
         return None
     choose_precision(environment["precision"], device)  # refuses what this device cannot do
     return PrecisionChoice(environment["precision"], "as the run started")
+
+
+def _device_name(device: torch.device) -> str:
+    """Return a GPU's name, or "cpu"; the environment has threads and processor besides."""
+    return "cpu" if device.type == "cpu" else describe_device(device)
 
 
 def _refuse_changes(
@@ -187,6 +194,14 @@ def _refuse_change(before: AnyConfig, now: AnyConfig) -> None:
             )
 
 
+def _changes(was: dict[str, Any], now: dict[str, Any], *, same_bits: bool) -> list[str]:
+    """Return the names of what changed and may round differently; see `has_same_bits`."""
+    names = [name for name in was if was[name] != now.get(name)]
+    if same_bits and is_library_name(was.get("kernels", "")):
+        return [name for name in names if name not in ("threads", "kernels")]
+    return names
+
+
 def _environment(trainer: Trainer, speed: SpeedChoices) -> dict[str, Any]:
     """Return what may change how numbers are rounded."""
     return {
@@ -196,7 +211,7 @@ def _environment(trainer: Trainer, speed: SpeedChoices) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": cpu_name(),
-        "device": describe_device(trainer.device),
+        "device": _device_name(trainer.device),
         "devices": max(1, len(trainer.parallel.device_ids)),
         "precision": trainer.precision.name,
         "threads": torch.get_num_threads(),

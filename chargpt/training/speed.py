@@ -40,11 +40,21 @@ Report = Callable[[str], None]
 
 
 class SpeedChoices(NamedTuple):
-    """How a model computes; another choice rounds differently."""
+    """How a model computes; another choice rounds differently, see `has_same_bits`."""
 
     kernels: str  # `chargpt.compute.library.Library.name`, or "off"
     attention: Backend
     compiled: bool
+
+
+def has_same_bits(trainer: Trainer, choices: SpeedChoices) -> bool:
+    """Return whether steps have the same bits on any number of threads, with any variant.
+
+    So it is in fp32 where the kernels compute every layer.
+    """
+    config = trainer.model.config
+    every_layer = config.activation_function == "gelu" and config.norm_placement == "pre"
+    return trainer.precision.name == "fp32" and choices.attention == "native" and every_layer
 
 
 def accelerate(trainer: Trainer, report: Report) -> SpeedChoices:

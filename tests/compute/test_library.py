@@ -41,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build, "FOLDER", tmp_path / "cpp")
     monkeypatch.delenv(CHOICE, raising=False)
     build.FOLDER.mkdir()
-    (build.FOLDER / "kernels.cpp").write_text(TINY_SOURCE, encoding="utf-8")
+    (build.FOLDER / "tiny.cpp").write_text(TINY_SOURCE, encoding="utf-8")
     return tmp_path / "chargpt" / "kernels"
 
 
@@ -170,9 +170,9 @@ def test_what_a_library_is_made_of_determines_its_path(
 
     paths = [path()]
     assert path() == paths[0]
-    (build.FOLDER / "kernels.cpp").write_text(TINY_SOURCE + "// changed", encoding="utf-8")
+    (build.FOLDER / "tiny.cpp").write_text(TINY_SOURCE + "// changed", encoding="utf-8")
     paths.append(path())
-    (build.FOLDER / "kernels.h").write_text("// new", encoding="utf-8")
+    (build.FOLDER / "tiny.h").write_text("// new", encoding="utf-8")
     paths.append(path())
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
     paths.append(path())
@@ -284,8 +284,8 @@ def test_a_failed_compilation_is_tried_again_a_day_later_or_with_another_compile
 ) -> None:
     compiler('echo "no space in × the sources\nand no luck" >&2; exit 1')
     reason = "no space in × the sources and no luck"
-    for begin in ("", "failed before .*: "):
-        with pytest.raises(KernelsError, match=f"^{begin}{reason}$"):
+    for begin in ("", "failed before: "):
+        with pytest.raises(KernelsError, match=f"^{begin}{reason}"):
             find_library()
         assert n_compilations(cache) == 1
     [marker] = cache.glob("*.failed")
@@ -366,7 +366,7 @@ def test_a_prebuilt_library_needs_no_compiler(
     assert path.stem == found.name
     assert not cache.exists()
     monkeypatch.delenv("CXX")
-    (build.FOLDER / "kernels.cpp").write_text(TINY_SOURCE + "// changed", encoding="utf-8")
+    (build.FOLDER / "tiny.cpp").write_text(TINY_SOURCE + "// changed", encoding="utf-8")
     found = find_library()
     assert found.path.parent == cache  # the other was built from other sources
     (library.PREBUILT / (found.name + build.SUFFIX)).write_bytes(b"no ELF")
@@ -424,7 +424,7 @@ def test_two_processes_may_compile_at_once(cache: Path) -> None:
 @pytest.mark.parametrize(("source", "printed"), [(TINY_SOURCE, "12"), ("× is not C++", "failed")])
 def test_the_locale_does_not_matter(cache: Path, source: str, printed: str) -> None:
     """In the C locale, Python's default encoding is ASCII; sources and messages are UTF-8."""
-    (build.FOLDER / "kernels.cpp").write_text(source, encoding="utf-8")
+    (build.FOLDER / "tiny.cpp").write_text(source, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(cache), str(build.FOLDER)],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"},

@@ -1,7 +1,7 @@
 """The kernels against formulas in float64: values, every gradient, dropout, and lack of memory.
 
 The kernels run as compiled for this processor (fp32, and bf16 if it supports it), for AVX2, and
-without vector extensions: other vector widths leave other remainders.
+without vector extensions: other widths of vectors have other tiles and other remainders.
 """
 
 import math
@@ -476,7 +476,7 @@ def test_backward_drops_the_weights_that_forward_dropped(
 
 
 def scaled_mask(n: int, p: float, seed: int) -> npt.NDArray[np.float32]:
-    """Return `n` factors of ``Dropout`` in ``kernels.cpp``, stream 0, by a second implementation.
+    """Return `n` factors of ``Dropout`` in ``dropout.h``, stream 0, by a second implementation.
 
     It compares 31 bits of Wellons' lowbias32(index × golden ratio + key) with p × 2^31. numpy's
     unsigned integers wrap around like C's.

@@ -156,8 +156,10 @@ def _attention(call: Caller, noise: Noise) -> None:
 
 
 def _linear(call: Caller, noise: Noise) -> None:
-    # 1003 rows are more than a STRETCH, and sums of 400 values are longer than DEPTH.
-    cases = [(1003, 48, 160, True), (130, 400, 65, False), (1, 16, 16, True), (50, 272, 1, False)]
+    # 1003 rows are more than a stretch, and sums of 400 values are longer than DEPTH. The first
+    # weight has more than CACHED values.
+    cases = [(200, 512, 528, True), (1003, 48, 160, True), (130, 400, 65, False)]
+    cases += [(1, 16, 16, True), (50, 272, 1, False)]
     for n, inputs, outputs, has_bias in cases:
         x, w, bias = noise(n, inputs), noise(outputs, inputs), noise(outputs) if has_bias else None
         d_out = noise(n, outputs)
@@ -169,7 +171,7 @@ def _linear(call: Caller, noise: Noise) -> None:
 def _feed_forward(call: Caller, noise: Noise) -> None:
     cases = [
         *((1003, 48, 192, True, 1.0), (7, 16, 304, False, 1.0), (49, 80, 16, True, 1.0)),
-        *((20, 32, 64, True, 30.0), (20, 32, 64, False, 1e-20)),
+        *((20, 32, 64, True, 30.0), (20, 32, 64, False, 1e-20), (200, 256, 1040, True, 1.0)),
     ]
     for n, c, f, has_bias, size in cases:
         x, w1, w2, d_out = noise(n, c, size=size), noise(f, c), noise(c, f), noise(n, c, size=size)
@@ -211,23 +213,24 @@ def _muon(call: Caller, noise: Noise) -> None:
 
 
 def _step(call: Caller, noise: Noise) -> None:
-    """Embedding, loss, norm, clipping and AdamW: a step besides its layers."""
-    for n, vocab, c, p in [(301, 65, 48, 0.1), (40, 7, 16, 0.0)]:
-        ids = np.arange(n) * 11 % vocab
-        places, tables = np.arange(n) % 40, (noise(vocab, c), noise(40, c))
-        d_out = noise(n, c)
-        call("embedding_forward_fp32", ids, places, *tables, _room(d_out), n, c, p, 9)
-        call("embedding_backward_fp32", ids, d_out, _room(tables[0]), n, vocab, c, p, 9)
-        logits, losses, mean = noise(n, vocab, size=9), noise(n), noise(1)
-        call("cross_entropy_fp32", logits, ids, losses, mean, _room(logits), n, vocab)
-    shapes = [(48, 100), (3,), (9001,)]
+    for n, c, rows, p in [(300, 48, 65, 0.1), (1, 16, 7, 0.0)]:
+        ids, places = (np.arange(n) * 37 % rows, np.arange(n) % 50)
+        tokens, positions, d_out = noise(rows, c), noise(50, c), noise(n, c)
+        call("embedding_forward_fp32", ids, places, tokens, positions, _room(d_out), n, c, p, 7)
+        call("embedding_backward_fp32", ids, d_out, _room(tokens), n, rows, c, p, 7)
+    for n, v, size in [(301, 65, 1.0), (7, 3, 1.0), (20, 100, 30.0), (5, 1, 1.0)]:
+        logits, targets = noise(n, v, size=size), np.arange(n) * 5 % v
+        for d_logits in (_room(logits), None):
+            call("cross_entropy_fp32", logits, targets, noise(n), noise(1), d_logits, n, v)
+    shapes = [(65, 48), (1,), (9000,), (7, 3)]  # 9000: more than a chunk
     weights, gradients, means, squares = ([noise(*shape) for shape in shapes] for _ in range(4))
-    squares = [square**2 for square in squares]
-    sizes, steps = np.array([w.size for w in weights]), [noise(1) * 0 + 4 for _ in weights]
+    squares = [np.abs(square) for square in squares]
+    steps = [np.float32([number]) for number in (0, 1, 10, 10_000)]
+    sizes = np.array([weight.size for weight in weights])
+    tensors = (weights, gradients, means, squares, steps)
+    call("adamw_fp32", *tensors, sizes, len(sizes), 3e-3, 0.9, 0.95, 0.1, 1e-8)
     call("norm_fp32", gradients, sizes, len(sizes), noise(1))
-    call("scale_fp32", gradients, [*map(_room, gradients)], sizes, len(sizes), 0.3)
-    tensors = (weights, gradients, means, squares, steps, sizes, len(sizes))
-    call("adamw_fp32", *tensors, 1e-3, 0.9, 0.99, 0.1, 1e-8)
+    call("scale_fp32", gradients, [_room(g) for g in gradients], sizes, len(sizes), 0.37)
 
 
 def _decoder(call: Caller, noise: Noise, norms: str, has_bias: bool) -> None:

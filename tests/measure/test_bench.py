@@ -214,7 +214,7 @@ def test_the_trainer_without_kernels_learns_the_same_and_disturbs_nothing() -> N
             losses.append(train_step(trainer).loss)
             trainer.state.step += 1
         assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
-    assert plain.optimizer.update is muon_update  # type: ignore[attr-defined]
+    assert plain.optimizer.muon_update is muon_update  # type: ignore[attr-defined]
     for name, weight in alone.model.state_dict().items():
         assert torch.equal(weight, own.model.state_dict()[name]), name
 

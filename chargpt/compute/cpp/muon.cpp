@@ -29,28 +29,50 @@ struct Orthogonalizer {
         polynomial(rows * rows),
         result(BLOCK * columns) {}
 
-  // Compute x × b, block by block, and call done(index, vector) for each vector of n columns.
+  // Compute the first n columns of x × b, block by block, and call done(row, column, vector).
+  // Of a symmetric product in float, only the blocks up to the diagonal are computed.
   template <class Done>
-  void multiply_by(const Value* x, Index k, const Packed& b, Index n, Done done) const {
+  void multiply_by(const Value* x, Index k, const Packed& b, Index n, bool symmetric,
+                   Done done) const {
     for (Index first = 0; first < rows; first += BLOCK) {
       const Index m = std::min<Index>(BLOCK, rows - first);
-      multiply<T>(m, n, k / T::G, rows_of<T>(x + first * k, k), b.array.data(), b.depth,
-                  result.data(), n);
-      for (Index i = 0; i < m * n; i += L) done(first * n + i, load<vec>(result.data() + i));
+      const Index columns = symmetric && T::G == 1 ? first + m : n;
+      multiply<T>(m, columns, k / T::G, rows_of<T>(x + first * k, k), b.array.data(), b.depth,
+                  result.data(), columns);
+      for (Index i = 0; i < m; i++)
+        for (Index j = 0; j < columns; j += L)
+          done(first + i, j, load<vec>(result.data() + i * columns + j));
     }
+  }
+
+  // Copy what is left of the diagonal to its right.
+  void mirror(const Array<Value>& square) const {
+    if (T::G > 1) return;
+    for (Index i = 0; i < rows; i += L)
+      for (Index j = 0; j <= i; j += L) {
+        words corner[L];
+        for (int r = 0; r < L; r++) corner[r] = load<words>(&square[(i + r) * rows + j]);
+        chargpt::transpose(corner);
+        for (int r = 0; r < L; r++) store(&square[(j + r) * rows + i], corner[r]);
+      }
   }
 
   void step(Value* x, float a, float b, float c) const {
     pack_transposed<T>(x, columns, columns, rows, transposed);
-    multiply_by(x, columns, transposed, rows,
-                [&](Index at, vec v) { T::write(products.data() + at, v); });
-    pack<T>(products.data(), rows, rows, rows, gram);
-    multiply_by(products.data(), rows, gram, rows, [&](Index at, vec v) {
-      T::write(polynomial.data() + at, fma(T::read(products.data() + at), b, v * c));
+    multiply_by(x, columns, transposed, rows, true, [&](Index i, Index j, vec v) {
+      T::write(&products[i * rows + j], v);
     });
+    mirror(products);
+    pack<T>(products.data(), rows, rows, rows, gram);
+    multiply_by(products.data(), rows, gram, rows, true, [&](Index i, Index j, vec v) {
+      const Index at = i * rows + j;
+      T::write(&polynomial[at], fma(T::read(&products[at]), broadcast(b), v * c));
+    });
+    mirror(polynomial);
     pack<T>(x, columns, rows, columns, right);
-    multiply_by(polynomial.data(), rows, right, columns, [&](Index at, vec v) {
-      T::write(x + at, fma(T::read(x + at), a, v));
+    multiply_by(polynomial.data(), rows, right, columns, false, [&](Index i, Index j, vec v) {
+      Value* at = x + i * columns + j;
+      T::write(at, fma(T::read(at), broadcast(a), v));
     });
   }
 };
