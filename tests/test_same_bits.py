@@ -123,7 +123,7 @@ def test_a_run_resumed_elsewhere(
     use(RUNNABLE[-1], 1)
     expected = digests(trained(text_file, tmp_path / "whole", "AdamW", **changes).run)
     cut = trained(text_file, tmp_path / "cut", "AdamW", steps=2, **changes).run
-    use(RUNNABLE[-2], 2)
+    use(RUNNABLE[0], 2)
     changes["precision"] = "auto"  # it stays as the run started
     resumed = digests(trained(text_file, cut, "AdamW", resume=True, **changes).run)
     printed = capsys.readouterr().err
