@@ -39,6 +39,8 @@ RUN = QUICK.replace(
 RUNS: dict[str, tuple[GPT2Config, TrainConfig]] = {
     "AdamW": (SHAPE.replace(dropout=0.2), RUN.replace(gradient_accumulation_steps=2)),
     "Muon": (SHAPE.replace(bias=False), RUN.replace(optimizer="muon", grad_clip=0.1)),
+    "post": (SHAPE.replace(norm_placement="post"), RUN),
+    "sandwich": (SHAPE.replace(norm_placement="sandwich"), RUN),
 }
 FILTERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -61,6 +63,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
     def load_again() -> None:
         library._find_once.cache_clear()
         native.load_kernels.cache_clear()
+        native.bf16_gain.cache_clear()
 
     def select(variant: str, threads: int) -> None:
         monkeypatch.setenv(CHOICE, variant)

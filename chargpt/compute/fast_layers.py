@@ -24,6 +24,8 @@ Backend = Literal["matmul", "sdpa", "native"]
 class FastLayerNorm(nn.LayerNorm):
     """LayerNorm in one pass, rounded to the type of the matrix product that follows."""
 
+    dtype: torch.dtype | None = None  # of the result; None: that of matrix products
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, C) to (…, C)."""
         return self.fork(x)[0]
@@ -34,7 +36,17 @@ class FastLayerNorm(nn.LayerNorm):
         fits = x.dtype == torch.float32 and x.shape[-1:] == self.weight.shape
         if not fits or not native.supports(x, widths=x.shape[-1:], weights=weights):
             return super().forward(x), x
-        return native.fork_layer_norm(x, self.weight, self.bias, self.eps)
+        return native.fork_layer_norm(x, self.weight, self.bias, self.eps, self.dtype)
+
+
+class FastStreamNorm(FastLayerNorm):
+    """The same for a norm in the residual stream: its result must not be rounded."""
+
+    dtype = torch.float32
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return norm(x) and x, both (…, C)."""
+        return super().fork(x.float() if x.dtype == torch.bfloat16 else x)
 
 
 class FastResidual(Residual):
@@ -161,11 +173,13 @@ def use_kernels(model: GPT2) -> None:
     for module in model.modules():
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]
-    # A norm whose output is added to the residual stream must not round it.
     before_products = [module.norm for module in model.modules() if isinstance(module, Residual)]
     for norm in (*before_products, model.final_norm):
         if type(norm) is nn.LayerNorm:
             norm.__class__ = FastLayerNorm
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:
+            module.__class__ = FastStreamNorm
 
 
 def fast_muon_update(

@@ -213,20 +213,24 @@ def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tens
 
 
 def fork_layer_norm(
-    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return `layer_norm` of x, and x for what goes around it: the kernel adds the gradients."""
+    """Return `layer_norm` of x, and x for what goes around it: the kernel adds the gradients.
+
+    `dtype` is the type of the result; None: that of matrix products.
+    """
     x, gain, bias = _contiguous(x, gain, bias)
-    out: tuple[Tensor, Tensor] = _LayerNorm.apply(x, gain, bias, eps)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor] = _LayerNorm.apply(x, gain, bias, (eps, dtype))  # type: ignore[no-untyped-call]
     return out
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, settings: Any
     ) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(x, dtype=product_dtype())
+        eps, dtype = settings
+        out = torch.empty_like(x, dtype=dtype or product_dtype())
         n, C = x.numel() // x.size(-1), x.size(-1)
         kept = torch.empty(2, n)  # means and inverse standard deviations
         tensors = (x, gain, bias, out, kept[0], kept[1])

@@ -52,8 +52,7 @@ def has_same_bits(trainer: Trainer, choices: SpeedChoices) -> bool:
 
     So it is in fp32 where the kernels compute every layer.
     """
-    config = trainer.model.config
-    every_layer = config.activation_function == "gelu" and config.norm_placement == "pre"
+    every_layer = trainer.model.config.activation_function == "gelu"
     return trainer.precision.name == "fp32" and choices.attention == "native" and every_layer
 
 
