@@ -114,7 +114,7 @@ def _auto_precision(device: torch.device, gain: float | None) -> PrecisionChoice
     if gain >= BF16_MIN_GAIN:
         return PrecisionChoice("bf16", f"bf16 is {gain:.1f} times as fast as fp32 here")
     if gain == 0:
-        return PrecisionChoice("fp32", "this processor does not multiply bf16")
+        return PrecisionChoice("fp32", "the kernels do not multiply bf16 on this processor")
     reason = f"fp32 is faster here: bf16 runs at {max(gain, 0.01):.0%} of its speed"
     if gain >= 1:
         reason = f"bf16 is only {gain:.1f} times as fast here, and less exact"
