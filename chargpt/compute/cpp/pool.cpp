@@ -22,7 +22,8 @@ using std::chrono::steady_clock;
 constexpr microseconds IDLE_SPIN{60};  // a worker's wait for the next job before it sleeps
 constexpr microseconds END_SPIN{20};   // the caller's wait for the last chunks before it sleeps
 constexpr int MAX_THREADS = 255;
-constexpr int64_t MAX_CHUNKS = (1 << 18) - 1;
+constexpr int BITS = 28;  // of a chunk's number
+constexpr int64_t MAX_CHUNKS = (1 << BITS) - 1;
 
 // Per caller: a kernel's working memory is for as many threads as its jobs get, even if another thread
 // of Python sets another number meanwhile.
@@ -49,14 +50,19 @@ bool spin(microseconds time, Ready ready) {
   return false;
 }
 
-// The state of a job in one word, so that a chunk is taken only from the job it belongs to:
-// generation (20 bits), threads (8), chunks (18), next chunk (18).
-int64_t next_of(uint64_t state) { return state & MAX_CHUNKS; }
-int64_t end_of(uint64_t state) { return state >> 18 & MAX_CHUNKS; }
-int threads_of(uint64_t state) { return state >> 36 & MAX_THREADS; }
-bool has_work(uint64_t state, int slot) {
-  return next_of(state) < end_of(state) && slot < threads_of(state);
-}
+// The chunks [first, end) that are left of a thread's share, and the threads of the job, in one word: a
+// chunk is taken by a change of the word, which fails if anything has changed meanwhile.
+struct Share {
+  int64_t first, end;
+  int threads;
+
+  explicit Share(uint64_t word)
+      : first(word >> BITS & MAX_CHUNKS), end(word & MAX_CHUNKS), threads((int)(word >> 2 * BITS)) {}
+  Share(int64_t first, int64_t end, int threads) : first(first), end(end), threads(threads) {}
+  uint64_t word() const {
+    return (uint64_t)threads << 2 * BITS | (uint64_t)first << BITS | (uint64_t)end;
+  }
+};
 
 class Pool {
  public:
@@ -67,9 +73,11 @@ class Pool {
     start_workers(wanted - 1);
     body_ = body;
     context_ = context;
-    finished_.store(0, std::memory_order_relaxed);
-    generation_ = (generation_ + 1) & 0xFFFFF;
-    state_ = generation_ << 44 | (uint64_t)wanted << 36 | (uint64_t)n << 18;
+    finished_ = 0;
+    threads_ = wanted;
+    for (int slot = 0; slot < wanted; slot++)
+      shares_[slot].word = Share(n * slot / wanted, n * (slot + 1) / wanted, wanted).word();
+    job_++;
     if (sleeping_ > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
@@ -79,17 +87,29 @@ class Pool {
   }
 
  private:
-  // Compute chunks until none is left; return how many.
-  int64_t take_chunks(int slot) {
-    int64_t taken = 0;
-    for (uint64_t state = state_; has_work(state, slot);) {
-      if (!state_.compare_exchange_weak(state, state + 1)) continue;
-      // The job cannot end before this chunk does, so its fields are stable from here on.
-      body_.load()(context_, next_of(state), slot);
-      taken++;
-      if (slot > 0) finish_one();
-      state = state_;
+  // Take a chunk of the share of thread `owner`: the owner from its start, another from its end.
+  bool take(int owner, int slot, int64_t* chunk) {
+    std::atomic<uint64_t>& word = shares_[owner].word;
+    for (uint64_t before = word;;) {
+      Share share(before);
+      if (share.first >= share.end || slot >= share.threads) return false;
+      *chunk = owner == slot ? share.first++ : --share.end;
+      if (word.compare_exchange_weak(before, share.word())) return true;
     }
+  }
+
+  // Compute chunks until none is left; return how many. A thread starts with its own share, which is
+  // the same in each job of a size: its part of the values is then still in its cache.
+  int64_t take_chunks(int slot) {
+    int64_t taken = 0, chunk;
+    const int n = threads_;
+    for (int i = 0; i < n; i++)
+      while (take((slot + i) % n, slot, &chunk)) {
+        // The job cannot end before this chunk does, so its fields are stable from here on.
+        body_.load()(context_, chunk, slot);
+        taken++;
+        if (slot > 0) finish_one();
+      }
     return taken;
   }
 
@@ -112,13 +132,14 @@ class Pool {
   }
 
   void work(int slot) {
-    auto ready = [&] { return has_work(state_, slot); };
     for (;;) {
+      const uint64_t job = job_;
+      auto next = [&] { return job_ != job; };
       take_chunks(slot);
-      if (spin(IDLE_SPIN, ready)) continue;
+      if (spin(IDLE_SPIN, next)) continue;
       std::unique_lock<std::mutex> lock(mutex_);
       sleeping_++;
-      wake_.wait(lock, ready);
+      wake_.wait(lock, next);
       sleeping_--;
     }
   }
@@ -142,15 +163,18 @@ class Pool {
 #endif
   }
 
+  struct alignas(64) Line {
+    std::atomic<uint64_t> word{0};
+  };
   std::mutex busy_, mutex_;
   std::condition_variable wake_, done_;
-  alignas(64) std::atomic<uint64_t> state_{0};
+  Line shares_[MAX_THREADS];
+  alignas(64) std::atomic<uint64_t> job_{0};      // how many jobs have started
   alignas(64) std::atomic<int64_t> finished_{0};  // chunks that workers have finished
-  std::atomic<int> sleeping_{0};
+  std::atomic<int> sleeping_{0}, threads_{1};
   std::atomic<bool> caller_sleeps_{false};
   std::atomic<Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
-  uint64_t generation_ = 0;
   int n_workers_ = 0;
 };
 
