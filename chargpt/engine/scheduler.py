@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -152,11 +153,12 @@ class Engine:
             return []
         drawn: list[tuple[TokenSequence, Token]] = []
         logits = self._logits()  # (B, V)
-        # Tuples compare their entries by identity first, so this is cheap for a shared config.
-        for _, group in groupby(self.active, lambda s: (s.config, id(s.bias), s.top_logprobs)):
-            sequences = list(group)
-            rows = logits[len(drawn) : len(drawn) + len(sequences)]  # (sequences, V)
-            drawn += zip(sequences, _draw(rows, sequences), strict=True)
+        with _one_thread():
+            # Tuples compare their entries by identity first, so this is cheap for a shared config.
+            for _, group in groupby(self.active, lambda s: (s.config, id(s.bias), s.top_logprobs)):
+                sequences = list(group)
+                rows = logits[len(drawn) : len(drawn) + len(sequences)]  # (sequences, V)
+                drawn += zip(sequences, _draw(rows, sequences), strict=True)
         return [(sequence, self._append(sequence, token)) for sequence, token in drawn]
 
     def _append(self, sequence: TokenSequence, token: Token) -> Token | None:
@@ -201,6 +203,17 @@ class Engine:
             sequence.first = sequence.n_read = n - kept
         read, sequence.n_read = sequence.n_read, n
         return Chunk(sequence.slot, read - sequence.first, sequence.ids[read:])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread, for tensors so small that waiting for another costs more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _draw(logits: Tensor, sequences: list[TokenSequence]) -> list[Token]:
