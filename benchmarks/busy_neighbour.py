@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="per turn, at least (3)")
     given = parser.parse_args(arguments)
+    if given.rounds < 1 or given.seconds <= 0:
+        parser.error(f"--rounds {given.rounds}, --seconds {given.seconds}: give positive numbers")
     threads = sorted({1, torch.get_num_threads()})
     print(f"{describe_device(CPU)} of {os.cpu_count()}, preset {given.preset}", flush=True)
     try:

@@ -140,8 +140,13 @@ def main() -> None:
     variants = [known[chosen.variant]] if chosen.variant else known.values()
     chosen.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    for path in build(variants, find_compiler(chosen.compiler), chosen.out):
-        print(f"{path}  {path.stat().st_size:,} bytes")
+    try:
+        for path in build(variants, find_compiler(chosen.compiler), chosen.out):
+            print(f"{path}  {path.stat().st_size:,} bytes")
+    except FileNotFoundError as error:
+        parser.error(f"{error}: give --compiler or set CXX")
+    except subprocess.CalledProcessError as error:
+        parser.error(f"{error.cmd[0]} fails: {error.stderr.strip()[:500]}")
     print(f"{time.perf_counter() - start:.1f} s")
 
 

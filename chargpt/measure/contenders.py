@@ -220,7 +220,7 @@ def run_clone(
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            env=_clone_environment(),
             capture_output=True,
             text=True,
             check=False,
@@ -233,6 +233,12 @@ def run_clone(
     if reason:
         raise UserError(f"{clone / script} failed ({reason}): check whether it runs on its own")
     return done.stdout, times
+
+
+def _clone_environment() -> dict[str, str]:
+    """Return this environment without what chargpt sets for itself, and with its threads."""
+    others = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    return {**others, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 class NanoGPT:

@@ -254,6 +254,22 @@ def test_several_threads_share_the_work(set_threads: Callable[[int], None], thre
             compare(setting, kernel, formula, **inputs)
 
 
+def test_gradients_have_the_same_bits_on_any_number_of_threads(
+    setting: Setting, set_threads: Callable[[int], None]
+) -> None:
+    """With 3,000 rows, the number of threads cuts a weight's gradient in several places."""
+    x, weight, up = noise(3000, 48, seed=1), noise(64, 48, seed=2), noise(3000, 64, seed=3)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    results = []
+    for threads in (1, 4, 5, 7):
+        set_threads(threads)
+        with setting.autocast():
+            out = native.linear(x, weight, None)
+        results.append(torch.autograd.grad(out, (x, weight), up.to(out.dtype)))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
 def test_types_of_results(setting: Setting) -> None:
     """Inputs of products have the type of products; the residual stream stays float."""
     x, weight = noise(3, 16, seed=1), noise(16, 16, seed=2)

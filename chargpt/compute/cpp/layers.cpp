@@ -16,13 +16,15 @@ constexpr Index SHARD = 128;  // columns of a weight's gradient per chunk of wor
 constexpr Index CACHED = 1 << 18;  // a weight with more values does not fit the second cache
 
 // How rows are cut. A large weight streams through the cache once for each chunk, so chunks are then
-// larger. No result depends on the cut.
+// larger. No result depends on the cut: a stretch is a multiple of 32 rows, because AMX adds 32 products
+// before it adds them to a sum.
 struct Cut {
   Index chunk;    // rows per chunk of work
   Index stretch;  // rows whose packed values are kept for the weights' gradients
 
   explicit Cut(Index n_weights)
-      : chunk(n_weights <= CACHED ? BLOCK : 4 * BLOCK), stretch(std::max(10, 3 * pool::threads()) * chunk) {}
+      : chunk(n_weights <= CACHED ? BLOCK : 4 * BLOCK),
+        stretch(std::max(10, 4 * pool::threads()) * chunk) {}
   Index chunks(Index n) const { return (n + chunk - 1) / chunk; }
 };
 
