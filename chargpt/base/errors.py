@@ -12,6 +12,10 @@ class TrainingError(RuntimeError):
     """Training cannot continue (e.g. no memory); the last good state is on disk. Exit code 1."""
 
 
+class VerificationError(RuntimeError):
+    """An exported model differs from its source, so nothing was written. Exit code 1."""
+
+
 class ChargptWarning(UserWarning):
     """Something is wrong or has changed, but the work continues. The message is one line."""
 

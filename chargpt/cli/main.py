@@ -1,4 +1,4 @@
-"""The command line: ``chargpt train``, ``sample``, ``eval``, ``novelty``, ``check``, ``bench``.
+"""The command line: one command for each module in `MODULES`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 success, 2 a mistake of the user,
 1 any other failure, 130 and 143 interrupted. A command imports torch when it runs; help does not.
@@ -15,15 +15,21 @@ from itertools import pairwise
 from typing import Any
 
 from chargpt import __version__
-from chargpt.base.errors import ChargptWarning, TrainingError, UserError, is_out_of_memory
-from chargpt.cli import bench, check, eval, flags, novelty, sample, train
+from chargpt.base.errors import (
+    ChargptWarning,
+    TrainingError,
+    UserError,
+    VerificationError,
+    is_out_of_memory,
+)
+from chargpt.cli import bench, check, eval, export, flags, import_, novelty, sample, train
 from chargpt.cli.shared import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, print_message
 from chargpt.config import PRESETS
 
 # Each has make_flags(shown_preset), a dataclass of its flags, and run(flags), an exit code. A
-# command has the name of its module.
-MODULES = (train, sample, eval, novelty, check, bench)
-COMMANDS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
+# command has the name of its module, without the underscore of `import_`.
+MODULES = (train, sample, eval, novelty, check, bench, export, import_)
+COMMANDS = {module.__name__.rpartition(".")[2].rstrip("_"): module for module in MODULES}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +54,7 @@ def _exit_code(arguments: Sequence[str]) -> int:
         code = run(arguments)
         sys.stdout.flush()
         return code
-    except (UserError, TrainingError) as error:
+    except (UserError, TrainingError, VerificationError) as error:
         print_message(error)
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
     except KeyboardInterrupt:
