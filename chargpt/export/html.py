@@ -24,6 +24,7 @@ from chargpt.base.terminal import visible
 from chargpt.config import CheckpointName, GPT2Config, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import log_probabilities, mean_nats
+from chargpt.export.facts import gather_facts
 from chargpt.export.verify import check_logits, logits_of, probes
 from chargpt.export.web_bundle import content_policy, data_text, fill, join_modules, script_text
 from chargpt.export.web_weights import pack, unpack
@@ -64,7 +65,7 @@ def export_html(
     report("writing a text with the model, to compare the page with it")
     written = write_text(model, tokenizer)
     name = visible(" ".join(run.resolve().name.split()))
-    page = make_page(model, tokenizer, written, name=name, int8=int8)
+    page = make_page(model, tokenizer, written, name=name, run_facts=gather_facts(run, model, tokenizer, which=which, report=report).to_json(), int8=int8)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as part:
@@ -110,6 +111,7 @@ def make_page(
     written: Sequence[list[int]],
     *,
     name: str,
+    run_facts: dict[str, Any],
     int8: bool = False,
     web: Traversable | None = None,
 ) -> str:
@@ -130,6 +132,7 @@ def make_page(
         "config": asdict(model.config),
         "characters": list(tokenizer.characters),
         "end_of_text_id": tokenizer.end_of_text_id,
+        "run": run_facts,
         "tensors": [tensor.to_json() for tensor in tensors],
     }
     facts["self_test"] = self_test(model, unpack_json(facts, data), written, int8=int8)
