@@ -45,11 +45,6 @@ LOGITS = """({config, tensors, weights, ids}) => {
 }"""
 
 
-@pytest.fixture
-def small(model: GPT2) -> GPT2:
-    return model
-
-
 def test_logits_equal_pytorch_for_all_kinds_of_model(open_engine: Callable[..., Any]) -> None:
     page = open_engine(GPT2(ODD), CharTokenizer(CHARACTERS))
     kinds = itertools.product(get_args(NormPlacement), get_args(ActivationFunction), [True, False])
@@ -150,7 +145,7 @@ def test_a_text_depends_on_what_is_before_and_on_the_seed(opened: Any) -> None:
 
 def test_the_first_character_follows_the_start_of_a_document(opened: Any) -> None:
     page, model, tokenizer = opened
-    [record] = write(page, [], 1, DRAWN)["records"]
+    [record] = write(page, [], 1, GREEDY | {"temperature": 1, "seed": 1})["records"]
     assert record["p"] == pytest.approx(
         probabilities(model, tokenizer.encode_prompt(""))[record["id"]], abs=1e-5
     )
@@ -217,13 +212,11 @@ TOGETHER = """async ({ids, settings}) => {
 }"""
 
 
-def test_jobs_stop_and_interleave_without_mixing(opened: Any) -> None:
-    page, _, tokenizer = opened
+def test_jobs_stop_and_interleave_without_mixing(open_engine: Callable[..., Any]) -> None:
+    page = open_engine(shake(GPT2(ODD), std=0.2), CharTokenizer(CHARACTERS))
     ids = [1, 2, 3]
     settings = DRAWN | {"topK": 3}
     alone = write(page, ids, 60, settings, start=3)
-    if alone["end"] == "end_of_text":
-        pytest.skip("the text must be long")
     done = page.evaluate(TOGETHER, {"ids": ids, "settings": settings})
     assert done["ends"] == ["stopped", "stopped", "length", "stopped"]
     assert len(done["seen"]) == done["atStop"], "no record arrives after the stop"
@@ -297,10 +290,8 @@ def test_the_self_test_finds_a_damaged_page(opened: Any) -> None:
     page, _, _ = opened
     damage = """() => {
       const block = document.getElementById("weights");
-      const {tensors} = JSON.parse(document.getElementById("facts").textContent);
-      const at = Math.floor((tensors.at(-1).offset - 60) / 3) * 4;
       const text = block.textContent;
-      block.textContent = text.slice(0, at) + "////" + text.slice(at + 4);
+      block.textContent = "AAAA".repeat(20) + text.slice(80); // scales of the embedding
     }"""
     page.evaluate(damage)
     result = page.evaluate(SELF_TEST, True)
