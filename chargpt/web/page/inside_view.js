@@ -1,0 +1,221 @@
+/** See inside: the way of one prediction through the model. */
+
+import { byId, element, nameOf, percent, sign, svg } from "./dom.js";
+
+const SHOWN = 48; // characters of the context in a small picture of a head
+const LARGE = 40; // characters in the large picture
+const CELL = 20; // width of a character in the large picture, in pixels
+
+/** Shows what `LocalEngine.inspect` returned; keeps which head is chosen. */
+export class InsideView {
+  constructor({ characterOf, nLayer, nHead }) {
+    this.characterOf = characterOf;
+    this.layer = nLayer - 1;
+    this.head = 0;
+    this.nHead = nHead;
+    this.chosenByUser = false;
+  }
+
+  /** Show a sentence in place of the pictures. */
+  showNothing(sentence) {
+    byId("inside-body").replaceChildren(element("p.note", {}, sentence));
+  }
+
+  /**
+   * Show a prediction.
+   * @param {Object} inspection - see `LocalEngine.inspect`
+   * @param {Object} record - of the predicted character
+   */
+  show(inspection, record) {
+    this.inspection = inspection;
+    this.record = record;
+    if (!this.chosenByUser) [this.layer, this.head] = mostPointed(inspection.layers);
+    byId("inside-body").replaceChildren(
+      this.embedding(), this.attention(), this.lens(),
+    );
+    this.drawHead();
+  }
+
+  name(id) {
+    return nameOf(this.characterOf(id));
+  }
+
+  // --- embedding
+
+  embedding() {
+    const { context, embedding } = this.inspection;
+    const last = context.at(-1);
+    const rows = [
+      [`the character ${this.name(last)}`, embedding.token],
+      [`+ position ${context.length} of the context`, embedding.position],
+      ["= enters the first layer", embedding.sum],
+    ];
+    const largest = Math.max(...rows.flatMap(([, values]) => Array.from(values, Math.abs)));
+    const strips = rows.map(([label, values]) => element("div.strip", {}, element("span.strip-label", {}, label), strip(values, largest, label)));
+    return element("div.step", {},
+      element("h3", {}, "1. Numbers for the last character"),
+      element("p", {}, `The model knows no letters. Each character is a row of ${embedding.token.length} learned numbers, and so is each position. Their sum is where the prediction starts.`),
+      ...strips);
+  }
+
+  // --- attention
+
+  attention() {
+    const { layers, context } = this.inspection;
+    const table = element("table.heads", {}, element("caption", {}, "Each picture is a head: its lines lead from the last character back to those it reads. Choose one."));
+    const top = element("tr", {}, element("td"));
+    for (let h = 0; h < this.nHead; h++) top.append(element("th", { scope: "col" }, `head ${h + 1}`));
+    table.append(element("thead", {}, top));
+    const body = element("tbody");
+    layers.forEach((layer, l) => {
+      const row = element("tr", {}, element("th", { scope: "row" }, `layer ${l + 1}`));
+      layer.attention.forEach((weights, h) => row.append(element("td", {}, this.headButton(weights, l, h))));
+      body.append(row);
+    });
+    table.append(body);
+    this.large = element("div.large-head");
+    return element("div.step", {},
+      element("h3", {}, "2. What it looks back at"),
+      element("p", {}, `In each layer, ${this.nHead} heads read the ${context.length} characters of the context. A head gives each of them a share of its attention, 100 % in all, and brings back a mixture of what they hold.`),
+      element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Heads of all layers" }, table),
+      this.large);
+  }
+
+  headButton(weights, l, h) {
+    return element("button.head", {
+      type: "button", "aria-pressed": l === this.layer && h === this.head,
+      "aria-label": `layer ${l + 1}, head ${h + 1}: ${this.mostRead(weights)}`,
+      title: this.mostRead(weights),
+      click: (event) => {
+        this.chosenByUser = true;
+        [this.layer, this.head] = [l, h];
+        for (const other of byId("inside-body").querySelectorAll("button.head")) other.setAttribute("aria-pressed", "false");
+        event.currentTarget.setAttribute("aria-pressed", "true");
+        this.drawHead();
+      },
+    }, smallHead(weights));
+  }
+
+  /** "62 % to e, 1 back; 11 % to space, 5 back" */
+  mostRead(weights) {
+    const { context } = this.inspection;
+    return largestOf(weights, 2).map((i) => {
+      const back = weights.length - 1 - i;
+      const where = back === 0 ? "the last character" : `${back} back`;
+      return `${percent(weights[i])} to ${this.name(context[i])}, ${where}`;
+    }).join("; ");
+  }
+
+  /** Draw the chosen head over the characters. */
+  drawHead() {
+    const { layers, context } = this.inspection;
+    const weights = layers[this.layer].attention[this.head];
+    const n = Math.min(context.length, LARGE);
+    const skipped = context.length - n;
+    const [width, height, line] = [n * CELL + CELL, 150, 118];
+    const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Layer ${this.layer + 1}, head ${this.head + 1}: ${this.mostRead(weights)}` });
+    const x = (i) => (i - skipped) * CELL + CELL;
+    const end = x(context.length - 1);
+    for (let i = skipped; i < context.length; i++) {
+      const weight = weights[i];
+      if (i < context.length - 1 && weight > 0.005) drawing.append(arc(x(i), end, line - 14, 96, weight));
+      const glow = svg("rect.glow", { x: x(i) - CELL / 2, y: line - 12, width: CELL, height: 24, rx: 4 });
+      glow.style.opacity = String(Math.min(1, weight * 1.2));
+      const label = svg("text.glyph", { x: x(i), y: line + 5, "text-anchor": "middle" }, sign(this.characterOf(context[i])));
+      drawing.append(glow, label);
+      if (weight >= 0.1) drawing.append(svg("text.weight", { x: x(i), y: line + 27, "text-anchor": "middle" }, `${Math.round(100 * weight)}`));
+    }
+    let beyond = 0;
+    for (let i = 0; i < skipped; i++) beyond += weights[i];
+    const about = skipped
+      ? `The last ${n} characters are shown; the ${skipped} before them get ${percent(beyond)}.`
+      : "All characters of the context are shown.";
+    const box = element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Attention over the characters" }, drawing);
+    this.large.replaceChildren(
+      element("p", {}, element("b", {}, `Layer ${this.layer + 1}, head ${this.head + 1}`), `: ${this.mostRead(weights)}. ${about}`), box);
+    box.scrollLeft = width;
+  }
+
+  // --- logit lens
+
+  lens() {
+    const { lens0, layers, odds } = this.inspection;
+    const stages = [["after the embedding", lens0], ...layers.map((layer, i) => [`after layer ${i + 1}`, layer.lens])];
+    const table = element("table.lens", {}, element("caption", {}, "The five likeliest characters at each stage, if the model stopped there."));
+    const body = element("tbody");
+    const { id } = this.record;
+    for (const [label, guess] of stages) {
+      const row = element("tr", {}, element("th", { scope: "row" }, label));
+      for (let i = 0; i < Math.min(5, guess.ids.length); i++) {
+        const cell = element(guess.ids[i] === id ? "td.this" : "td", { title: percent(guess.p[i]) }, element("span.sign", { "aria-hidden": "true" }, sign(this.characterOf(guess.ids[i]))), element("span.only-read", {}, this.name(guess.ids[i])), element("span.number", {}, percent(guess.p[i])));
+        cell.style.setProperty("--share", String(guess.p[i]));
+        row.append(cell);
+      }
+      body.append(row);
+    }
+    table.append(body);
+    const place = odds.ids.indexOf(id);
+    const end = place >= 0
+      ? `The character of the text, ${this.name(id)}, ends as number ${place + 1} with ${percent(odds.p[place])}.`
+      : `The character of the text, ${this.name(id)}, was not among the ${odds.ids.length} likeliest.`;
+    return element("div.step", {},
+      element("h3", {}, "3. How the prediction forms"),
+      element("p", {}, "Every layer adds to the same row of numbers. Read as a prediction after each layer (a “logit lens”, ",
+        element("a", { href: "https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens", rel: "noreferrer" }, "nostalgebraist 2020"),
+        "), it shows the answer taking shape. The last line is what the model says."),
+      element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Predictions after each layer" }, table),
+      element("p", {}, end));
+  }
+}
+
+/** Return layer and head with the most attention on one character before the last. */
+function mostPointed(layers) {
+  let best = [layers.length - 1, 0];
+  let most = -1;
+  layers.forEach((layer, l) => layer.attention.forEach((weights, h) => {
+    const top = Math.max(...weights.slice(0, -1), 0);
+    if (top > most) [most, best] = [top, [l, h]];
+  }));
+  return best;
+}
+
+function largestOf(values, n) {
+  return Array.from(values.keys()).sort((a, b) => values[b] - values[a]).slice(0, n);
+}
+
+/** Draw one head's attention over the last characters. */
+function smallHead(weights) {
+  const n = Math.min(weights.length, SHOWN);
+  const [width, height] = [112, 40];
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+  const x = (i) => 4 + ((i - (weights.length - n)) * (width - 8)) / Math.max(n - 1, 1);
+  drawing.append(svg("line.base", { x1: 4, x2: width - 4, y1: height - 5, y2: height - 5 }));
+  const end = n === 1 ? width - 4 : x(weights.length - 1);
+  for (let i = weights.length - n; i < weights.length - 1; i++) {
+    if (weights[i] > 0.01) drawing.append(arc(x(i), end, height - 5, height - 9, weights[i]));
+  }
+  const self = svg("circle.self", { cx: end, cy: height - 5, r: 1.5 + 2.5 * Math.sqrt(weights.at(-1)) });
+  drawing.append(self);
+  return drawing;
+}
+
+/** Draw a line from a character to an earlier one; the more attention, the stronger. */
+function arc(from, to, y, most, weight) {
+  const top = y - Math.min(most, 12 + (to - from) * 0.55);
+  const line = svg("path.arc", { d: `M${to.toFixed(1)},${y} C${to.toFixed(1)},${top.toFixed(1)} ${from.toFixed(1)},${top.toFixed(1)} ${from.toFixed(1)},${y}` });
+  line.style.strokeWidth = `${(0.6 + 3.4 * weight).toFixed(2)}px`;
+  line.style.opacity = Math.min(1, 0.12 + weight * 1.3).toFixed(2);
+  return line;
+}
+
+/** Draw numbers as coloured cells: one colour above zero, another below. */
+function strip(values, largest, label) {
+  const [width, height] = [values.length * 4, 18];
+  const drawing = svg("svg.strip-cells", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `${values.length} numbers of ${label}` });
+  values.forEach((value, i) => {
+    const cell = svg(value < 0 ? "rect.below" : "rect.above", { x: 4 * i, y: 0, width: 4, height });
+    cell.style.opacity = Math.min(1, Math.abs(value) / (0.6 * largest)).toFixed(2);
+    drawing.append(cell);
+  });
+  return drawing;
+}
