@@ -24,6 +24,7 @@ from chargpt.base.terminal import visible
 from chargpt.config import CheckpointName, GPT2Config, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import log_probabilities, mean_nats
+from chargpt.export.facts import gather_facts
 from chargpt.export.verify import Floats, check_logits, logits_of, probes
 from chargpt.export.web_bundle import content_policy, data_text, fill, join_modules, script_text
 from chargpt.export.web_weights import pack, unpack
@@ -61,10 +62,11 @@ def export_html(
     """
     model, tokenizer = load(run, which=which)
     refuse_large(model, int8)
+    run_facts = gather_facts(run, model, tokenizer, which=which, report=report).to_json()
     report("writing a text with the model, to compare the page with it")
     written = write_text(model, tokenizer)
     name = visible(" ".join(run.resolve().name.split()))
-    page = make_page(model, tokenizer, written, name=name, int8=int8)
+    page = make_page(model, tokenizer, written, name=name, run_facts=run_facts, int8=int8)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as part:
@@ -110,6 +112,7 @@ def make_page(
     written: Sequence[list[int]],
     *,
     name: str,
+    run_facts: dict[str, Any] | None = None,
     int8: bool = False,
     web: Traversable | None = None,
 ) -> str:
@@ -120,6 +123,7 @@ def make_page(
         tokenizer: the model's.
         written: texts of the model, as token ids, for the self-test.
         name: the title.
+        run_facts: the facts of the run, see `Facts.to_json`; None: not known.
         int8: see `export_html`.
         web: the folder with the page's parts; None: the package's.
     """
@@ -127,6 +131,7 @@ def make_page(
     tensors, data = pack(model, "int8" if int8 else "int16")
     facts = {
         "name": name,
+        "run": run_facts,
         "config": asdict(model.config),
         "characters": list(tokenizer.characters),
         "end_of_text_id": tokenizer.end_of_text_id,

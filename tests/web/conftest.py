@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,17 +110,15 @@ def open_engine(
     """Return a function that opens a page with a model, whose script hands out the engine."""
 
     def open_model(
-        model: GPT2, tokenizer: CharTokenizer, written: list[list[int]] | None = None
+        model: GPT2,
+        tokenizer: CharTokenizer,
+        written: list[list[int]] | None = None,
+        name: str = "parts",
     ) -> Any:
         written = written or [tokenizer.encode_prompt("")]
-        text = make_page(model, tokenizer, written, name="parts", web=parts)
+        text = make_page(model, tokenizer, written, name=name, web=parts)
         path = tmp_path / "parts.html"
         path.write_text(text, encoding="utf-8")
         return open_page(path)
 
     return open_model
-
-
-def worker_number() -> str:
-    """Return the name of this process among those of pytest-xdist."""
-    return os.environ.get("PYTEST_XDIST_WORKER", "main")
