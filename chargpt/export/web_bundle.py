@@ -5,6 +5,8 @@ keep to a style that needs no parser: imports and exports begin their line and l
 
     import { a, b } from "./x.js";
     export function f() {        export class C {        export const N = 3;
+
+Other top-level names are declared so, or as `const [A, B] = …` or `let a, b;`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 _IMPORT = re.compile(r'import \{ (?P<names>\w+(?:, \w+)*) \} from "(?P<path>\.{1,2}/[\w./]+\.js)";')
 _EXPORT = re.compile(r"export (?=(?:async )?(?:function\*? |class |const )\w)")
 _DECLARATION = re.compile(r"(?:export )?(?:async )?(?:function\*?|class|const|let) (?P<names>.*)")
-_NAMES = re.compile(r"(?P<first>\w+)(?P<more>(?:, \w+)*)")
+_NAMES = re.compile(r"\w+(?= =|[({; ])|\[(\w+(?:, \w+)*)\] =|(\w+(?:, \w+)*);")
 _EMBEDDED = re.compile(r'"\{\{(?P<file>[\w.]+)\}\}"')
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
@@ -71,8 +73,7 @@ class _Module:
             names = _NAMES.match(declaration["names"])
             if names is None:
                 raise BundleError(f"{path} has a line of another form: {line}")
-            # In `let a, b;` all are names; in `const a = f(b, c);` only the first is.
-            new = names[0].split(", ") if line.startswith("let ") else [names["first"]]
+            new = (names[1] or names[2] or names[0]).split(", ")
             self.declared += new
             self.exported.update(new if n_exports else ())
         return stripped

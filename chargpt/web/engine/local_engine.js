@@ -31,6 +31,7 @@ export class LocalEngine {
     this.jobs = new Map(); // number → what to do with its messages
     this.started = 0;
     this.stopWriting = () => {};
+    this.broken = null; // why the worker cannot do any more jobs
     worker.onmessage = ({ data }) => this.receive(data);
     worker.onerror = (event) => this.fail(event.message || "the worker could not start");
   }
@@ -100,6 +101,7 @@ export class LocalEngine {
   ask(kind, details, onRecords = () => {}) {
     const job = this.started++;
     return new Promise((resolve, reject) => {
+      if (this.broken) throw new Error(this.broken);
       this.jobs.set(job, { resolve, reject, onRecords });
       this.worker.postMessage({ job, kind, details });
     });
@@ -114,6 +116,7 @@ export class LocalEngine {
 
   /** Ends all jobs, because the worker is broken. */
   fail(message) {
+    this.broken = message;
     for (const { reject } of this.jobs.values()) reject(new Error(message));
     this.jobs.clear();
   }

@@ -1,0 +1,124 @@
+"""Opens pages in Chromium, from a file, and records everything that they should not do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chargpt
+from chargpt.data.tokenizer import CharTokenizer
+from chargpt.export.html import make_page
+from chargpt.model import GPT2
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+WEB = Path(chargpt.__file__).parent / "web"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"there is no browser {CHROMIUM}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[[Path], Any]]:
+    """Return a function that opens a file; afterwards, no page has failed or used the network."""
+    context = browser.new_context(reduced_motion="reduce")
+    troubles: list[str] = []
+
+    def note_request(request: Any) -> None:
+        if not request.url.startswith(("file://", "blob:")):
+            troubles.append(f"a request of {request.url[:200]}")
+
+    def note_message(message: Any) -> None:
+        if message.type in ("error", "warning"):
+            troubles.append(f"{message.type}: {message.text}")
+
+    def open_file(path: Path) -> Any:
+        page = context.new_page()
+        page.on("request", note_request)
+        page.on("console", note_message)
+        page.on("pageerror", lambda error: troubles.append(f"uncaught: {error}"))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_file
+    context.close()
+    assert troubles == []
+
+
+MODULES = {
+    "activations": ["ACTIVATIONS"],
+    "context": ["ContextPolicy"],
+    "gpt2": ["GPT2"],
+    "local_engine": ["LocalEngine"],
+    "philox": ["philox", "uniform"],
+    "products": ["WASM", "multiply", "openProducts"],
+    "reader": ["Reader"],
+    "sampling": ["draw", "filterLogits", "likeliest", "softmax"],
+    "tokenizer": ["Tokenizer"],
+    "weights": ["fromBase64"],
+    "writer": ["Writer"],
+}
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the page's parts whose main script only hands the engine to the tests."""
+    web = tmp_path_factory.mktemp("parts") / "web"
+    shutil.copytree(WEB, web)
+    shutil.rmtree(web / "page")
+    (web / "page").mkdir()
+    imports = [
+        f'import {{ {", ".join(names)} }} from "../engine/{module}.js";'
+        for module, names in MODULES.items()
+    ]
+    everything = ", ".join(name for names in MODULES.values() for name in names)
+    (web / "page" / "main.js").write_text(
+        "\n".join([*imports, f"globalThis.parts = {{ {everything} }};"])
+    )
+    (web / "page.html").write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="{{policy}}">'
+        "<title>{{title}}</title><style>{{style}}</style></head><body>"
+        '<script type="application/json" id="facts">{{facts}}</script>'
+        '<script type="application/octet-stream" id="weights">{{weights}}</script>'
+        '<script type="text/plain" id="worker">{{worker}}</script>'
+        '<script type="module">{{script}}</script></body></html>'
+    )
+    return web
+
+
+@pytest.fixture
+def open_engine(
+    open_page: Callable[[Path], Any], parts: Path, tmp_path: Path
+) -> Callable[..., Any]:
+    """Return a function that opens a page with a model, whose script hands out the engine."""
+
+    def open_model(
+        model: GPT2,
+        tokenizer: CharTokenizer,
+        written: list[list[int]] | None = None,
+        name: str = "parts",
+    ) -> Any:
+        written = written or [tokenizer.encode_prompt("")]
+        text = make_page(model, tokenizer, written, name=name, web=parts)
+        path = tmp_path / "parts.html"
+        path.write_text(text, encoding="utf-8")
+        return open_page(path)
+
+    return open_model

@@ -1,0 +1,298 @@
+"""The engine of the page, in Chromium, computes what PyTorch does."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Callable
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from twin import shake
+
+from chargpt.config import ActivationFunction, GPT2Config, NormPlacement, SampleConfig
+from chargpt.data.tokenizer import CharTokenizer
+from chargpt.export.web_weights import pack, unpack
+from chargpt.generate import complete
+from chargpt.model import GPT2, attention_weights, split_heads
+
+# No width is a multiple of 4, the number that a SIMD instruction computes.
+ODD = GPT2Config(block_size=10, vocab_size=11, n_layer=2, n_head=3, d_model=18, d_ff=22)
+CHARACTERS = "\n <>&abcdé\u2028"
+GREEDY = {"temperature": 0, "topK": 0, "topP": 1, "minP": 0, "seed": 0}
+DRAWN = GREEDY | {"temperature": 1, "seed": 7}
+
+
+def stored(model: GPT2) -> tuple[GPT2, dict[str, Any]]:
+    """Return the model with rounded weights, and what the page gets of it."""
+    tensors, data = pack(model, "int16")
+    listed = [tensor.to_json() for tensor in tensors]
+    config = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
+    page = {"config": config, "tensors": listed, "weights": base64.b64encode(data).decode()}
+    return unpack(model.config, listed, data), page
+
+
+LOGITS = """({config, tensors, weights, ids}) => {
+  const logits = (wasm) => {
+    const bytes = parts.fromBase64(weights);
+    const model = new parts.GPT2(config, tensors, bytes, wasm && parts.fromBase64(parts.WASM));
+    const rows = ids.map((id, t) => (model.read(id, t), [...model.predict()]));
+    return {rows, backend: model.backend};
+  };
+  return [logits(true), logits(null)];
+}"""
+
+
+def test_logits_equal_pytorch_for_all_kinds_of_model(open_engine: Callable[..., Any]) -> None:
+    page = open_engine(GPT2(ODD), CharTokenizer(CHARACTERS))
+    kinds = itertools.product(get_args(NormPlacement), get_args(ActivationFunction), [True, False])
+    ids = [3, 1, 4, 1, 5, 9, 2, 6, 10, 0]
+    for placement, activation, bias in kinds:
+        config = ODD.replace(norm_placement=placement, activation_function=activation, bias=bias)
+        model, facts = stored(shake(GPT2(config)).eval())
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids]))[0].numpy()  # (T, V)
+        wasm, plain = page.evaluate(LOGITS, facts | {"ids": ids})
+        assert (wasm["backend"], plain["backend"]) == ("wasm simd", "javascript")
+        scale = np.abs(expected).max()
+        for computed in (wasm["rows"], plain["rows"]):
+            np.testing.assert_allclose(computed, expected, rtol=0, atol=2e-6 * scale, err_msg=f"{config}")
+
+
+# --- writing
+
+WRITE = """async ({ids, from, n, settings, simd}) => {
+  globalThis.engine ??= await parts.LocalEngine.open({simd});
+  const records = [];
+  const onRecords = (batch) => records.push(...batch);
+  const end = await engine.write({ids, from, n, settings, onRecords});
+  return {end, records};
+}"""
+
+
+def write(page: Any, ids: list[int], n: int, settings: dict[str, Any], start: int = 0) -> Any:
+    task = {"ids": ids, "from": start, "n": n, "settings": settings, "simd": True}
+    return page.evaluate(WRITE, task)
+
+
+def ids_of(written: Any) -> list[int]:
+    return [record["id"] for record in written["records"]]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "end_of_text"])
+def tokenizer(request: pytest.FixtureRequest) -> CharTokenizer:
+    return CharTokenizer(CHARACTERS, end_of_text=request.param)
+
+
+@pytest.fixture
+def opened(
+    open_engine: Callable[..., Any], tokenizer: CharTokenizer
+) -> tuple[Any, GPT2, CharTokenizer]:
+    """A page with a model, and the model with the page's weights."""
+    source = shake(GPT2(ODD.replace(vocab_size=tokenizer.vocab_size)), std=0.2).eval()
+    return open_engine(source, tokenizer), stored(source)[0], tokenizer
+
+
+def probabilities(model: GPT2, context: list[int]) -> Any:
+    with torch.inference_mode():
+        return model(torch.tensor([context]))[0, -1].double().softmax(-1).numpy()
+
+
+def test_records_hold_the_probabilities_of_pytorch(opened: Any) -> None:
+    page, model, tokenizer = opened
+    given = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 1]
+    written = write(page, given, 30, DRAWN)
+    text = given + ids_of(written)[len(given) - (tokenizer.end_of_text_id is None) :]
+    start = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
+    indices = [record["index"] for record in written["records"]]
+    assert indices == list(range(0 if start else 1, len(text)))
+    for record in written["records"]:
+        index, first = record["index"], record["first"]
+        context = (start if first == 0 else []) + text[first:index]
+        assert ODD.block_size // 2 <= len(context) <= ODD.block_size or first == 0
+        expected = probabilities(model, context)
+        assert record["p"] == pytest.approx(expected[text[index]], abs=1e-5)
+        assert record["top"]["p"] == pytest.approx(sorted(expected)[::-1][:12], abs=1e-5)
+        assert expected[record["top"]["ids"]] == pytest.approx(record["top"]["p"], abs=1e-5)
+        assert record["given"] == (index < len(given)) == (record["drawn"] is None)
+        if record["drawn"]:  # temperature 1 without filters changes nothing
+            assert record["drawn"]["p"] == pytest.approx(record["top"]["p"], abs=1e-5)
+
+
+def test_greedy_text_past_block_size_equals_python(opened: Any) -> None:
+    page, model, tokenizer = opened
+    config = SampleConfig(temperature=0, max_new_tokens=50)
+    for prompt in ("", "a"):
+        [expected] = complete(model, tokenizer, ["a"], config, kernels="off")
+        ids = tokenizer.encode("a").tolist()
+        written = write(page, ids, 50, GREEDY, start=1)
+        assert tokenizer.decode(ids_of(written)) == expected.text
+        assert written["end"] == expected.finish, prompt
+
+
+def test_a_text_depends_on_what_is_before_and_on_the_seed(opened: Any) -> None:
+    page, _, tokenizer = opened
+    once, again = write(page, [], 40, DRAWN), write(page, [], 40, DRAWN)
+    assert once == again
+    assert ids_of(write(page, [], 40, DRAWN | {"seed": 8})) != ids_of(once)
+    text = ids_of(once)
+    for at in range(1, len(text), 7):
+        branch = write(page, text[:at], len(text) - at, DRAWN, start=at)
+        assert branch["records"] == once["records"][at:], "it continues with the same characters"
+
+
+def test_the_first_character_follows_the_start_of_a_document(opened: Any) -> None:
+    page, model, tokenizer = opened
+    [record] = write(page, [], 1, GREEDY | {"temperature": 1, "seed": 1})["records"]
+    assert record["p"] == pytest.approx(
+        probabilities(model, tokenizer.encode_prompt(""))[record["id"]], abs=1e-5
+    )
+
+
+def test_end_of_text_ends_a_text(open_engine: Callable[..., Any]) -> None:
+    tokenizer = CharTokenizer("ab", end_of_text=True)
+    model = shake(GPT2(ODD.replace(vocab_size=3)), std=0.1)
+    page = open_engine(model, tokenizer)
+    written = write(page, [0], 1000, DRAWN, start=1)
+    assert written["end"] == "end_of_text"
+    assert tokenizer.end_of_text_id not in ids_of(written)
+
+
+# --- stopping, and several jobs at the same time
+
+STOP_WRITER = """async ({facts, at, ids}) => {
+  const {config, tensors, weights} = facts;
+  const model = new parts.GPT2(config, tensors, parts.fromBase64(weights), null);
+  const stop = new AbortController();
+  let reads = 0;
+  const read = model.read;
+  model.read = (...task) => { read.apply(model, task); if (++reads === at) stop.abort(); };
+  const tokenizer = new parts.Tokenizer([...'abcdefghijk'], null);
+  const writer = new parts.Writer(new parts.Reader(model), tokenizer, config.block_size);
+  const task = {ids, from: ids.length, n: 1000, settings: {temperature: 1, topK: 0, topP: 1, minP: 0, seed: 0}};
+  try {
+    for await (const _ of writer.write(task, stop.signal));
+  } catch { return reads; }
+}"""
+
+
+@pytest.mark.parametrize(("at", "ids"), [(3, [0]), (4, [0] * 9)], ids=["writing", "reading"])
+def test_a_stop_takes_effect_before_the_next_token(
+    open_engine: Callable[..., Any], at: int, ids: list[int]
+) -> None:
+    model, facts = stored(GPT2(ODD))
+    page = open_engine(model, CharTokenizer(CHARACTERS))
+    assert page.evaluate(STOP_WRITER, {"facts": facts, "at": at, "ids": ids}) == at
+
+
+TOGETHER = """async ({ids, settings}) => {
+  const engine = await parts.LocalEngine.open();
+  const stop = new AbortController();
+  const seen = [];
+  const task = {ids, from: ids.length, n: 1e6, settings};
+  const end = await engine.write({...task, signal: stop.signal, onRecords: (records) => {
+    seen.push(...records);
+    stop.abort();
+  }});
+  const atStop = seen.length;
+  let started;
+  const running = new Promise((resolve) => (started = resolve));
+  const replaced = engine.write({...task, onRecords: () => started()});
+  await running;
+  const question = {ids, index: ids.length, first: 0};
+  const inspected = [await engine.inspect(question)]; // while a text is written
+  const last = [];
+  const next = engine.write({...task, n: 60, onRecords: (records) => last.push(...records)});
+  inspected.push(...await Promise.all([engine.inspect(question), engine.inspect(question)]));
+  const ends = [end, await replaced, await next, await engine.write({...task, signal: stop.signal})];
+  inspected.push(await engine.inspect(question));
+  return {ends, seen, atStop, last, inspected: inspected.map((each) => JSON.stringify(each))};
+}"""
+
+
+def test_jobs_stop_and_interleave_without_mixing(open_engine: Callable[..., Any]) -> None:
+    page = open_engine(shake(GPT2(ODD), std=0.2), CharTokenizer(CHARACTERS))
+    ids = [1, 2, 3]
+    settings = DRAWN | {"topK": 3}
+    alone = write(page, ids, 60, settings, start=3)
+    done = page.evaluate(TOGETHER, {"ids": ids, "settings": settings})
+    assert done["ends"] == ["stopped", "stopped", "length", "stopped"]
+    assert len(done["seen"]) == done["atStop"], "no record arrives after the stop"
+    assert done["seen"][:60] == alone["records"][: len(done["seen"])]
+    assert done["last"] == alone["records"]
+    assert len(set(done["inspected"])) == 1
+
+
+# --- looking inside
+
+INSPECT = """async (question) => {
+  const engine = await parts.LocalEngine.open();
+  const inside = await engine.inspect(question);
+  return JSON.parse(JSON.stringify(inside, (_, value) => ArrayBuffer.isView(value) ? [...value] : value));
+}"""
+
+
+@pytest.mark.parametrize("placement", get_args(NormPlacement))
+def test_inspect_shows_what_pytorch_computes(
+    open_engine: Callable[..., Any], placement: NormPlacement
+) -> None:
+    source = shake(GPT2(ODD.replace(norm_placement=placement)), std=0.2).eval()
+    model, _ = stored(source)
+    page = open_engine(source, CharTokenizer(CHARACTERS))
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    inside = page.evaluate(INSPECT, {"ids": text, "index": 8, "first": 2})
+    context = text[2:8]
+    assert inside["context"] == context
+    with torch.inference_mode():
+        ids, positions = torch.tensor([context]), torch.arange(len(context))
+        x = model.embed(ids, positions)
+        token, position = model.token_embedding.weight[7 + 1], model.position_embedding.weight[5]
+        for name, expected in (("token", token), ("position", position), ("sum", x[0, -1])):
+            np.testing.assert_allclose(inside["embedding"][name], expected, atol=1e-6)
+        assert_lens(model, inside["lens0"], x)
+        assert len(inside["layers"]) == len(model.blocks)
+        for block, layer in zip(model.blocks, inside["layers"], strict=True):
+            attention = block.attention
+            q, k, _ = split_heads(attention.sublayer.qkv(attention.norm(x)), ODD.n_head)
+            weights = attention_weights(q, k)[0, :, -1]  # (H, T)
+            np.testing.assert_allclose(layer["attention"], weights, atol=1e-5)
+            for part, name in ((attention, "attentionNorm"), (block.feed_forward, "feedForwardNorm")):
+                update = part.sublayer_norm(part.sublayer(part.norm(x)))[0, -1]
+                share = float(update.norm() / x[0, -1].norm())
+                assert layer[name] == pytest.approx(share, rel=1e-4)
+                x = part(x)
+            assert_lens(model, layer["lens"], x)
+        assert_lens(model, inside["odds"], x)
+
+
+def assert_lens(model: GPT2, lens: dict[str, list[float]], x: torch.Tensor) -> None:
+    expected = model.head(model.final_norm(x))[0, -1].softmax(-1).numpy()
+    assert lens["ids"] == np.argsort(-expected)[:12].tolist()
+    np.testing.assert_allclose(lens["p"], np.sort(expected)[::-1][:12], atol=1e-5)
+
+
+# --- the self-test
+
+SELF_TEST = """async (simd) => (await parts.LocalEngine.open({simd})).selfTest()"""
+
+
+@pytest.mark.parametrize(("simd", "backend"), [(True, "wasm simd"), (False, "javascript")])
+def test_the_self_test_passes(opened: Any, simd: bool, backend: str) -> None:
+    result = opened[0].evaluate(SELF_TEST, simd)
+    assert result["passed"] and 0 < result["largestDifference"] <= result["tolerance"]
+    assert result["backend"] == backend
+    assert result["charactersPerSecond"] > 0
+
+
+def test_the_self_test_finds_a_damaged_page(opened: Any) -> None:
+    page, _, _ = opened
+    damage = """() => {
+      const block = document.getElementById("weights");
+      const text = block.textContent;
+      block.textContent = "AAAA".repeat(20) + text.slice(80); // scales of the embedding
+    }"""
+    page.evaluate(damage)
+    result = page.evaluate(SELF_TEST, True)
+    assert not result["passed"] and result["largestDifference"] > result["tolerance"]
