@@ -31,9 +31,8 @@ export class InsideView {
     this.inspection = inspection;
     this.record = record;
     if (!this.chosenByUser) [this.layer, this.head] = mostPointed(inspection.layers);
-    byId("inside-body").replaceChildren(
-      this.embedding(), this.attention(), this.lens(),
-    );
+    byId("inside-body").replaceChildren(this.embedding(), this.attention(), this.lens());
+    byId("inside-body").dataset.index = String(record.index);
     this.drawHead();
   }
 
