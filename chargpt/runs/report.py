@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -24,6 +24,9 @@ from chargpt.config import Tracker
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 PLAIN_INTERVAL_SECONDS = 10.0
+_HEADER = re.compile(
+    r"^--- step (?P<step>\d{1,15}), validation loss (?P<loss>\d{1,9}\.\d{4})\n", re.MULTILINE
+)  # of a sample
 RATE_STEPS = 20  # the speed is the mean over the last ones
 
 
@@ -188,6 +191,30 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         return list(takewhile(bool, map(_parse_row, file)))
 
 
+class Sample(NamedTuple):
+    """A text that the model wrote during training."""
+
+    step: int
+    val_loss: float
+    text: str
+
+
+def read_samples(run: Path) -> list[Sample]:
+    """Return the samples of samples.txt, in order of their steps; a damaged file has fewer."""
+    if not (run / SAMPLES).is_file():
+        return []
+    text = (run / SAMPLES).read_text(encoding="utf-8", errors="replace")
+    headers: list[re.Match[str]] = []
+    for header in _HEADER.finditer(text):  # a sample may contain such a line: steps must increase
+        if not headers or int(header["step"]) > int(headers[-1]["step"]):
+            headers.append(header)
+    ends = [header.start() - 1 for header in headers[1:]] + [len(text.removesuffix("\n"))]
+    return [
+        Sample(int(header["step"]), float(header["loss"]), text[header.end() : end])
+        for header, end in zip(headers, ends, strict=True)
+    ]
+
+
 def _parse_row(line: str) -> dict[str, Any]:
     """Return a line of metrics.jsonl as an object; {}: it is damaged."""
     try:
@@ -207,8 +234,8 @@ def _remove_after(out: Path, step: int, evaluated_step: int) -> None:
     write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
     if (out / SAMPLES).is_file():
         text = (out / SAMPLES).read_text(encoding="utf-8", errors="replace")
-        headers = re.finditer(r"^--- step (\d{1,15}), validation loss", text, flags=re.MULTILINE)
-        end = next((header.start() for header in headers if int(header[1]) > step), len(text))
+        headers = _HEADER.finditer(text)
+        end = next((h.start() for h in headers if int(h["step"]) > step), len(text))
         write_text(out / SAMPLES, text[:end])
 
 
