@@ -17,6 +17,7 @@ from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
 from chargpt.config import ActivationFunction, GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
+from chargpt.export.hf_tokenizer import end_of_text_text
 from chargpt.runs.weights import Tensors
 
 ACTIVATIONS: dict[ActivationFunction, str] = {
@@ -87,6 +88,8 @@ def to_hf_config(config: GPT2Config, tokenizer: CharTokenizer) -> dict[str, Any]
     """Return the contents of config.json."""
     (start,) = tokenizer.encode_prompt("")
     end = tokenizer.end_of_text_id
+    # The text-generation pipeline puts it before each prompt.
+    prefix = {} if end is None else {"prefix": end_of_text_text(tokenizer)}
     return {
         "architectures": ["GPT2LMHeadModel"],
         **_shape(config),
@@ -97,6 +100,7 @@ def to_hf_config(config: GPT2Config, tokenizer: CharTokenizer) -> dict[str, Any]
         "pad_token_id": end,
         "dtype": "float32",
         "torch_dtype": "float32",  # the name before transformers 4.56
+        **prefix,
         OWN_KEY: asdict(config),
     }
 
