@@ -83,7 +83,7 @@ def _and_end(tokenizer: CharTokenizer) -> str:
 
 
 def _results(facts: Facts) -> str:
-    rows = [(escaped(method.name), f"{method.bits_per_char:.2f}") for method in facts.baselines]
+    rows = [(method.name, f"{method.bits_per_char:.2f}") for method in facts.baselines]
     if facts.val_loss is not None and math.isfinite(facts.val_loss):
         rows.insert(0, ("**this model**", f"{facts.val_loss / math.log(2):.2f}"))
     if not rows:
