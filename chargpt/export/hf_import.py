@@ -91,17 +91,20 @@ def _read_object(path: Path, max_bytes: int) -> dict[str, Any]:
     """Return the object in a JSON file."""
     try:
         if not path.is_file() or path.stat().st_size > max_bytes:
-            raise ValueError(f"not a file of at most {max_bytes:,} bytes")
+            raise ValueError(f"it is not a file of at most {max_bytes:,} bytes")
         text = path.read_text(encoding="utf-8")
         if text.count("[") + text.count("{") > _MOST_BRACKETS:
-            raise ValueError("too many lists and objects")
+            raise ValueError("it has too many lists and objects")
         value = json.loads(text)
         if not isinstance(value, dict):
-            raise ValueError("not an object")
+            raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
         if is_out_of_memory(error):
             raise MemoryError(f"not enough memory to read {path}") from error
-        raise UserError(f"{path} cannot be read ({error!s:.200}): save the folder again") from error
+        raise UserError(
+            f"{path} cannot be read ({error!s:.200}): give a folder of a character-level "
+            "GPT2LMHeadModel"
+        ) from error
     return value
 
 

@@ -134,6 +134,7 @@ def _token_ids(values: Mapping[str, Any]) -> dict[str, int]:
     """Return the id of each token; the ids are 0, 1, 2 and so on."""
     ids = dict(values["model"]["vocab"].items())
     ids |= {token["content"]: token["id"] for token in values.get("added_tokens") or []}
+    "".join(ids)  # a TypeError, unless all are strings
     if not all(type(i) is int for i in ids.values()) or sorted(ids.values()) != [*range(len(ids))]:
         raise UserError(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}")
     return ids
