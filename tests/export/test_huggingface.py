@@ -4,6 +4,7 @@ The reference is transformers itself, which reads the folders and computes from 
 """
 
 import base64
+import html
 import http.server
 import json
 import logging
@@ -26,6 +27,7 @@ from twin import shake
 
 import chargpt
 from chargpt.base.errors import UserError, VerificationError
+from chargpt.base.terminal import visible
 from chargpt.config import GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.export import hf_model, hf_tokenizer
@@ -83,10 +85,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def abc(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A tiny model with end-of-text and its export."""
+    """A tiny model with end-of-text and without biases, and its export."""
     folder = tmp_path_factory.mktemp("abc")
     tokenizer = CharTokenizer("abc", end_of_text=True)
-    make_run(folder / "run", tokenizer, SHAPE.replace(block_size=32, n_layer=1))
+    dropouts = {"embedding_dropout": 0.1, "attention_dropout": 0.3}
+    config = SHAPE.replace(block_size=32, n_layer=1, bias=False, **dropouts)
+    make_run(folder / "run", tokenizer, config)
     return export(folder / "run", folder / "out")
 
 
@@ -230,6 +234,8 @@ def test_import_gives_back_the_same_bits(exported: Exported, tmp_path: Path) -> 
 def test_a_model_that_transformers_trained_is_imported(names: Exported, tmp_path: Path) -> None:
     """It saves biases that training has changed, and keeps our key in config.json."""
     theirs = their_model(names.folder)
+    dropouts = theirs.config.resid_pdrop, theirs.config.embd_pdrop, theirs.config.attn_pdrop
+    assert dropouts == (0.2, 0.1, 0.3)
     torch.nn.init.normal_(theirs.transformer.h[0].mlp.c_fc.bias)
     theirs.save_pretrained(tmp_path / "trained")
     their_tokenizer(names.folder).save_pretrained(tmp_path / "trained")
@@ -247,7 +253,8 @@ def foreign(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=6, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0,
-            eos_token_id=0, activation_function="gelu_pytorch_tanh",
+            eos_token_id=0, activation_function="gelu_pytorch_tanh", resid_pdrop=0.2,
+            embd_pdrop=0.1, attn_pdrop=0.3,
         )
     )  # fmt: skip
     for parameter in model.parameters():
@@ -266,6 +273,10 @@ def test_a_model_of_others_is_imported(tmp_path: Path, dtype: torch.dtype) -> No
     import_hf(tmp_path / "theirs", tmp_path / "run")
     model, tokenizer = load(tmp_path / "run")
     assert tokenizer == CharTokenizer("za\né中", end_of_text=True)
+    assert model.config == GPT2Config(
+        vocab_size=6, block_size=8, d_model=8, n_layer=2, n_head=2, dropout=0.2,
+        embedding_dropout=0.1, attention_dropout=0.3,
+    )  # fmt: skip
     text = "z\n中aéz"
     ours = torch.tensor([tokenizer.encode_prompt(text)])
     order = [2, 4, 1, 3, 5, 0]  # their ids of our tokens
@@ -433,12 +444,19 @@ def swapped(tokenizer: CharTokenizer) -> Any:
     return tokenizers.Tokenizer.from_str(changed)
 
 
+def without_decoder(tokenizer: CharTokenizer) -> Any:
+    result = to_hf_tokenizer(tokenizer)
+    result.decoder = None
+    return result
+
+
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
         (hf_model, "to_hf_tensors", transposed),
         (hf_model, "to_hf_tensors", without_bias),
         (hf_tokenizer, "to_hf_tokenizer", swapped),
+        (hf_tokenizer, "to_hf_tokenizer", without_decoder),
     ],
 )
 def test_a_wrong_export_leaves_nothing(
@@ -468,7 +486,7 @@ def test_the_card_has_the_results(result: TrainResult, tmp_path: Path) -> None:
 
 def test_names_and_texts_cannot_break_out_of_the_card(tmp_path: Path) -> None:
     evil = "# x\n---\nlicense: mit\n---\n<script>a()</script> ![a](http://b) [c](javascript:d) | `e"
-    evil += " &lt;b&gt; www.evil.example *f* <!-- \u202e\x1b[31m ```\n````\n~~~\n<img src=x>"
+    evil += " &lt;b&gt; www.evil.example *f* <!-- \u202e\x1b[31m \n```\n<hr>\n\n````\n<hr>\n\n~~~\n<img src=x>"
     tokenizer = CharTokenizer(set(evil), end_of_text=True)
     make_run(tmp_path / "run", tokenizer, SHAPE)
     model, _ = load(tmp_path / "run")
@@ -478,10 +496,12 @@ def test_names_and_texts_cannot_break_out_of_the_card(tmp_path: Path) -> None:
     card = model_card(type(facts)(**values), model.config, tokenizer)
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front).keys() == {"library_name", "pipeline_tag", "tags"}
-    html = markdown_it.MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(body)
-    for tag in ("<script", "<img", "<a ", "<!--", "<em", "\u202e", "\x1b"):
-        assert tag not in html
-    assert html.count("<h1>") == 1
+    page = markdown_it.MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(body)
+    for tag in ("<script", "<img", "<a ", "<!--", "<em", "<hr", "\u202e", "\x1b"):
+        assert tag not in page
+    assert page.count("<h1>") == 1
+    title = page[page.index("<h1>") + 4 : page.index("</h1>")]
+    assert html.unescape(title) == " ".join(visible(evil).split())
     assert [line for line in card.splitlines() if line.startswith("## ")] == [
         "## A text that it wrote during training", "## Use", "## Limits",
     ]  # fmt: skip
