@@ -486,7 +486,8 @@ def test_the_card_has_the_results(result: TrainResult, tmp_path: Path) -> None:
 
 def test_names_and_texts_cannot_break_out_of_the_card(tmp_path: Path) -> None:
     evil = "# x\n---\nlicense: mit\n---\n<script>a()</script> ![a](http://b) [c](javascript:d) | `e"
-    evil += " &lt;b&gt; www.evil.example *f* <!-- \u202e\x1b[31m \n```\n<hr>\n\n````\n<hr>\n\n~~~\n<img src=x>"
+    evil += " &lt;b&gt; www.evil.example *f* <!-- \u202e\x1b[31m "
+    evil += "\n```\n<hr>\n\n````\n<hr>\n\n~~~\n<img src=x>"
     tokenizer = CharTokenizer(set(evil), end_of_text=True)
     make_run(tmp_path / "run", tokenizer, SHAPE)
     model, _ = load(tmp_path / "run")
