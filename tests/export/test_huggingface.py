@@ -32,6 +32,7 @@ from chargpt.config import GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.export import hf_model, hf_tokenizer
 from chargpt.export.facts import gather_facts
+from chargpt.export.hf_import import load_hf
 from chargpt.export.huggingface import export_hf, import_hf
 from chargpt.export.model_card import model_card
 from chargpt.export.verify import greedy, logits_of
@@ -417,6 +418,38 @@ def test_a_record_that_does_not_fit_the_model_is_not_used(names: Exported, tmp_p
     assert load(tmp_path / "back").model.config.n_head == 2
 
 
+JUNK = [
+    None, True, 0, -1, 1, 10**30, 1.5, float("nan"), float("inf"), "", "a", "\ud800", [], [[]], {},
+    {"a": 1}, {"a": 0, "b": 1, "c": 2}, {"type": "BPE"}, ["GPT2LMHeadModel"],
+]  # fmt: skip
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each list or object in a JSON value, with each of its indices or keys."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places(value[key])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_junk_in_json_is_read_or_refused_in_one_line(names: Exported, name: str) -> None:
+    rng = random.Random(0)
+    text = (names.folder / name).read_text("utf-8")
+    refused = 0
+    for _ in range(200):
+        values = json.loads(text)
+        parent, key = rng.choice([*places(values)])
+        parent[key] = rng.choice(JUNK)
+        (names.folder / name).write_text(json.dumps(values))
+        try:
+            load_hf(names.folder)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50
+
+
 # --- verification
 
 
@@ -482,6 +515,17 @@ def test_the_card_has_the_results(result: TrainResult, tmp_path: Path) -> None:
     assert (
         f"| {json.loads((result.run / 'summary.json').read_text())['bits_per_char']:.2f} |" in card
     )
+
+
+def test_the_lines_in_the_card_work(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (exported.folder / "README.md").read_text("utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(exported.folder.parent)
+    torch.manual_seed(0)
+    exec(code.replace("this/folder", exported.folder.name), {})
+    assert capsys.readouterr().out.strip("\n\t\r ")
 
 
 def test_names_and_texts_cannot_break_out_of_the_card(tmp_path: Path) -> None:
