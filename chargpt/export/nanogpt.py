@@ -150,10 +150,14 @@ def read_checkpoint(ckpt: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's, about TorchScript
             _check_archive(ckpt)
-            checkpoint = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)
-        if type(checkpoint) is not dict:
-            raise ValueError("it is not a dictionary")
+            checkpoint: dict[str, Any] = torch.load(
+                ckpt, map_location="cpu", mmap=True, weights_only=True
+            )
+        for name in ("model", "model_args"):
+            if type(checkpoint) is not dict or not isinstance(checkpoint.get(name), dict):
+                raise ValueError(f"it has no {name}")
     except Exception as error:  # hostile files fail in many ways
+        # PyTorch's own message would advise to load it without this protection.
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise UserError(
             f"{ckpt} cannot be read ({reason:.200}): give the ckpt.pt that nanoGPT's train.py wrote"
@@ -195,9 +199,7 @@ def _check_pickle(data: bytes) -> None:
 
 def _shape(checkpoint: Mapping[str, Any], ckpt: Path) -> GPT2Config:
     """Return the shape that ``model_args`` names, no larger than the file."""
-    given = checkpoint.get("model_args")
-    if type(given) is not dict:
-        raise UserError(f"{ckpt} has no model_args: give the ckpt.pt that nanoGPT wrote")
+    given = checkpoint["model_args"]
     if missing := [name for name in _SETTINGS if name not in {*given, "dropout", "bias"}]:
         raise UserError(f"{ckpt} has no {missing[0]} in its model_args: nanoGPT writes one")
     values = {ours: given[theirs] for theirs, ours in _SETTINGS.items() if theirs in given}
@@ -217,9 +219,7 @@ def _shape(checkpoint: Mapping[str, Any], ckpt: Path) -> GPT2Config:
 
 def _tensors(checkpoint: Mapping[str, Any], config: GPT2Config, ckpt: Path) -> dict[str, Tensor]:
     """Return the parameters under our names; all of them, each of its shape, and no others."""
-    found = checkpoint.get("model")
-    if not isinstance(found, dict):
-        raise UserError(f"{ckpt} has no model: give the ckpt.pt that nanoGPT's train.py wrote")
+    found = checkpoint["model"]
     theirs = {n.removeprefix("_orig_mod."): value for n, value in found.items() if type(n) is str}
     if config.n_layer > len(theirs):
         raise UserError(f"{ckpt} has fewer tensors than its model_args say layers: it is damaged")

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 2**24
-MAX_INSTRUCTIONS = 2**20  # a vocabulary needs about seven per character
+MAX_INSTRUCTIONS = 2**20  # a vocabulary needs about five per character
 MAX_STACK, MAX_DICTS = 2**12, 16  # Python writes 1,000 entries at a time
 MAX_INT = 2**31  # larger ones could be chosen so that a dictionary becomes slow
-
-
 _NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 
 
@@ -57,11 +55,9 @@ class _Machine:
             if code == b".":
                 return self.result()
             if code not in _INSTRUCTIONS:
-                known = pickletools.code2op.get(code.decode("latin-1"))
-                what = known.name if known else f"byte {code[0]:#04x}"
-                raise PickleError(
-                    f"{what} at byte {self.file.tell() - 1} does more than make a dictionary"
-                )
+                name = _NAMES.get(code.decode("latin-1"), f"{code[0]:#04x}")
+                at = self.file.tell() - 1
+                raise PickleError(f"{name} at byte {at} does more than make a dictionary")
             _INSTRUCTIONS[code](self)
             if len(self.stack) > MAX_STACK:
                 raise PickleError("it is nested too deeply")
