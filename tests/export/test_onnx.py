@@ -71,7 +71,7 @@ SHAPES = [
         for name in get_args(NormPlacement)
         for b in (True, False)
     ),
-    {"n_layer": 1, "n_head": 1, "d_model": 3, "d_ff": 5},
+    {"n_layer": 1, "n_head": 1, "d_model": 12, "d_ff": 5},
     {"n_layer": 11, "n_head": 8},
 ]
 
