@@ -3,12 +3,15 @@
 CHARGPT_NANOGPT may name a clone of nanoGPT, whose own model is then the reference.
 """
 
+import contextlib
 import copy
 import importlib.util
 import io
 import math
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -442,6 +445,24 @@ def test_hostile_checkpoints_do_nothing(tmp_path: Path) -> None:
     assert not marker.exists()
     assert not (folder / "run").exists()
     assert not list(folder.glob(".*"))
+
+
+def test_a_changed_checkpoint_raises_nothing_else(tmp_path: Path) -> None:
+    """Bytes of the pickle, with the checksums of the zip file made to fit."""
+    rng = random.Random(0)
+    ckpt, meta, out = write(tmp_path, checkpoint(ARGS), GOOD)
+    with zipfile.ZipFile(ckpt) as zipped:
+        parts = {name: zipped.read(name) for name in zipped.namelist()}
+    [name] = (name for name in parts if name.endswith(".pkl"))
+    for _ in range(200):
+        changed = bytearray(parts[name])
+        changed[rng.randrange(len(changed))] = rng.choice([rng.randrange(256), *b"}]()tRbQqhKJ.s"])
+        with zipfile.ZipFile(ckpt, "w") as zipped:
+            for part, data in (parts | {name: bytes(changed)}).items():
+                zipped.writestr(part, data)
+        with contextlib.suppress(UserError):
+            import_nanogpt(ckpt, meta, out)
+            shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
