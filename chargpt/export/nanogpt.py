@@ -87,7 +87,8 @@ def import_nanogpt(ckpt: Path, meta: Path, out: Path) -> str:
     tensors = _tensors(checkpoint, config, ckpt)
     tokenizer = CharTokenizer(characters)
     # Our vocabulary is sorted; nanoGPT's usually is, too.
-    order = [characters.index(character) for character in tokenizer.characters]
+    ids = {character: i for i, character in enumerate(characters)}
+    order = [ids[character] for character in tokenizer.characters]
     tensors[_EMBEDDING] = tensors[_EMBEDDING][order]
     with own_random_state():
         model = GPT2(config)
@@ -115,9 +116,8 @@ def read_vocabulary(meta: Path) -> list[str]:
     remedy = "give the meta.pkl that nanoGPT's prepare.py wrote beside the text"
     try:
         found = read_pickle(meta)
-        parts = [found.get(name) for name in ("vocab_size", "itos", "stoi")]
-        size, itos, stoi = parts
-        if type(itos) is not dict or list(itos) != list(range(len(itos))) or not itos:
+        size, itos, stoi = (found.get(name) for name in ("vocab_size", "itos", "stoi"))
+        if type(itos) is not dict or not itos or set(itos) != set(range(len(itos))):
             raise PickleError("itos does not map 0, 1, 2, … to characters")
         for character in itos.values():
             if type(character) is not str or len(character) != 1:
@@ -132,7 +132,7 @@ def read_vocabulary(meta: Path) -> list[str]:
         raise UserError(f"{meta} is not a vocabulary ({error}): {remedy}") from error
     except OSError as error:
         raise UserError(f"{meta} cannot be read ({error.strerror}): {remedy}") from error
-    return list(itos.values())
+    return [itos[i] for i in range(len(itos))]
 
 
 # --- ckpt.pt
@@ -221,8 +221,8 @@ def _tensors(checkpoint: Mapping[str, Any], config: GPT2Config, ckpt: Path) -> d
     """Return the parameters under our names; all of them, each of its shape, and no others."""
     found = checkpoint["model"]
     theirs = {n.removeprefix("_orig_mod."): value for n, value in found.items() if type(n) is str}
-    if config.n_layer > len(theirs):
-        raise UserError(f"{ckpt} has fewer tensors than its model_args say layers: it is damaged")
+    if not config.n_layer < len(theirs) == len(found):
+        raise UserError(f"{ckpt} has too few tensors, or two of one name: it is damaged")
     head = theirs.pop("lm_head.weight", None)
     tensors = {
         _our_name(name): value
@@ -243,8 +243,8 @@ def _tensors(checkpoint: Mapping[str, Any], config: GPT2Config, ckpt: Path) -> d
         _fits(head, tied.shape) and torch.equal(head.float(), tied.float())
     ):
         raise UserError(
-            f"the output layer in {ckpt} is not its token embedding, as in nanoGPT and here: such "
-            "a model cannot be imported"
+            f"the output layer in {ckpt} is not its token embedding, as nanoGPT's is: give a "
+            "checkpoint of nanoGPT's own model"
         )
     return {name: tensor.float() for name, tensor in tensors.items()}
 

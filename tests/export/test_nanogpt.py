@@ -3,12 +3,15 @@
 CHARGPT_NANOGPT may name a clone of nanoGPT, whose own model is then the reference.
 """
 
+import contextlib
 import copy
 import importlib.util
 import io
 import math
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -141,6 +144,13 @@ def test_the_run_computes_what_nanogpt_computes(
     assert all(finding.good for finding in inspect_run(tmp_path / "run"))
 
 
+def test_the_order_in_the_vocabulary_does_not_matter(tmp_path: Path) -> None:
+    meta = vocabulary(SORTED)
+    meta["itos"] = dict(reversed(meta["itos"].items()))
+    import_nanogpt(*write(tmp_path, checkpoint(ARGS), meta))
+    assert load(tmp_path / "run").tokenizer.characters == tuple(SORTED)
+
+
 def test_old_and_half_precise_checkpoints(tmp_path: Path) -> None:
     """Old versions name no dropout and bias, save the causal mask, and no loss."""
     args = {name: value for name, value in ARGS.items() if name not in ("dropout", "bias")}
@@ -195,7 +205,7 @@ def test_beside_nanogpt_itself(tmp_path: Path, bias: bool) -> None:
 Edit = Callable[[dict[str, Any]], Any]
 
 
-def weight(name: str, value: Any) -> Edit:
+def weight(name: Any, value: Any) -> Edit:
     return lambda values: values["model"].update({name: value})
 
 
@@ -215,11 +225,13 @@ WRONG_CHECKPOINTS: dict[str, tuple[Edit, str]] = {
     "heads": (args(n_head=3), "n_head is 3, which does not divide"),
     "huge": (args(n_layer=10**9), "too small for the model"),
     "huge context": (args(block_size=2**70), "too small for the model"),
-    "deep": (lambda v: v["model_args"].update(n_layer=100, n_embd=2), "fewer tensors"),
+    "deep": (lambda v: v["model_args"].update(n_layer=100, n_embd=2), "too few tensors"),
+    "twice": (weight(f"_orig_mod.{WTE}", torch.ones(7, 8)), "two of one name"),
+    "a number as name": (weight(0, torch.ones(8)), "two of one name"),
     "missing": (lambda v: v["model"].pop("transformer.h.1.ln_2.weight"), "blocks.1.feed_forward.n"),
     "unknown": (weight("transformer.h.2.ln_1.weight", torch.ones(8)), "blocks.2.attention.norm"),
     "ours": (weight("blocks.0.attention.norm", torch.ones(8)), "'blocks.0.attention.norm' is m"),
-    "number": (lambda v: v["model"].update({0: torch.ones(8), WTE: 5}), "token_embedding.weight"),
+    "no tensor": (weight(WTE, 5), "token_embedding.weight"),
     "shape": (weight(WTE, torch.ones(7, 9)), "token_embedding.weight"),
     "integers": (weight(WTE, torch.ones(7, 8, dtype=torch.long)), "token_embedding.weight"),
     "expanded": (weight(WTE, torch.ones(1, 1).expand(10**9, 10**6)), "token_embedding.weight"),
@@ -442,6 +454,24 @@ def test_hostile_checkpoints_do_nothing(tmp_path: Path) -> None:
     assert not marker.exists()
     assert not (folder / "run").exists()
     assert not list(folder.glob(".*"))
+
+
+def test_a_changed_checkpoint_raises_nothing_else(tmp_path: Path) -> None:
+    """Bytes of the pickle, with the checksums of the zip file made to fit."""
+    rng = random.Random(0)
+    ckpt, meta, out = write(tmp_path, checkpoint(ARGS), GOOD)
+    with zipfile.ZipFile(ckpt) as zipped:
+        parts = {name: zipped.read(name) for name in zipped.namelist()}
+    [name] = (name for name in parts if name.endswith(".pkl"))
+    for _ in range(200):
+        changed = bytearray(parts[name])
+        changed[rng.randrange(len(changed))] = rng.choice([rng.randrange(256), *b"}]()tRbQqhKJ.s"])
+        with zipfile.ZipFile(ckpt, "w") as zipped:
+            for part, data in (parts | {name: bytes(changed)}).items():
+                zipped.writestr(part, data)
+        with contextlib.suppress(UserError):
+            import_nanogpt(ckpt, meta, out)
+            shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
