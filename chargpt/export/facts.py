@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from chargpt.base.errors import UserError
 from chargpt.base.files import read_json
+from chargpt.base.terminal import visible
 from chargpt.compute.counts import parameters_of
 from chargpt.config import CheckpointName, SampleConfig
 from chargpt.data.corpus import Corpus
@@ -51,7 +52,7 @@ class Facts:
     """Of the checkpoint, in nats per character; None if not known."""
     n_params: int
     texts: tuple[str, ...]
-    """File names, without folders; () if the model was imported."""
+    """File names, without folders and escaped; () if the model was imported."""
     n_characters: int
     n_documents: int
     tokens_per_step: int
@@ -115,7 +116,7 @@ def gather_facts(
         checkpoint=which,
         val_loss=val_loss if isinstance(val_loss, float) else None,
         n_params=parameters_of(model.config),
-        texts=tuple(Path(source).name for source in config.sources),
+        texts=tuple(visible(Path(source).name) for source in config.sources),
         n_characters=config.text.n_characters,
         n_documents=config.text.n_documents,
         tokens_per_step=batch * model.config.block_size,

@@ -45,7 +45,7 @@ def test_a_file_can_be_embedded(tmp_path: Path) -> None:
     assert 'const WASM = "AGFzbQ==";' in join_modules(root, "main.js")
 
 
-GOOD = 'export const a = 1;\nconst [p, q] = [1, 2];\nlet r, s;\n'
+GOOD = "export const a = 1;\nconst [p, q] = [1, 2];\nlet r, s;\n"
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,3 @@ def test_data_cannot_leave_its_element_and_keeps_its_value() -> None:
     text = data_text({"x": HOSTILE})
     assert json.loads(text) == {"x": HOSTILE}
     assert text.isascii() and not set("<>&\n") & set(text)
-
-

@@ -54,21 +54,25 @@ def test_uniform_numbers_have_53_bits_of_philox(page: Any) -> None:
     assert ((numbers >= 0) & (numbers < 1)).all()
 
 
+CHOICES = {
+    "temperature": (0.0, 1e-38, 0.7, 1.0, 3.0),
+    "top_k": (0, 1, 5, 99),
+    "top_p": (1.0, 0.6, 0.01),
+    "min_p": (0.0, 0.1, 1.0),
+}
 SETTINGS = [
-    dict(zip(("temperature", "top_k", "top_p", "min_p"), values, strict=True))
-    for values in itertools.product((0.0, 1e-38, 0.7, 1.0, 3.0), (0, 1, 5, 99), (1.0, 0.6, 0.01), (0.0, 0.1, 1.0))
-]  # fmt: skip
+    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
+]
 
 
 def test_filters_equal_python(page: Any) -> None:
     logits = torch.randn(20, 17, generator=torch.Generator().manual_seed(0)) * 3
-    call = """([rows, settings]) => settings.map((each) => rows.map((row) =>
-      [...parts.filterLogits(Float32Array.from(row), each)].map((x) => x === -Infinity ? null : x)))"""
-    theirs = [
-        {"temperature": s["temperature"], "topK": s["top_k"], "topP": s["top_p"], "minP": s["min_p"]}
-        for s in SETTINGS
-    ]
-    computed = page.evaluate(call, [logits.tolist(), theirs])
+    call = """([rows, settings]) => settings.map(({temperature, top_k, top_p, min_p}) => {
+      const each = {temperature, topK: top_k, topP: top_p, minP: min_p};
+      return rows.map((row) => [...parts.filterLogits(Float32Array.from(row), each)]
+        .map((x) => x === -Infinity ? null : x));
+    })"""
+    computed = page.evaluate(call, [logits.tolist(), SETTINGS])
     for settings, rows in zip(SETTINGS, computed, strict=True):
         expected = filter_logits(logits, SampleConfig(**settings)).numpy()
         ours = np.array([[-np.inf if x is None else x for x in row] for row in rows])

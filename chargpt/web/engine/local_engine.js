@@ -52,8 +52,8 @@ export class LocalEngine {
    * @returns {Promise<"length" | "end_of_text" | "stopped">}
    */
   async write({ ids, from, n, settings, signal, onRecords }) {
-    this.stopWriting();
     if (signal?.aborted) return "stopped";
+    this.stopWriting();
     let stopped = false;
     const report = (records) => stopped || onRecords(records);
     const job = this.started;

@@ -88,10 +88,21 @@ export function sign(character) {
   return HIDDEN.test(seen) ? codePoint(character) : seen;
 }
 
+// Letters that are written from right to left, which would turn a sentence around.
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
+
 /** Return the name of a character for a sentence: "e", "space", "U+202E". */
 export function nameOf(character) {
   if (character === "") return "end of text";
-  return NAMES.get(character) ?? (HIDDEN.test(character) ? codePoint(character) : character);
+  if (NAMES.has(character)) return NAMES.get(character);
+  if (HIDDEN.test(character)) return codePoint(character);
+  return RIGHT_TO_LEFT.test(character) ? `\u2068${character}\u2069` : character; // isolated
+}
+
+/** Make an element that shows a character as a sign, for the eye only. */
+export function signOf(character, tag = "span.sign") {
+  const seen = sign(character);
+  return element(seen.length > 2 ? `${tag}.long` : tag, { "aria-hidden": "true" }, seen);
 }
 
 /** Return a character as it stands in a text, or its code point if it would be hidden. */

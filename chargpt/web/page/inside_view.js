@@ -1,9 +1,10 @@
 /** See inside: the way of one prediction through the model. */
 
-import { byId, element, nameOf, percent, sign, svg } from "./dom.js";
+import { byId, element, nameOf, percent, sign, signOf, svg } from "./dom.js";
 
-const SHOWN = 48; // characters of the context in a small picture of a head
-const LARGE = 40; // characters in the large picture
+const SMALL = 48; // characters of the context in a small picture of a head
+const MOST_RISE = 96; // of its lines, in pixels
+const LONGEST = 40; // characters in the large picture
 const CELL = 20; // width of a character in the large picture, in pixels
 
 /** Shows what `LocalEngine.inspect` returned; keeps which head is chosen. */
@@ -77,8 +78,9 @@ export class InsideView {
     return element("div.step", {},
       element("h3", {}, "2. What it looks back at"),
       element("p", {}, `In each layer, ${this.nHead} heads read the ${context.length} characters of the context. A head gives each of them a share of its attention, 100 % in all, and brings back a mixture of what they hold.`),
-      element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Heads of all layers" }, table),
-      this.large);
+      element("div.halves.heads-and-one", {},
+        element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Heads of all layers" }, table),
+        this.large));
   }
 
   headButton(weights, l, h) {
@@ -110,15 +112,18 @@ export class InsideView {
   drawHead() {
     const { layers, context } = this.inspection;
     const weights = layers[this.layer].attention[this.head];
-    const n = Math.min(context.length, LARGE);
+    const n = Math.min(context.length, LONGEST);
     const skipped = context.length - n;
-    const [width, height, line] = [n * CELL + CELL, 150, 118];
-    const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Layer ${this.layer + 1}, head ${this.head + 1}: ${this.mostRead(weights)}` });
     const x = (i) => (i - skipped) * CELL + CELL;
     const end = x(context.length - 1);
+    const seen = Array.from(weights.keys()).filter((i) => i >= skipped && i < context.length - 1 && weights[i] > 0.005);
+    const rise = Math.max(24, ...seen.map((i) => arcHeight(x(i), end, MOST_RISE)));
+    const [width, line] = [n * CELL + CELL, rise + 24];
+    const height = line + 34;
+    const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Layer ${this.layer + 1}, head ${this.head + 1}: ${this.mostRead(weights)}` });
+    for (const i of seen) drawing.append(arc(x(i), end, line - 14, MOST_RISE, weights[i]));
     for (let i = skipped; i < context.length; i++) {
       const weight = weights[i];
-      if (i < context.length - 1 && weight > 0.005) drawing.append(arc(x(i), end, line - 14, 96, weight));
       const glow = svg("rect.glow", { x: x(i) - CELL / 2, y: line - 12, width: CELL, height: 24, rx: 4 });
       glow.style.opacity = String(Math.min(1, weight * 1.2));
       const label = svg("text.glyph", { x: x(i), y: line + 5, "text-anchor": "middle" }, sign(this.characterOf(context[i])));
@@ -140,17 +145,24 @@ export class InsideView {
 
   lens() {
     const { lens0, layers, odds } = this.inspection;
-    const stages = [["after the embedding", lens0], ...layers.map((layer, i) => [`after layer ${i + 1}`, layer.lens])];
-    const table = element("table.lens", {}, element("caption", {}, "The five likeliest characters at each stage, if the model stopped there."));
+    const stages = [
+      { label: "after the embedding", guess: lens0 },
+      ...layers.map((layer, i) => ({ label: `after layer ${i + 1}`, guess: layer.lens, sizes: [layer.attentionNorm, layer.feedForwardNorm] })),
+    ];
+    const columns = ["", "likeliest", "2nd", "3rd", "4th", "5th", "attention added", "feed-forward added"];
+    const table = element("table.lens", {},
+      element("caption", {}, "The five likeliest characters if the model stopped there, and how large the changes of each layer were beside what they were added to."),
+      element("thead", {}, element("tr", {}, ...columns.map((name, i) => element(i ? "th" : "td", i ? { scope: "col" } : {}, name)))));
     const body = element("tbody");
     const { id } = this.record;
-    for (const [label, guess] of stages) {
+    for (const { label, guess, sizes } of stages) {
       const row = element("tr", {}, element("th", { scope: "row" }, label));
       for (let i = 0; i < Math.min(5, guess.ids.length); i++) {
-        const cell = element(guess.ids[i] === id ? "td.this" : "td", { title: percent(guess.p[i]) }, element("span.sign", { "aria-hidden": "true" }, sign(this.characterOf(guess.ids[i]))), element("span.only-read", {}, this.name(guess.ids[i])), element("span.number", {}, percent(guess.p[i])));
+        const cell = element(guess.ids[i] === id ? "td.this" : "td", { title: percent(guess.p[i]) }, signOf(this.characterOf(guess.ids[i])), element("span.only-read", {}, this.name(guess.ids[i])), element("span.number", {}, percent(guess.p[i])));
         cell.style.setProperty("--share", String(guess.p[i]));
         row.append(cell);
       }
+      for (const size of sizes ?? []) row.append(element("td.added", {}, `× ${size.toFixed(2)}`));
       body.append(row);
     }
     table.append(body);
@@ -168,12 +180,12 @@ export class InsideView {
   }
 }
 
-/** Return layer and head with the most attention on one character before the last. */
+/** Return layer and head with the most attention on one character, but not on the last three. */
 function mostPointed(layers) {
   let best = [layers.length - 1, 0];
   let most = -1;
   layers.forEach((layer, l) => layer.attention.forEach((weights, h) => {
-    const top = Math.max(...weights.slice(0, -1), 0);
+    const top = Math.max(...weights.slice(0, -3), 0);
     if (top > most) [most, best] = [top, [l, h]];
   }));
   return best;
@@ -185,7 +197,7 @@ function largestOf(values, n) {
 
 /** Draw one head's attention over the last characters. */
 function smallHead(weights) {
-  const n = Math.min(weights.length, SHOWN);
+  const n = Math.min(weights.length, SMALL);
   const [width, height] = [112, 40];
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
   const x = (i) => 4 + ((i - (weights.length - n)) * (width - 8)) / Math.max(n - 1, 1);
@@ -199,9 +211,13 @@ function smallHead(weights) {
   return drawing;
 }
 
+function arcHeight(from, to, most) {
+  return Math.min(most, 12 + (to - from) * 0.55);
+}
+
 /** Draw a line from a character to an earlier one; the more attention, the stronger. */
 function arc(from, to, y, most, weight) {
-  const top = y - Math.min(most, 12 + (to - from) * 0.55);
+  const top = y - arcHeight(from, to, most);
   const line = svg("path.arc", { d: `M${to.toFixed(1)},${y} C${to.toFixed(1)},${top.toFixed(1)} ${from.toFixed(1)},${top.toFixed(1)} ${from.toFixed(1)},${y}` });
   line.style.strokeWidth = `${(0.6 + 3.4 * weight).toFixed(2)}px`;
   line.style.opacity = Math.min(1, 0.12 + weight * 1.3).toFixed(2);

@@ -2,16 +2,24 @@
 
 import { byId, count, duration, element, nameOf, percent, rounded, svg } from "./dom.js";
 
-const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT] = [720, 300, 46, 40, 14, 16];
+// The chart and its margins, in pixels; it is as wide as its place on the page.
+const WIDEST = 720;
+const HEIGHT = 300;
+const LEFT = 46;
+const BOTTOM = 40;
+const TOP = 14;
+const RIGHT = 16;
 const LN2 = Math.log(2);
 
 /** Show what is known about the training. */
 export function showLearned(run) {
   const body = byId("learned-body");
-  body.replaceChildren(...introduction(run));
-  if (run.validation.length > 1 || run.training.length > 1) body.append(...curve(run));
-  else body.append(element("p.note", {}, "There is no record of the training."));
-  body.append(...comparison(run), ...novelty(run));
+  const width = Math.min(Math.max(body.clientWidth, 300), WIDEST);
+  const record = run.validation.length > 1 || run.training.length > 1
+    ? curve(run, width)
+    : [element("p.note", {}, "There is no record of the training.")];
+  body.replaceChildren(...introduction(run),
+    element("div.halves", {}, element("div", {}, ...record), element("div", {}, ...comparison(run), ...novelty(run))));
 }
 
 function introduction(run) {
@@ -25,8 +33,7 @@ function introduction(run) {
   }
   if (summary.tokens && summary.train_seconds) {
     const passes = run.n_characters ? ` (its text ${(summary.tokens / (0.9 * run.n_characters)).toFixed(1)} times)` : "";
-    const rate = summary.n_params ? "" : "";
-    sentences.push(`In ${duration(summary.train_seconds)} of training it saw ${rounded(summary.tokens)} characters${passes} in ${count(summary.steps)} steps${rate}, on ${summary.device} (${summary.precision}).`);
+    sentences.push(`In ${duration(summary.train_seconds)} of training it saw ${rounded(summary.tokens)} characters${passes} in ${count(summary.steps)} steps, on ${summary.device} (${summary.precision}).`);
   }
   const verdict = summary.verdict ? [element("p.verdict", {}, element("b", {}, "Verdict: "), `${summary.verdict}.`)] : [];
   return [element("p", {}, sentences.join(" ")), ...verdict];
@@ -34,17 +41,17 @@ function introduction(run) {
 
 // --- the curve
 
-function curve(run) {
+function curve(run, width) {
   const points = run.validation.length ? run.validation : run.training;
   const all = [...run.training, ...run.validation];
   const last = Math.max(...all.map((point) => point.step));
   const losses = all.map((point) => point.loss);
   const [low, high] = [Math.min(...losses), Math.max(...losses)];
   const pad = 0.06 * (high - low || 1);
-  const x = (step) => LEFT + ((WIDTH - LEFT - RIGHT) * step) / last;
+  const x = (step) => LEFT + ((width - LEFT - RIGHT) * step) / last;
   const y = (loss) => TOP + ((HEIGHT - TOP - BOTTOM) * (high + pad - loss)) / (high - low + 2 * pad);
-  const drawing = svg("svg.curve", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-labelledby": "curve-about" });
-  drawing.append(...axes({ low: low - pad, high: high + pad, last, x, y }));
+  const drawing = svg("svg.curve", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-labelledby": "curve-about" });
+  drawing.append(...axes({ low: low - pad, high: high + pad, last, x, y, width }));
   if (run.training.length > 1) drawing.append(svg("polyline.training", { points: run.training.map((p) => `${x(p.step).toFixed(1)},${y(p.loss).toFixed(1)}`).join(" ") }));
   drawing.append(svg("polyline.validation", { points: points.map((p) => `${x(p.step).toFixed(1)},${y(p.loss).toFixed(1)}`).join(" ") }));
   const dots = points.map((p) => svg("circle.dot", { cx: x(p.step), cy: y(p.loss), r: points.length > 60 ? 1.5 : 3 }));
@@ -55,17 +62,17 @@ function curve(run) {
   return [
     element("p", { id: "curve-about" }, `Loss in nats per character: the lower, the better it predicts. It fell from ${points[0].loss.toFixed(2)} to ${points.at(-1).loss.toFixed(2)}`
       + (run.validation.length ? " on the part of the text that it was not trained on (dots)." : ".")),
-    drawing, ...scrubber(run, points, { drawing, marker, guide, x, y }),
+    drawing, ...scrubber(run, points, { drawing, marker, guide, x, y, width }),
   ];
 }
 
-function axes({ low, high, last, x, y }) {
+function axes({ low, high, last, x, y, width }) {
   const parts = [];
   for (const loss of ticks(low, high, 5)) {
-    parts.push(svg("line.grid", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(loss), y2: y(loss) }), svg("text.tick", { x: LEFT - 6, y: y(loss) + 4, "text-anchor": "end" }, loss.toFixed(1)));
+    parts.push(svg("line.grid", { x1: LEFT, x2: width - RIGHT, y1: y(loss), y2: y(loss) }), svg("text.tick", { x: LEFT - 6, y: y(loss) + 4, "text-anchor": "end" }, loss.toFixed(1)));
   }
   for (const step of ticks(0, last, 5)) parts.push(svg("text.tick", { x: x(step), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle" }, count(step)));
-  parts.push(svg("text.tick", { x: WIDTH - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, "training steps"));
+  parts.push(svg("text.tick", { x: width - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, "training steps"));
   return parts;
 }
 
@@ -80,7 +87,7 @@ function ticks(low, high, n) {
 }
 
 /** A slider along the training, with the text that the model wrote there. */
-function scrubber(run, points, { drawing, marker, guide, x, y }) {
+function scrubber(run, points, { drawing, marker, guide, x, y, width }) {
   const byStep = new Map(run.samples.map((sample) => [sample.step, sample.text]));
   const label = element("p.at", { "aria-live": "polite" });
   const sample = element("blockquote.sample", { dir: "auto" });
@@ -98,7 +105,7 @@ function scrubber(run, points, { drawing, marker, guide, x, y }) {
   };
   const nearest = (event) => {
     const box = drawing.getBoundingClientRect();
-    const at = ((event.clientX - box.left) * WIDTH) / box.width;
+    const at = ((event.clientX - box.left) * width) / box.width;
     const away = points.map((point) => Math.abs(x(point.step) - at));
     show(away.indexOf(Math.min(...away)));
   };

@@ -1,6 +1,6 @@
 /** Look at a character: its odds, the alternatives, and a button on each to branch there. */
 
-import { bits, byId, element, nameOf, percent, sign } from "./dom.js";
+import { bits, byId, element, nameOf, percent, signOf } from "./dom.js";
 
 /**
  * Show the odds of a character.
@@ -11,7 +11,7 @@ export function showOdds(record, { characterOf, endId, onBranch }) {
   const name = nameOf(characterOf(record.id));
   const what = record.given ? "The text continued with" : "Drawn:";
   const head = element("p.odds-head", {},
-    element("span.big", { "aria-hidden": "true" }, sign(characterOf(record.id))),
+    signOf(characterOf(record.id), "span.big"),
     element("span", {}, `${what} ${name}. `, element("b", {}, percent(record.p)), ` = ${bits(record.p).toFixed(1)} bits of surprise.`));
   const drawn = new Map(record.drawn ? record.drawn.ids.map((id, i) => [id, record.drawn.p[i]]) : []);
   const rows = record.top.ids.map((id, i) => ({ id, p: record.top.p[i], drawn: drawn.get(id) ?? 0 }));
@@ -31,7 +31,7 @@ export function showOdds(record, { characterOf, endId, onBranch }) {
       bar.append(mark);
     }
     const character = nameOf(characterOf(row.id));
-    const content = [element("span.sign", { "aria-hidden": "true" }, sign(characterOf(row.id))), bar, element("span.number", { "aria-hidden": "true" }, percent(row.p))];
+    const content = [signOf(characterOf(row.id)), bar, element("span.number", { "aria-hidden": "true" }, percent(row.p))];
     const label = `${character}, ${percent(row.p)}`;
     list.append(element(isThis ? "li.this" : "li", {}, canBranch
       ? element("button", { type: "button", "aria-label": `Continue with ${label} instead`, title: `Continue with ${character} instead`, click: () => onBranch(record.index, row.id) }, ...content)

@@ -1,7 +1,7 @@
 /** The page: connects the controls, the text and the pictures to an engine that runs the model. */
 
 import { Tokenizer } from "../engine/tokenizer.js";
-import { byId, codePoint, count, nameOf } from "./dom.js";
+import { byId, codePoint, count, element, nameOf } from "./dom.js";
 import { InsideView } from "./inside_view.js";
 import { showLearned } from "./learned_view.js";
 import { lead, showCharacters, showModel } from "./model_view.js";
@@ -9,7 +9,8 @@ import { showNoOdds, showOdds } from "./odds_view.js";
 import { buildKnobs, describe, fromHash, readKnobs, setKnob, toHash } from "./settings.js";
 import { TextView } from "./text_view.js";
 
-const LOOK_DELAY = 120; // milliseconds before the pictures follow the pointer
+const LOOK_DELAY = 120; // milliseconds before the pictures follow the selection
+const MOST_EARLIER = 20;
 
 /**
  * The state of the page is a prompt, the settings, and a path: where the user chose another
@@ -27,6 +28,7 @@ export class Page {
     this.path = [];
     this.ids = [];
     this.records = [];
+    this.ended = false; // by end-of-text
     this.stopper = null;
     this.writing = Promise.resolve();
   }
@@ -38,7 +40,7 @@ export class Page {
     byId("lead").textContent = lead(facts);
     byId("prompt-about").textContent = `The text to continue. The model reads at most its last ${count(facts.config.block_size)} characters.`
       + (hasEndOfText ? " Every text starts as a document starts." : "");
-    showModel(facts.config, hasEndOfText);
+    showModel(facts.config);
     showCharacters(facts.characters, hasEndOfText);
     showLearned(facts.run);
     buildKnobs(() => this.describeSettings());
@@ -97,7 +99,7 @@ export class Page {
     this.describeSettings();
     const ids = this.readPrompt();
     return this.exclusively(async (signal) => {
-      this.settings = settings;
+      [this.prompt, this.settings] = [prompt, settings];
       this.path = [];
       this.nGiven = ids.length;
       this.setText(ids, 0);
@@ -173,25 +175,37 @@ export class Page {
       this.records[record.index] = record;
       this.text.mark(record.index, record.p);
     }
-    const onHold = this.text.selected === null ? this.ids.length - 1 : null;
-    if (onHold !== null) byId("text").scrollTop = byId("text").scrollHeight;
+    if (this.text.selected === null) byId("text").scrollTop = byId("text").scrollHeight;
   }
 
   busy(on) {
     byId("stop").disabled = !on;
-    for (const id of ["more", "copy", "link"]) byId(id).disabled = on || this.ids.length === 0;
+    for (const id of ["copy", "link"]) byId(id).disabled = on || this.ids.length === 0;
+    byId("more").disabled = on || this.ended; // the same random number would end the text again
     byId("text").setAttribute("aria-busy", String(on));
     if (on) byId("status").textContent = "Writing …";
   }
 
   finish(reason) {
     const n = this.ids.length - this.nGiven;
+    this.ended = reason === "end_of_text";
     const why = { end_of_text: "the model ended the text", stopped: "stopped" }[reason];
     byId("status").textContent = `${count(n)} characters written${why ? `: ${why}` : ""}.`;
     if (this.text.selected === null && this.records.length) {
       this.text.select(this.interesting(), { quiet: false });
     }
     this.saveState();
+    this.remember();
+  }
+
+  /** Keep a link to the text, so that the user can come back to it. */
+  remember() {
+    const words = this.tokenizer.decode(this.ids).trim().replace(/\s+/g, " ");
+    const link = element("a", { href: this.hash(), dir: "auto" }, words.length > 60 ? `${words.slice(0, 60)}…` : words || "(nothing)");
+    const list = byId("earlier-list");
+    list.prepend(element("li", {}, link));
+    if (list.children.length > MOST_EARLIER) list.lastElementChild.remove();
+    byId("earlier").hidden = list.children.length < 2;
   }
 
   /** Return an index worth a look: the most surprising of the new characters. */
@@ -240,12 +254,15 @@ export class Page {
   /** Keep the state in the URL, so that a refresh or a link repeats the text. */
   saveState() {
     if (!this.settings) return;
-    const hash = toHash({ prompt: byId("prompt").value, settings: this.settings, path: this.path, selected: this.text.selected, colour: byId("colour").checked });
     try {
-      history.replaceState(null, "", hash);
+      history.replaceState(null, "", this.hash());
     } catch {
       // Some browsers forbid it for files; then only "Copy a link" lacks the state.
     }
+  }
+
+  hash() {
+    return toHash({ prompt: this.prompt, settings: this.settings, path: this.path, selected: this.text.selected, colour: byId("colour").checked });
   }
 
   /** Compare the page's arithmetic with PyTorch's, and say the result. */
