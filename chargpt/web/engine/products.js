@@ -1,5 +1,5 @@
-// Matrix times vector, where nearly all of the time goes: in WebAssembly SIMD (products.wat) or, where
-// that is missing, in plain JavaScript. Both work on matrices in one block of memory.
+// Matrix times vector, where nearly all of the time goes: in WebAssembly SIMD (products.wat) or,
+// where that is missing, in plain JavaScript. Both work on matrices in one block of memory.
 
 /** products.wat, assembled, in base64: `chargpt export` puts it here. */
 export const WASM = "{{products.wasm}}";
@@ -17,7 +17,8 @@ export function openProducts(n, wasm) {
     const memory = new WebAssembly.Memory({ initial: Math.ceil(n / PAGE_BYTES) });
     const module = new WebAssembly.Module(wasm);
     const { exports } = new WebAssembly.Instance(module, { engine: { memory } });
-    return { buffer: memory.buffer, multiply: withAddresses(exports.multiply), backend: "wasm simd" };
+    const multiplyArrays = withAddresses(exports.multiply);
+    return { buffer: memory.buffer, multiply: multiplyArrays, backend: "wasm simd" };
   }
   return { buffer: new ArrayBuffer(n), multiply, backend: "javascript" };
 }

@@ -1,5 +1,5 @@
-// From logits to a character: filter the logits, then draw. The filters and their order are those of
-// chargpt/engine/sampling.py. V is the size of the vocabulary.
+// From logits to a character: filter the logits, then draw. The filters and their order are those
+// of chargpt/engine/sampling.py. V is the size of the vocabulary.
 
 const SMALLEST = 2 ** -126; // positive float32, as in Python
 
@@ -7,15 +7,15 @@ const SMALLEST = 2 ** -126; // positive float32, as in Python
  * @typedef {object} Settings
  * @property {number} temperature below 1: more predictable; above 1: more random; 0: the likeliest
  * @property {number} topK draw only from the k likeliest characters; 0: from all
- * @property {number} topP draw only from the likeliest characters that together have this probability
- * @property {number} minP draw only from characters with at least this share of the likeliest one's
+ * @property {number} topP draw only from the likeliest that together have this probability
+ * @property {number} minP draw only from those with at least this share of the likeliest one's
  * @property {number} seed of the random numbers, a whole number from 0 to 2⁵³ − 1
  */
 
 /**
- * Returns the logits to draw from, relative to the largest: −Infinity for filtered tokens, of which at
- * least one is left. Each filter applies to the result of the one before: temperature, top-k (exactly
- * k, also with ties), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
+ * Returns the logits to draw from, relative to the largest: −Infinity for filtered tokens, at least
+ * one is left. Each filter applies to the result of the one before: temperature, top-k (exactly k,
+ * also with ties), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
  * @param {Float32Array} logits (V,)
  * @param {Settings} settings
  * @returns {Float64Array} (V,)

@@ -1,4 +1,5 @@
-// Text to ids and back, one id per character (a Unicode code point), as in chargpt/data/tokenizer.py.
+// Text to ids and back, one id per character (a Unicode code point), as in
+// chargpt/data/tokenizer.py.
 
 /** Maps the characters of a vocabulary to ids: character `characters[i]` has id `i`. */
 export class Tokenizer {

@@ -1,5 +1,5 @@
-// The worker's side of the engine: does the jobs that arrive as messages, so that the page never waits.
-// `local_engine.js` is the other side. Each message belongs to a job and has its number.
+// The worker's side of the engine: does the jobs that arrive as messages, so that the page never
+// waits. `local_engine.js` is the other side. Each message has the number of its job.
 
 import { GPT2 } from "./gpt2.js";
 import { WASM } from "./products.js";
@@ -11,14 +11,14 @@ import { Writer } from "./writer.js";
 
 const BATCH_MS = 16; // records of this time are sent together: a page shows 60 images per second
 
-let model, reader, writer, expected;
+let reader, writer, expected;
 const stops = new Map(); // job → what stops it
 
 const JOBS = {
   /** Decodes the model. Must be the first job, and be finished before the next one. */
   open({ facts, weights, simd }) {
     const { config, characters, end_of_text_id, tensors, self_test } = facts;
-    model = new GPT2(config, tensors, fromBase64(weights), simd ? fromBase64(WASM) : null);
+    const model = new GPT2(config, tensors, fromBase64(weights), simd ? fromBase64(WASM) : null);
     reader = new Reader(model);
     writer = new Writer(reader, new Tokenizer(characters, end_of_text_id), config.block_size);
     expected = self_test;
