@@ -15,7 +15,15 @@ const DIAGRAM_WIDTH = BOX + BOX_WIDTH + 14;
  * @returns {SVGElement}
  */
 export function drawModel(config, shares) {
-  const { vocab_size: V, block_size: T, n_layer: N, n_head: H, d_model: C, d_ff: F, norm_placement: placement } = config;
+  const {
+    vocab_size: V,
+    block_size: T,
+    n_layer: N,
+    n_head: H,
+    d_model: C,
+    d_ff: F,
+    norm_placement: placement,
+  } = config;
   const parts = [];
   let y = 22;
   parts.push(words(STREAM, y, `up to ${T} characters`, "start"));
@@ -34,16 +42,33 @@ export function drawModel(config, shares) {
     parts.push(...nodes);
     y += height;
   }
-  parts.push(svg("rect.repeat", { x: 12, y: layerTop, width: DIAGRAM_WIDTH - 20, height: y - layerTop - 4, rx: 10 }), words(DIAGRAM_WIDTH - 16, y - 12, `× ${N} layers`, "end", "times"));
+  parts.push(
+    svg("rect.repeat", { x: 12, y: layerTop, width: DIAGRAM_WIDTH - 20, height: y - layerTop - 4, rx: 10 }),
+    words(DIAGRAM_WIDTH - 16, y - 12, `× ${N} layers`, "end", "times"),
+  );
   y += 12;
   parts.push(...chip(y, STREAM - 30, "LayerNorm"));
   y += 34;
   parts.push(...box(y, "Head (token embedding)", `${C} × ${V}`, 0), ...fromStream(y + 20));
   const bottom = y + 20;
   y += 66;
-  parts.push(arrow(BOX + 104, y - 26, BOX + 104, y - 14), words(BOX + 104, y, `odds of ${V} tokens`, "middle"));
+  parts.push(
+    arrow(BOX + 104, y - 26, BOX + 104, y - 14),
+    words(BOX + 104, y, `odds of ${V} tokens`, "middle"),
+  );
   const stream = svg("line.stream", { x1: STREAM, x2: STREAM, y1: top + 20, y2: bottom });
-  return svg("svg.diagram", { viewBox: `0 0 ${DIAGRAM_WIDTH} ${y + 12}`, width: DIAGRAM_WIDTH, height: y + 12, role: "img", "aria-label": `The model: embeddings, ${N} layers of attention and feed-forward along the residual stream, final LayerNorm, head. The table beside it has the same parts.` }, stream, ...parts);
+  return svg(
+    "svg.diagram",
+    {
+      viewBox: `0 0 ${DIAGRAM_WIDTH} ${y + 12}`,
+      width: DIAGRAM_WIDTH,
+      height: y + 12,
+      role: "img",
+      "aria-label": `The model: embeddings, ${N} layers of attention and feed-forward along the residual stream, final LayerNorm, head. The table beside it has the same parts.`,
+    },
+    stream,
+    ...parts,
+  );
 }
 
 /** A sublayer with its LayerNorms: it reads the stream, and its result is added to the stream. */
@@ -66,7 +91,8 @@ function sublayer(top, title, detail, share, placement, label) {
   parts.push(
     svg("path.flow", { d: `M${STREAM},${inner - 10} H${BOX - 18} V${inner} H${BOX}` }),
     svg("path.flow", { d: `M${BOX + 30},${y - 6} V${adds} H${STREAM + 9}` }),
-    svg("circle.plus", { cx: STREAM, cy: adds, r: 9 }), words(STREAM, adds + 5, "+", "middle", "plus-sign"),
+    svg("circle.plus", { cx: STREAM, cy: adds, r: 9 }),
+    words(STREAM, adds + 5, "+", "middle", "plus-sign"),
   );
   y = adds + 18;
   if (placement === "post") {
@@ -79,7 +105,12 @@ function sublayer(top, title, detail, share, placement, label) {
 function box(y, title, detail, share, label = percent(share)) {
   const fill = svg("rect.fill", { x: BOX, y, width: BOX_WIDTH, height: 40, rx: 7 });
   fill.style.opacity = String(Math.min(1, share * 1.5));
-  const parts = [svg("rect.box", { x: BOX, y, width: BOX_WIDTH, height: 40, rx: 7 }), fill, words(BOX + 10, y + 17, title, "start", "title"), words(BOX + 10, y + 33, detail, "start")];
+  const parts = [
+    svg("rect.box", { x: BOX, y, width: BOX_WIDTH, height: 40, rx: 7 }),
+    fill,
+    words(BOX + 10, y + 17, title, "start", "title"),
+    words(BOX + 10, y + 33, detail, "start"),
+  ];
   if (share) parts.push(words(BOX + BOX_WIDTH - 10, y + 33, label, "end"));
   return parts;
 }

@@ -15,7 +15,12 @@ export function element(tag, properties = {}, ...children) {
 /** Make an SVG element; see `element`. */
 export function svg(tag, properties = {}, ...children) {
   const [name, ...classes] = tag.split(".");
-  return complete(document.createElementNS("http://www.w3.org/2000/svg", name), classes, properties, children);
+  return complete(
+    document.createElementNS("http://www.w3.org/2000/svg", name),
+    classes,
+    properties,
+    children,
+  );
 }
 
 function complete(node, classes, properties, children) {
@@ -76,7 +81,14 @@ const NAMES = new Map([
   ["\u00a0", "no-break space"],
   ["\u3000", "wide space"],
 ]);
-const SIGNS = new Map([["\n", "↵"], ["\t", "⇥"], ["\r", "␍"], [" ", "␣"], ["\u00a0", "⍽"], ["\u3000", "□"]]);
+const SIGNS = new Map([
+  ["\n", "↵"],
+  ["\t", "⇥"],
+  ["\r", "␍"],
+  [" ", "␣"],
+  ["\u00a0", "⍽"],
+  ["\u3000", "□"],
+]);
 // Controls, changes of direction and lone surrogates could make one text look like another.
 const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u;
 const JOINERS = /[\u200c-\u200f]/u; // these are part of the spelling of some languages

@@ -1,11 +1,7 @@
 /** See inside: the way of one prediction through the model. */
 
-import { byId, element, nameOf, percent, sign, signOf, svg } from "./dom.js";
-
-const SMALL = 48; // characters of the context in a small picture of a head
-const MOST_RISE = 96; // of its lines, in pixels
-const LONGEST = 40; // characters in the large picture
-const CELL = 20; // width of a character in the large picture, in pixels
+import { byId, element, nameOf, percent, sign, signOf } from "./dom.js";
+import { LONGEST, largeHead, smallHead, strip } from "./drawings.js";
 
 /** Shows what `LocalEngine.inspect` returned; keeps which head is chosen. */
 export class InsideView {
@@ -31,9 +27,8 @@ export class InsideView {
     this.inspection = inspection;
     this.record = record;
     if (!this.chosenByUser) [this.layer, this.head] = mostPointed(inspection.layers);
-    byId("inside-body").replaceChildren(
-      this.embedding(), this.attention(), this.lens(),
-    );
+    byId("inside-body").replaceChildren(this.embedding(), this.attention(), this.lens());
+    byId("inside-body").dataset.index = String(record.index);
     this.drawHead();
   }
 
@@ -52,18 +47,35 @@ export class InsideView {
       ["= enters the first layer", embedding.sum],
     ];
     const largest = Math.max(...rows.flatMap(([, values]) => Array.from(values, Math.abs)));
-    const strips = rows.map(([label, values]) => element("div.strip", {}, element("span.strip-label", {}, label), strip(values, largest, label)));
-    return element("div.step", {},
+    const strips = rows.map(([label, values]) =>
+      element("div.strip", {}, element("span.strip-label", {}, label), strip(values, largest, label)),
+    );
+    return element(
+      "div.step",
+      {},
       element("h3", {}, "1. Numbers for the last character"),
-      element("p", {}, `The model knows no letters. Each character is a row of ${embedding.token.length} learned numbers, and so is each position. Their sum is where the prediction starts.`),
-      ...strips);
+      element(
+        "p",
+        {},
+        `The model knows no letters. Each character is a row of ${embedding.token.length} learned numbers, and so is each position. Their sum is where the prediction starts.`,
+      ),
+      ...strips,
+    );
   }
 
   // --- attention
 
   attention() {
     const { layers, context } = this.inspection;
-    const table = element("table.heads", {}, element("caption", {}, "Each picture is a head: its lines lead from the last character back to those it reads. Choose one."));
+    const table = element(
+      "table.heads",
+      {},
+      element(
+        "caption",
+        {},
+        "Each picture is a head: its lines lead from the last character back to those it reads. Choose one.",
+      ),
+    );
     const top = element("tr", {}, element("td"));
     for (let h = 0; h < this.nHead; h++) top.append(element("th", { scope: "col" }, `head ${h + 1}`));
     table.append(element("thead", {}, top));
@@ -75,70 +87,78 @@ export class InsideView {
     });
     table.append(body);
     this.large = element("div.large-head");
-    return element("div.step", {},
+    return element(
+      "div.step",
+      {},
       element("h3", {}, "2. What it looks back at"),
-      element("p", {}, `In each layer, ${this.nHead} heads read the ${context.length} characters of the context. A head gives each of them a share of its attention, 100 % in all, and brings back a mixture of what they hold.`),
-      element("div.halves.heads-and-one", {},
+      element(
+        "p",
+        {},
+        `In each layer, ${this.nHead} heads read the ${context.length} characters of the context. A head gives each of them a share of its attention, 100 % in all, and brings back a mixture of what they hold.`,
+      ),
+      element(
+        "div.halves.heads-and-one",
+        {},
         element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Heads of all layers" }, table),
-        this.large));
+        this.large,
+      ),
+    );
   }
 
   headButton(weights, l, h) {
-    return element("button.head", {
-      type: "button", "aria-pressed": l === this.layer && h === this.head,
-      "aria-label": `layer ${l + 1}, head ${h + 1}: ${this.mostRead(weights)}`,
-      title: this.mostRead(weights),
-      click: (event) => {
-        this.chosenByUser = true;
-        [this.layer, this.head] = [l, h];
-        for (const other of byId("inside-body").querySelectorAll("button.head")) other.setAttribute("aria-pressed", "false");
-        event.currentTarget.setAttribute("aria-pressed", "true");
-        this.drawHead();
+    return element(
+      "button.head",
+      {
+        type: "button",
+        "aria-pressed": l === this.layer && h === this.head,
+        "aria-label": `layer ${l + 1}, head ${h + 1}: ${this.mostRead(weights)}`,
+        title: this.mostRead(weights),
+        click: (event) => {
+          this.chosenByUser = true;
+          [this.layer, this.head] = [l, h];
+          for (const other of byId("inside-body").querySelectorAll("button.head"))
+            other.setAttribute("aria-pressed", "false");
+          event.currentTarget.setAttribute("aria-pressed", "true");
+          this.drawHead();
+        },
       },
-    }, smallHead(weights));
+      smallHead(weights),
+    );
   }
 
   /** "62 % to e, 1 back; 11 % to space, 5 back" */
   mostRead(weights) {
     const { context } = this.inspection;
-    return largestOf(weights, 2).map((i) => {
-      const back = weights.length - 1 - i;
-      const where = back === 0 ? "the last character" : `${back} back`;
-      return `${percent(weights[i])} to ${this.name(context[i])}, ${where}`;
-    }).join("; ");
+    return largestOf(weights, 2)
+      .map((i) => {
+        const back = weights.length - 1 - i;
+        const where = back === 0 ? "the last character" : `${back} back`;
+        return `${percent(weights[i])} to ${this.name(context[i])}, ${where}`;
+      })
+      .join("; ");
   }
 
   /** Draw the chosen head over the characters. */
   drawHead() {
     const { layers, context } = this.inspection;
     const weights = layers[this.layer].attention[this.head];
-    const n = Math.min(context.length, LONGEST);
-    const skipped = context.length - n;
-    const x = (i) => (i - skipped) * CELL + CELL;
-    const end = x(context.length - 1);
-    const seen = Array.from(weights.keys()).filter((i) => i >= skipped && i < context.length - 1 && weights[i] > 0.005);
-    const rise = Math.max(24, ...seen.map((i) => arcHeight(x(i), end, MOST_RISE)));
-    const [width, line] = [n * CELL + CELL, rise + 24];
-    const height = line + 34;
-    const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Layer ${this.layer + 1}, head ${this.head + 1}: ${this.mostRead(weights)}` });
-    for (const i of seen) drawing.append(arc(x(i), end, line - 14, MOST_RISE, weights[i]));
-    for (let i = skipped; i < context.length; i++) {
-      const weight = weights[i];
-      const glow = svg("rect.glow", { x: x(i) - CELL / 2, y: line - 12, width: CELL, height: 24, rx: 4 });
-      glow.style.opacity = String(Math.min(1, weight * 1.2));
-      const label = svg("text.glyph", { x: x(i), y: line + 5, "text-anchor": "middle" }, sign(this.characterOf(context[i])));
-      drawing.append(glow, label);
-      if (weight >= 0.1) drawing.append(svg("text.weight", { x: x(i), y: line + 27, "text-anchor": "middle" }, `${Math.round(100 * weight)}`));
-    }
-    let beyond = 0;
-    for (let i = 0; i < skipped; i++) beyond += weights[i];
+    const title = `Layer ${this.layer + 1}, head ${this.head + 1}`;
+    const reads = this.mostRead(weights);
+    const shown = Math.min(context.length, LONGEST);
+    const skipped = context.length - shown;
+    const beyond = weights.slice(0, skipped).reduce((sum, weight) => sum + weight, 0);
     const about = skipped
-      ? `The last ${n} characters are shown; the ${skipped} before them get ${percent(beyond)}.`
+      ? `The last ${shown} characters are shown; the ${skipped} before them get ${percent(beyond)}.`
       : "All characters of the context are shown.";
-    const box = element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Attention over the characters" }, drawing);
-    this.large.replaceChildren(
-      element("p", {}, element("b", {}, `Layer ${this.layer + 1}, head ${this.head + 1}`), `: ${this.mostRead(weights)}. ${about}`), box);
-    box.scrollLeft = width;
+    const signs = context.slice(skipped).map((id) => sign(this.characterOf(id)));
+    const drawing = largeHead(weights.slice(skipped), signs, `${title}: ${reads}`);
+    const box = element(
+      "div.scroller",
+      { tabindex: 0, role: "group", "aria-label": "Attention over the characters" },
+      drawing,
+    );
+    this.large.replaceChildren(element("p", {}, element("b", {}, title), `: ${reads}. ${about}`), box);
+    box.scrollLeft = box.scrollWidth; // the last character
   }
 
   // --- logit lens
@@ -147,18 +167,43 @@ export class InsideView {
     const { lens0, layers, odds } = this.inspection;
     const stages = [
       { label: "after the embedding", guess: lens0 },
-      ...layers.map((layer, i) => ({ label: `after layer ${i + 1}`, guess: layer.lens, sizes: [layer.attentionNorm, layer.feedForwardNorm] })),
+      ...layers.map((layer, i) => ({
+        label: `after layer ${i + 1}`,
+        guess: layer.lens,
+        sizes: [layer.attentionNorm, layer.feedForwardNorm],
+      })),
     ];
     const columns = ["", "likeliest", "2nd", "3rd", "4th", "5th", "attention added", "feed-forward added"];
-    const table = element("table.lens", {},
-      element("caption", {}, "The five likeliest characters if the model stopped there, and how large the changes of each layer were beside what they were added to."),
-      element("thead", {}, element("tr", {}, ...columns.map((name, i) => element(i ? "th" : "td", i ? { scope: "col" } : {}, name)))));
+    const table = element(
+      "table.lens",
+      {},
+      element(
+        "caption",
+        {},
+        "The five likeliest characters if the model stopped there, and how large the changes of each layer were beside what they were added to.",
+      ),
+      element(
+        "thead",
+        {},
+        element(
+          "tr",
+          {},
+          ...columns.map((name, i) => element(i ? "th" : "td", i ? { scope: "col" } : {}, name)),
+        ),
+      ),
+    );
     const body = element("tbody");
     const { id } = this.record;
     for (const { label, guess, sizes } of stages) {
       const row = element("tr", {}, element("th", { scope: "row" }, label));
       for (let i = 0; i < Math.min(5, guess.ids.length); i++) {
-        const cell = element(guess.ids[i] === id ? "td.this" : "td", { title: percent(guess.p[i]) }, signOf(this.characterOf(guess.ids[i])), element("span.only-read", {}, this.name(guess.ids[i])), element("span.number", {}, percent(guess.p[i])));
+        const cell = element(
+          guess.ids[i] === id ? "td.this" : "td",
+          { title: percent(guess.p[i]) },
+          signOf(this.characterOf(guess.ids[i])),
+          element("span.only-read", {}, this.name(guess.ids[i])),
+          element("span.number", {}, percent(guess.p[i])),
+        );
         cell.style.setProperty("--share", String(guess.p[i]));
         row.append(cell);
       }
@@ -167,16 +212,35 @@ export class InsideView {
     }
     table.append(body);
     const place = odds.ids.indexOf(id);
-    const end = place >= 0
-      ? `The character of the text, ${this.name(id)}, ends as number ${place + 1} with ${percent(odds.p[place])}.`
-      : `The character of the text, ${this.name(id)}, was not among the ${odds.ids.length} likeliest.`;
-    return element("div.step", {},
+    const end =
+      place >= 0
+        ? `The character of the text, ${this.name(id)}, ends as number ${place + 1} with ${percent(odds.p[place])}.`
+        : `The character of the text, ${this.name(id)}, was not among the ${odds.ids.length} likeliest.`;
+    return element(
+      "div.step",
+      {},
       element("h3", {}, "3. How the prediction forms"),
-      element("p", {}, "Every layer adds to the same row of numbers. Read as a prediction after each layer (a “logit lens”, ",
-        element("a", { href: "https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens", rel: "noreferrer" }, "nostalgebraist 2020"),
-        "), it shows the answer taking shape. The last line is what the model says."),
-      element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Predictions after each layer" }, table),
-      element("p", {}, end));
+      element(
+        "p",
+        {},
+        "Every layer adds to the same row of numbers. Read as a prediction after each layer (a “logit lens”, ",
+        element(
+          "a",
+          {
+            href: "https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens",
+            rel: "noreferrer",
+          },
+          "nostalgebraist 2020",
+        ),
+        "), it shows the answer taking shape. The last line is what the model says.",
+      ),
+      element(
+        "div.scroller",
+        { tabindex: 0, role: "group", "aria-label": "Predictions after each layer" },
+        table,
+      ),
+      element("p", {}, end),
+    );
   }
 }
 
@@ -184,54 +248,17 @@ export class InsideView {
 function mostPointed(layers) {
   let best = [layers.length - 1, 0];
   let most = -1;
-  layers.forEach((layer, l) => layer.attention.forEach((weights, h) => {
-    const top = Math.max(...weights.slice(0, -3), 0);
-    if (top > most) [most, best] = [top, [l, h]];
-  }));
+  layers.forEach((layer, l) =>
+    layer.attention.forEach((weights, h) => {
+      const top = Math.max(...weights.slice(0, -3), 0);
+      if (top > most) [most, best] = [top, [l, h]];
+    }),
+  );
   return best;
 }
 
 function largestOf(values, n) {
-  return Array.from(values.keys()).sort((a, b) => values[b] - values[a]).slice(0, n);
-}
-
-/** Draw one head's attention over the last characters. */
-function smallHead(weights) {
-  const n = Math.min(weights.length, SMALL);
-  const [width, height] = [112, 40];
-  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
-  const x = (i) => 4 + ((i - (weights.length - n)) * (width - 8)) / Math.max(n - 1, 1);
-  drawing.append(svg("line.base", { x1: 4, x2: width - 4, y1: height - 5, y2: height - 5 }));
-  const end = n === 1 ? width - 4 : x(weights.length - 1);
-  for (let i = weights.length - n; i < weights.length - 1; i++) {
-    if (weights[i] > 0.01) drawing.append(arc(x(i), end, height - 5, height - 9, weights[i]));
-  }
-  const self = svg("circle.self", { cx: end, cy: height - 5, r: 1.5 + 2.5 * Math.sqrt(weights.at(-1)) });
-  drawing.append(self);
-  return drawing;
-}
-
-function arcHeight(from, to, most) {
-  return Math.min(most, 12 + (to - from) * 0.55);
-}
-
-/** Draw a line from a character to an earlier one; the more attention, the stronger. */
-function arc(from, to, y, most, weight) {
-  const top = y - arcHeight(from, to, most);
-  const line = svg("path.arc", { d: `M${to.toFixed(1)},${y} C${to.toFixed(1)},${top.toFixed(1)} ${from.toFixed(1)},${top.toFixed(1)} ${from.toFixed(1)},${y}` });
-  line.style.strokeWidth = `${(0.6 + 3.4 * weight).toFixed(2)}px`;
-  line.style.opacity = Math.min(1, 0.12 + weight * 1.3).toFixed(2);
-  return line;
-}
-
-/** Draw numbers as coloured cells: one colour above zero, another below. */
-function strip(values, largest, label) {
-  const [width, height] = [values.length * 4, 18];
-  const drawing = svg("svg.strip-cells", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `${values.length} numbers of ${label}` });
-  values.forEach((value, i) => {
-    const cell = svg(value < 0 ? "rect.below" : "rect.above", { x: 4 * i, y: 0, width: 4, height });
-    cell.style.opacity = Math.min(1, Math.abs(value) / (0.6 * largest)).toFixed(2);
-    drawing.append(cell);
-  });
-  return drawing;
+  return Array.from(values.keys())
+    .sort((a, b) => values[b] - values[a])
+    .slice(0, n);
 }

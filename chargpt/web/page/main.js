@@ -3,4 +3,6 @@
 import { LocalEngine } from "../engine/local_engine.js";
 import { Page, showTrouble } from "./page.js";
 
-LocalEngine.open().then((engine) => new Page(engine).start()).catch(showTrouble);
+LocalEngine.open()
+  .then((engine) => new Page(engine).start())
+  .catch(showTrouble);

@@ -10,12 +10,22 @@ import { bits, byId, element, nameOf, percent, signOf } from "./dom.js";
 export function showOdds(record, { characterOf, endId, onBranch }) {
   const name = nameOf(characterOf(record.id));
   const what = record.given ? "The text continued with" : "Drawn:";
-  const head = element("p.odds-head", {},
+  const head = element(
+    "p.odds-head",
+    {},
     signOf(characterOf(record.id), "span.big"),
-    element("span", {}, `${what} ${name}. `, element("b", {}, percent(record.p)), ` = ${bits(record.p).toFixed(1)} bits of surprise.`));
+    element(
+      "span",
+      {},
+      `${what} ${name}. `,
+      element("b", {}, percent(record.p)),
+      ` = ${bits(record.p).toFixed(1)} bits of surprise.`,
+    ),
+  );
   const drawn = new Map(record.drawn ? record.drawn.ids.map((id, i) => [id, record.drawn.p[i]]) : []);
   const rows = record.top.ids.map((id, i) => ({ id, p: record.top.p[i], drawn: drawn.get(id) ?? 0 }));
-  if (!record.top.ids.includes(record.id)) rows.push({ id: record.id, p: record.p, drawn: drawn.get(record.id) ?? 0 });
+  if (!record.top.ids.includes(record.id))
+    rows.push({ id: record.id, p: record.p, drawn: drawn.get(record.id) ?? 0 });
   const largest = Math.max(...rows.map((row) => Math.max(row.p, row.drawn)));
   const list = element("ul.bars");
   for (const row of rows) {
@@ -31,11 +41,34 @@ export function showOdds(record, { characterOf, endId, onBranch }) {
       bar.append(mark);
     }
     const character = nameOf(characterOf(row.id));
-    const content = [signOf(characterOf(row.id)), bar, element("span.number", { "aria-hidden": "true" }, percent(row.p))];
+    const content = [
+      signOf(characterOf(row.id)),
+      bar,
+      element("span.number", { "aria-hidden": "true" }, percent(row.p)),
+    ];
     const label = `${character}, ${percent(row.p)}`;
-    list.append(element(isThis ? "li.this" : "li", {}, canBranch
-      ? element("button", { type: "button", "aria-label": `Continue with ${label} instead`, title: `Continue with ${character} instead`, click: () => onBranch(record.index, row.id) }, ...content)
-      : element("span.row", { "aria-label": isThis ? `${label}, in the text` : label, role: "img" }, ...content)));
+    list.append(
+      element(
+        isThis ? "li.this" : "li",
+        {},
+        canBranch
+          ? element(
+              "button",
+              {
+                type: "button",
+                "aria-label": `Continue with ${label} instead`,
+                title: `Continue with ${character} instead`,
+                click: () => onBranch(record.index, row.id),
+              },
+              ...content,
+            )
+          : element(
+              "span.row",
+              { "aria-label": isThis ? `${label}, in the text` : label, role: "img" },
+              ...content,
+            ),
+      ),
+    );
   }
   const about = record.drawn
     ? "Bars: the model's odds. Lines: the odds after the settings, from which it was drawn. Click a character to continue the text with it."

@@ -24,7 +24,11 @@ export class Page {
     this.tokenizer = new Tokenizer(facts.characters, facts.end_of_text_id);
     this.characterOf = (id) => (id === facts.end_of_text_id ? "" : facts.characters[id]);
     this.text = new TextView({ onLook: (index, selected) => this.look(index, selected) });
-    this.inside = new InsideView({ characterOf: this.characterOf, nLayer: facts.config.n_layer, nHead: facts.config.n_head });
+    this.inside = new InsideView({
+      characterOf: this.characterOf,
+      nLayer: facts.config.n_layer,
+      nHead: facts.config.n_head,
+    });
     this.path = [];
     this.ids = [];
     this.records = [];
@@ -38,29 +42,44 @@ export class Page {
     const { facts } = this.engine;
     const hasEndOfText = facts.end_of_text_id !== null;
     byId("lead").textContent = lead(facts);
-    byId("prompt-about").textContent = `The text to continue. The model reads at most its last ${count(facts.config.block_size)} characters.`
-      + (hasEndOfText ? " Every text starts as a document starts." : "");
+    byId("prompt-about").textContent =
+      `The text to continue. The model reads at most its last ${count(facts.config.block_size)} characters.` +
+      (hasEndOfText ? " Every text starts as a document starts." : "");
     showModel(facts.config);
     showCharacters(facts.characters, hasEndOfText);
     showLearned(facts.run);
     buildKnobs(() => this.describeSettings());
     this.listen();
     const state = fromHash(location.hash, facts.config.vocab_size);
-    await this.restore(state ?? { prompt: "", settings: readKnobs(), path: [], selected: null, colour: false });
+    await this.restore(
+      state ?? { prompt: "", settings: readKnobs(), path: [], selected: null, colour: false },
+    );
     await this.checkArithmetic();
   }
 
   listen() {
-    byId("controls").addEventListener("submit", (event) => { event.preventDefault(); this.write(); });
+    byId("controls").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.write();
+    });
     byId("prompt").addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); this.write(); }
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+        event.preventDefault();
+        this.write();
+      }
     });
     byId("prompt").addEventListener("input", () => this.readPrompt());
     byId("stop").addEventListener("click", () => this.stopper?.abort());
     byId("again").addEventListener("click", () => this.write());
-    byId("another").addEventListener("click", () => { setKnob("seed", (readKnobs().seed + 1) % 2 ** 32); this.write(); });
+    byId("another").addEventListener("click", () => {
+      setKnob("seed", (readKnobs().seed + 1) % 2 ** 32);
+      this.write();
+    });
     byId("more").addEventListener("click", () => this.extend({ at: this.ids.length, id: null }));
-    byId("colour").addEventListener("change", () => { this.text.setColour(byId("colour").checked); this.saveState(); });
+    byId("colour").addEventListener("change", () => {
+      this.text.setColour(byId("colour").checked);
+      this.saveState();
+    });
     byId("copy").addEventListener("click", () => copy(this.tokenizer.decode(this.ids), "copy"));
     byId("link").addEventListener("click", () => copy(location.href, "link"));
     window.addEventListener("hashchange", () => {
@@ -78,7 +97,10 @@ export class Page {
   /** Read the prompt; say which of its characters the model does not know. */
   readPrompt() {
     const { ids, unknown } = this.tokenizer.encode(byId("prompt").value);
-    const names = unknown.slice(0, 8).map((c) => `“${nameOf(c)}” (${codePoint(c)})`).join(", ");
+    const names = unknown
+      .slice(0, 8)
+      .map((c) => `“${nameOf(c)}” (${codePoint(c)})`)
+      .join(", ");
     byId("unknown").textContent = unknown.length
       ? `The model has never seen ${names}${unknown.length > 8 ? " and others" : ""}: it knows only the ${count(this.tokenizer.characters.length)} characters at the end of this page. They are left out.`
       : "";
@@ -87,7 +109,13 @@ export class Page {
 
   /** Write from the prompt with the settings of the controls. */
   write() {
-    return this.restore({ prompt: byId("prompt").value, settings: readKnobs(), path: [], selected: null, colour: byId("colour").checked });
+    return this.restore({
+      prompt: byId("prompt").value,
+      settings: readKnobs(),
+      path: [],
+      selected: null,
+      colour: byId("colour").checked,
+    });
   }
 
   /** Write the text of a state. */
@@ -162,7 +190,11 @@ export class Page {
   async continueText(n, signal) {
     const from = this.records.length;
     return this.engine.write({
-      ids: this.ids, from, n, settings: this.settings, signal,
+      ids: this.ids,
+      from,
+      n,
+      settings: this.settings,
+      signal,
       onRecords: (records) => this.addRecords(records),
     });
   }
@@ -201,7 +233,11 @@ export class Page {
   /** Keep a link to the text, so that the user can come back to it. */
   remember() {
     const words = this.tokenizer.decode(this.ids).trim().replace(/\s+/g, " ");
-    const link = element("a", { href: this.hash(), dir: "auto" }, words.length > 60 ? `${words.slice(0, 60)}…` : words || "(nothing)");
+    const link = element(
+      "a",
+      { href: this.hash(), dir: "auto" },
+      words.length > 60 ? `${words.slice(0, 60)}…` : words || "(nothing)",
+    );
     const list = byId("earlier-list");
     list.prepend(element("li", {}, link));
     if (list.children.length > MOST_EARLIER) list.lastElementChild.remove();
@@ -225,7 +261,11 @@ export class Page {
     if (index === null || index >= this.ids.length) return showNoOdds("Select a character of the text.");
     const record = this.records[index];
     if (!record) return this.lookAtNothing(index);
-    showOdds(record, { characterOf: this.characterOf, endId: this.engine.facts.end_of_text_id, onBranch: (at, id) => this.extend({ at, id }) });
+    showOdds(record, {
+      characterOf: this.characterOf,
+      endId: this.engine.facts.end_of_text_id,
+      onBranch: (at, id) => this.extend({ at, id }),
+    });
     if (selected) {
       this.text.announce(record, this.characterOf);
       this.saveState();
@@ -235,16 +275,21 @@ export class Page {
   }
 
   lookAtNothing(index) {
-    const sentence = index === 0
-      ? "Nothing stands before the first character, so the model did not predict it."
-      : "This character is too far back: the model did not read what stands before it.";
+    const sentence =
+      index === 0
+        ? "Nothing stands before the first character, so the model did not predict it."
+        : "This character is too far back: the model did not read what stands before it.";
     showNoOdds(sentence);
     this.inside.showNothing(sentence);
   }
 
   async lookInside(record) {
     try {
-      const inspection = await this.engine.inspect({ ids: this.ids, index: record.index, first: record.first });
+      const inspection = await this.engine.inspect({
+        ids: this.ids,
+        index: record.index,
+        first: record.first,
+      });
       if (this.text.selected === record.index) this.inside.show(inspection, record);
     } catch (error) {
       showTrouble(error);
@@ -262,16 +307,23 @@ export class Page {
   }
 
   hash() {
-    return toHash({ prompt: this.prompt, settings: this.settings, path: this.path, selected: this.text.selected, colour: byId("colour").checked });
+    return toHash({
+      prompt: this.prompt,
+      settings: this.settings,
+      path: this.path,
+      selected: this.text.selected,
+      colour: byId("colour").checked,
+    });
   }
 
   /** Compare the page's arithmetic with PyTorch's, and say the result. */
   async checkArithmetic() {
-    const { largestDifference, tolerance, passed, charactersPerSecond, backend } = await this.engine.selfTest();
+    const { largestDifference, tolerance, passed, charactersPerSecond, backend } =
+      await this.engine.selfTest();
     byId("self-test").textContent = passed
-      ? `Checked: the model of this page and the trained one in PyTorch agree; on ten texts their logits differ by at most ${largestDifference.toPrecision(2)} (allowed: ${tolerance}). `
-        + `This device computes ${count(charactersPerSecond)} characters per second (${backend}).`
-      : `The page does NOT compute what the trained model does: logits differ by ${largestDifference.toPrecision(3)} (allowed: ${tolerance}). Do not trust its texts on this device.`;
+      ? `Checked: the model of this page and the trained one in PyTorch agree; on ten texts their logits differ by at most ${largestDifference.toPrecision(2)} (allowed: ${tolerance.toPrecision(2)}). ` +
+        `This device computes ${count(charactersPerSecond)} characters per second (${backend}).`
+      : `The page does NOT compute what the trained model does: logits differ by ${largestDifference.toPrecision(3)} (allowed: ${tolerance.toPrecision(2)}). Do not trust its texts on this device.`;
     byId("self-test").classList.toggle("warning", !passed);
   }
 }
@@ -291,5 +343,7 @@ async function copy(text, id) {
   } catch {
     button.textContent = "The browser did not allow it";
   }
-  setTimeout(() => { button.textContent = label; }, 1500);
+  setTimeout(() => {
+    button.textContent = label;
+  }, 1500);
 }

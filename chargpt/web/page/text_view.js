@@ -78,14 +78,18 @@ export class TextView {
   /** Say what is selected to people who cannot see it. */
   announce(record, characterOf) {
     const character = nameOf(characterOf(record.id));
-    this.pick.setAttribute("aria-valuetext", `character ${record.index + 1}: ${character}, ${percent(record.p)}`);
+    this.pick.setAttribute(
+      "aria-valuetext",
+      `character ${record.index + 1}: ${character}, ${percent(record.p)}`,
+    );
   }
 
   show(span) {
     // Only the box scrolls, not the page.
     const [top, bottom] = [span.offsetTop, span.offsetTop + span.offsetHeight];
     if (top < this.box.scrollTop) this.box.scrollTop = top - 8;
-    else if (bottom > this.box.scrollTop + this.box.clientHeight) this.box.scrollTop = bottom - this.box.clientHeight + 8;
+    else if (bottom > this.box.scrollTop + this.box.clientHeight)
+      this.box.scrollTop = bottom - this.box.clientHeight + 8;
   }
 
   point(event) {
@@ -133,7 +137,12 @@ export class TextView {
   buildLegend() {
     const legend = byId("legend");
     legend.append("Bits of surprise: ");
-    LEVELS.forEach((least, i) => legend.append(element("span", { "data-level": i + 1 }, i + 1 === LEVELS.length ? `${least}+` : String(least)), " "));
+    LEVELS.forEach((least, i) =>
+      legend.append(
+        element("span", { "data-level": i + 1 }, i + 1 === LEVELS.length ? `${least}+` : String(least)),
+        " ",
+      ),
+    );
     legend.append("1 bit is a coin flip; 6 bits are one of 64 equally likely characters.");
   }
 }
