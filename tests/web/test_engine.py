@@ -294,6 +294,20 @@ def test_the_self_test_passes(opened: Any, simd: bool, backend: str) -> None:
     assert result["charactersPerSecond"] > 0
 
 
+def test_the_self_test_waits_for_a_text_that_is_written(opened: Any) -> None:
+    page, _, _ = opened
+    together = """async (settings) => {
+      const engine = await parts.LocalEngine.open();
+      const ends = [];
+      const task = {ids: [1], from: 1, n: 300, settings, onRecords: () => {}};
+      const text = engine.write(task).then(() => ends.push("text"));
+      const test = engine.selfTest().then(({passed}) => ends.push(passed));
+      await Promise.all([text, test]);
+      return ends;
+    }"""
+    assert page.evaluate(together, DRAWN) == ["text", True]
+
+
 def test_the_self_test_finds_a_damaged_page(opened: Any) -> None:
     page, _, _ = opened
     damage = """() => {
