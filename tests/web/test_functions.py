@@ -87,6 +87,12 @@ def test_top_k_keeps_exactly_k_of_equal_logits(page: Any) -> None:
     assert page.evaluate(call) == 4
 
 
+def test_one_token_is_left_by_any_filter(page: Any) -> None:
+    call = """() => [...parts.filterLogits(new Float32Array([1, 3, 2]),
+      {temperature: 1, topK: 0, topP: 0, minP: 1})].map((x) => x === -Infinity ? null : x)"""
+    assert page.evaluate(call) == [None, 0, None]
+
+
 def test_draws_equal_python(page: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(50, 13, generator=generator) * 2
