@@ -11,7 +11,7 @@ import pytest
 
 import chargpt
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.export.html import make_page
+from chargpt.export.web_page import make_page
 from chargpt.model import GPT2
 
 CHROMIUM = Path("/usr/bin/chromium")
