@@ -8,7 +8,7 @@ ARGS   ?=
 # Short tests of the promises in docs/reliability.md; `make test` runs them, too.
 PROMISES := tests/runs tests/reliability
 
-.PHONY: train test test-slow test-reliability test-kernels check clean
+.PHONY: train test test-slow test-reliability test-kernels test-transformers4 check clean
 
 train: $(VENV)/installed
 	$(BIN)/chargpt train $(if $(filter --resume,$(subst --resume auto,,$(ARGS))),,--preset speedrun) $(ARGS)
@@ -27,6 +27,11 @@ test-reliability: $(VENV)/installed-dev
 test-kernels: $(VENV)/installed
 	tests/kernels/sanitize.sh $(BIN)/python
 
+# Python looks into PYTHONPATH first, so that the older packages hide those of the environment.
+test-transformers4: $(VENV)/transformers4/installed
+	PYTHONPATH=$(<D) $(BIN)/python -c 'import transformers; assert transformers.__version__[:2] == "4."'
+	PYTHONPATH=$(<D) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/export/test_huggingface.py $(ARGS)
+
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +47,11 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP) install -r requirements-dev.txt
+	touch $@
+
+$(VENV)/transformers4/installed: tests/export/requirements-transformers4.txt $(VENV)/installed-dev
+	rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) -r $<
 	touch $@
 
 clean:

@@ -19,6 +19,7 @@ import chargpt.train
 from chargpt import GPT2
 from chargpt.config import Preset
 from chargpt.engine.scoring import evaluate
+from chargpt.runs.folder import load
 from chargpt.train import TrainResult
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -28,6 +29,7 @@ sys.path.insert(0, str(FOLDER))
 
 import busy_neighbour  # noqa: E402
 import curves  # noqa: E402
+import onnx_speed  # noqa: E402
 import protocols  # noqa: E402
 import seeds  # noqa: E402
 
@@ -330,3 +332,22 @@ def test_the_table_has_every_job(
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row[:24].strip() for row in rows] == jobs
     assert rows[-1][24:].split() == ["1", f"{speed:,.0f}", f"{speed:,.0f}", "(100%)"]
+
+
+# --- ONNX Runtime
+
+
+def test_onnx_runtime_writes_beside_chargpt(
+    result: TrainResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    write = onnx_speed.onnx_writer(load(result.run), int8=False)
+    assert len(write(3 * SMALL.block_size)) == 1 + 3 * SMALL.block_size
+    onnx_speed.main([str(result.run), "--characters", "5", "--rounds", "2"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row[:20].strip() for row in rows] == [
+        "chargpt", "PyTorch's layers", "ONNX Runtime", "ONNX Runtime, int8",
+    ]  # fmt: skip
+    assert all(row.endswith("×") for row in rows)

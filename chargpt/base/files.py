@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +42,32 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `out`, which becomes `out` at the end, or is removed.
+
+    Raises:
+        UserError: `out` exists and is not an empty folder, or cannot be made.
+    """
+    try:
+        if not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+            raise UserError(f"{out} exists: give the name of a new folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(f".{out.name:.200}.{secrets.token_hex(4)}.part")
+        part.mkdir()
+        try:
+            yield part
+            if out.exists():
+                out.rmdir()  # an empty one; Windows cannot replace it
+            rename(part, out)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): give a folder") from error
+    sync_folder(out.parent)
 
 
 def rename(source: Path, target: Path) -> None:

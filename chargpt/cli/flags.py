@@ -163,7 +163,7 @@ def preset_configs(name: str) -> dict[str, Any]:
 
 
 def saved_configs(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return a run's configurations, by the names of `CONFIG_CLASSES`, and its texts.
+    """Return a run's configurations, by the names of `CONFIG_CLASSES`, and its texts, if any.
 
     A run that is damaged or has another format is a UserError.
     """
@@ -173,4 +173,4 @@ def saved_configs(run: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     configs = {name: getattr(config, name) for name in CONFIG_CLASSES}
     # 0 takes the vocabulary from the text, and the text must be the run's.
     configs["model_config"] = config.model_config.replace(vocab_size=0)
-    return configs, text_sources(config)
+    return configs, () if config.imported_from else text_sources(config)

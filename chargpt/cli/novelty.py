@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chargpt.base.checks import from_dict
+from chargpt.base.errors import UserError
 from chargpt.cli import flags, shared
 from chargpt.cli.shared import flag
 from chargpt.config import SampleConfig
@@ -57,7 +58,13 @@ def run(command: Any) -> int:
 
 def _write_samples(command: Any, config: SampleConfig) -> list[str]:
     from chargpt.generate import complete
+    from chargpt.measure.novelty import NEEDS_TEXT
+    from chargpt.runs.folder import read_config, text_sources
 
+    try:
+        text_sources(read_config(command.run))  # before the model writes for seconds
+    except UserError as error:
+        raise UserError(f"{error}: {NEEDS_TEXT}") from error
     model, tokenizer = shared.load_model(command)
     n, length = config.num_samples, config.max_new_tokens
     shared.print_progress(f"writing {n:,} texts of at most {length:,} characters")

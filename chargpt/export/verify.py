@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from chargpt.base.errors import UserError, VerificationError
-from chargpt.base.files import rename, sync_folder
+from chargpt.base.errors import VerificationError
 from chargpt.model import GPT2, evaluating
 
 Floats = npt.NDArray[np.float32]
@@ -77,29 +72,3 @@ def greedy(logits: LogitsOf, ids: Sequence[int], n: int, block_size: int) -> lis
     for _ in range(n):
         written.append(int(logits(written[-block_size:])[-1].argmax()))
     return written[len(ids) :]
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `out`, which becomes `out` at the end, or is removed.
-
-    Raises:
-        UserError: `out` exists and is not an empty folder, or cannot be made.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists: give the name of a new folder")
-    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
-    try:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            part.mkdir()
-            yield part
-            if out.exists():
-                out.rmdir()  # an empty one; Windows cannot replace it
-            rename(part, out)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written ({error.strerror}): give a folder") from error
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    sync_folder(out.parent)

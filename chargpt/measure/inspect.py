@@ -83,9 +83,10 @@ def _inspect(folder: Path) -> list[Finding]:
         except UserError as error:
             findings.append(Finding(part, False, str(error)))
 
-    model = None
+    model, imported = None, False
     with suppress(UserError):  # config.json has its own finding
-        model = read_config(folder).model_config
+        config = read_config(folder)
+        model, imported = config.model_config, config.imported_from is not None
     look(_config, CONFIG)
     look(_tokenizer, TOKENIZER)
     for which in get_args(CheckpointName):
@@ -93,7 +94,7 @@ def _inspect(folder: Path) -> list[Finding]:
         for checkpoint in folders:
             if not checkpoint.name.endswith(".new"):
                 look(_checkpoint, checkpoint.name)
-        if which == "last" and not folders:
+        if which == ("best" if imported else "last") and not folders:
             findings.append(Finding(which, False, "it is missing"))
     for part, check in ((METRICS, _metrics), (SUMMARY, _summary)):
         if (folder / part).exists():

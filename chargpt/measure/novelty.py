@@ -27,6 +27,7 @@ from chargpt.measure.scorecard import training_corpus
 from chargpt.runs.folder import read_config
 
 THRESHOLDS = (20, 40, 80)
+NEEDS_TEXT = "novelty needs the text that the run was trained on"
 _EXCERPT = 60  # characters of a copy that the table shows
 _ROUGH = 5000  # with fewer characters, a single copy changes the shares by percents
 _LEAST_PIECE = 100  # characters per piece of held-out text, however short the samples are
@@ -407,7 +408,7 @@ def novelty_of_run(
     try:
         corpus = training_corpus(config, report)
     except UserError as error:
-        raise UserError(f"{error}: novelty needs the text that the run was trained on") from error
+        raise UserError(f"{error}: {NEEDS_TEXT}") from error
     length = max(sum(map(len, texts)) // len(texts), _LEAST_PIECE)
     validation = TrainingText(corpus.validation, corpus.tokenizer)
     held_out = _held_out_pieces(validation, held_out_characters, length)

@@ -43,10 +43,16 @@ class RunConfig:
     train_config: TrainConfig
     data_config: DataConfig
     sources: tuple[str, ...]
-    """The texts as the user named them."""
+    """The texts as the user named them; empty for an imported model."""
     text: TextFacts
     environment: dict[str, Any]
     """Versions, processor, device, precision, kernels: another one may round differently."""
+
+    @property
+    def imported_from(self) -> str | None:
+        """Where the model was trained, for a run without a text; None: here, by `train`."""
+        origin = self.environment.get("imported_from") or "elsewhere"
+        return None if self.sources else str(origin)[:80]
 
 
 _PARTS: dict[str, type[Any]] = {
@@ -72,14 +78,16 @@ def load(
     Args:
         run: the folder; nothing else is needed.
         which: the checkpoint of the lowest validation loss, or the last one. A run that was
-            stopped before its first evaluation has only a last one, which then serves for both.
+            stopped before its first evaluation has only a last one, which then serves for both;
+            an imported run has only a best one.
         device: where to put the model.
 
     Raises:
         UserError: not a run folder, a missing or damaged checkpoint, or another format.
     """
     folder = Path(run)
-    config = read_config(folder).model_config
+    run_config = read_config(folder)
+    config = run_config.model_config
     tokenizer = read_tokenizer(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -87,7 +95,7 @@ def load(
             f"{config.vocab_size}: the run is damaged"
         )
     if not has_checkpoint(folder, which):
-        which = "last"
+        which = "best" if run_config.imported_from else "last"
     weights = find_checkpoint(folder, which) / MODEL
     check_model_file(weights, config)
     with own_random_state():
@@ -138,7 +146,10 @@ def text_sources(config: RunConfig) -> tuple[str, ...]:
 
     Raises:
         UserError: one is a device or a pipe, which may never end; a user may still give it by name.
+            Or the run was imported and names none; the caller adds the remedy.
     """
+    if config.imported_from:
+        raise UserError(f"the run was imported from {config.imported_from}, without a text")
     for source in config.sources:
         try:
             path = Path(source).expanduser()

@@ -72,7 +72,12 @@ def _check_folder(folder: Path, resume: Resume) -> None:
             f"{folder} has no run to resume: check --out, or give --resume auto to start one"
         )
     if has_run:
-        read_config(folder)  # others have files of this name, too
+        origin = read_config(folder).imported_from  # others have files of this name, too
+        if resume and origin:
+            raise UserError(
+                f"{folder} was imported from {origin}, without a text and an optimizer to resume "
+                "with: train a new model with another --out"
+            )
     if has_run and not resume:
         raise UserError(f"{folder} already has a run: give another --out, or --resume")
     if not has_run and not _is_free(folder):
