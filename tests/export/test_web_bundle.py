@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import chargpt
 from chargpt.export.web_bundle import (
     BundleError,
     data_text,
@@ -79,6 +81,13 @@ def test_what_the_joiner_does_not_understand_is_refused(
     write_modules(tmp_path, main=main, a=GOOD)
     with pytest.raises(BundleError, match=problem):
         join_modules(tmp_path, "main.js")
+
+
+def test_the_two_scripts_of_the_page_use_every_module() -> None:
+    web = Path(chargpt.__file__).parent / "web"
+    scripts = join_modules(web, "page/main.js") + join_modules(web, "engine/worker.js")
+    joined = set(re.findall(r"^// --- (\S+\.js)$", scripts, re.MULTILINE))
+    assert joined == {path.relative_to(web).as_posix() for path in web.rglob("*.js")}
 
 
 def test_a_placeholder_in_a_value_is_not_filled() -> None:

@@ -62,12 +62,10 @@ def open_page(browser: Any) -> Iterator[Callable[[Path], Any]]:
 
 
 MODULES = {
-    "activations": ["ACTIVATIONS"],
-    "context": ["ContextPolicy"],
     "gpt2": ["GPT2"],
     "local_engine": ["LocalEngine"],
     "philox": ["philox", "uniform"],
-    "products": ["WASM", "multiply", "openProducts"],
+    "products": ["WASM", "openProducts"],
     "reader": ["Reader"],
     "sampling": ["draw", "filterLogits", "likeliest", "softmax"],
     "tokenizer": ["Tokenizer"],

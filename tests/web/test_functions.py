@@ -113,6 +113,11 @@ def test_the_likeliest_are_sorted_and_possible(page: Any) -> None:
     assert all_of_them["ids"] == [2, 4, 0, 3, 5]
 
 
+def test_a_browser_without_simd_gets_plain_javascript(page: Any) -> None:
+    call = "(bytes) => parts.openProducts(64, Uint8Array.from(bytes)).backend"
+    assert page.evaluate(call, [0, 97, 115, 109, 2, 0, 0, 0]) == "javascript"
+
+
 def test_text_becomes_ids_by_code_points(page: Any) -> None:
     call = """() => {
       const tokenizer = new parts.Tokenizer(["a", "é", "😀"], 3);

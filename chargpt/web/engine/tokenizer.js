@@ -5,7 +5,7 @@
 export class Tokenizer {
   /**
    * @param {string[]} characters
-   * @param {number | null} endOfTextId the token that ends a document; it is no character
+   * @param {number | null} endOfTextId the token that ends a document, if there is one
    */
   constructor(characters, endOfTextId) {
     this.characters = characters;
