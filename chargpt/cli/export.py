@@ -47,7 +47,7 @@ def run(command: Any) -> int:
             raise UserError(f"--{name} has no effect with --to {command.to}: leave it out")
     options: dict[str, Any] = {"which": command.which, "report": shared.print_progress}
     if command.to == "hf":
-        from chargpt.export.huggingface import export_hf
+        from chargpt.export.huggingface.folder import export_hf
 
         line = export_hf(command.run, command.out, push=command.push, **options)
     elif command.to == "onnx":

@@ -39,7 +39,7 @@ def run(command: Any) -> int:
     if command.source == "hf":
         if command.meta is not None:
             raise UserError("--meta has no effect with hf: leave it out")
-        from chargpt.export.huggingface import import_hf
+        from chargpt.export.huggingface.folder import import_hf
 
         line = import_hf(command.path, command.out)
     else:

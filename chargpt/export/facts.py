@@ -14,7 +14,6 @@ from chargpt.base.files import read_json
 from chargpt.base.terminal import visible
 from chargpt.compute.counts import parameters_of
 from chargpt.config import CheckpointName, SampleConfig
-from chargpt.data.corpus import Corpus
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.generate import complete
 from chargpt.measure.baselines import Baseline, baselines
@@ -68,7 +67,7 @@ class Facts:
     novelty: Novelty | None
     """How much the model's text repeats of its training text; None if not known."""
     note: str
-    """Why baselines or novelty are not known; empty if they are."""
+    """Why baselines or novelty are not known, for anybody to read; empty if they are."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as JSON values; a number that is not finite becomes None."""
@@ -100,14 +99,16 @@ def gather_facts(
     """
     config, summary = read_config(run), _summary(run)
     rows: tuple[Baseline, ...] = ()
-    novelty, note = None, ""
-    try:
-        corpus = _corpus(config, report)
-        report("measuring simple methods on the validation part, and how much the model copies")
-        rows = tuple(baselines(corpus.train, corpus.validation, corpus.tokenizer))
-        novelty = _novelty(run, model, tokenizer)
-    except UserError as error:
-        note = str(error)
+    novelty, note = None, _not_measured(config)
+    if not note:
+        try:
+            corpus = training_corpus(config, report)
+            report("measuring simple methods, and how much the model copies")
+            rows = tuple(baselines(corpus.train, corpus.validation, corpus.tokenizer))
+            novelty = _novelty(run, model, tokenizer)
+        except UserError as error:  # it names folders of this computer, which stay here
+            report(f"some figures are missing: {error}")
+            note = "the training text or a program was missing when it was exported"
     samples = read_samples(run)
     val_loss = summary.get("val_loss" if which == "best" else "final_val_loss")
     batch = config.train_config.batch_size * config.train_config.gradient_accumulation_steps
@@ -130,15 +131,13 @@ def gather_facts(
     )
 
 
-def _corpus(config: RunConfig, report: Callable[[str], None]) -> Corpus:
+def _not_measured(config: RunConfig) -> str:
+    """Return why a run's model is not measured; empty: it is."""
     if not config.sources:
-        raise UserError("the model was imported, so its training text is not known")
+        return "the model was made by another program"
     if config.text.n_characters > MOST_CHARACTERS:
-        raise UserError(
-            f"the training text has more than {MOST_CHARACTERS:,} characters: `chargpt eval` and "
-            "`chargpt novelty` measure it"
-        )
-    return training_corpus(config, report)
+        return f"the training text has more than {MOST_CHARACTERS:,} characters"
+    return ""
 
 
 def _novelty(run: Path, model: GPT2, tokenizer: CharTokenizer) -> Novelty:

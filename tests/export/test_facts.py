@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import QUICK, SMALL, words
 
 import chargpt
 from chargpt.export.facts import Facts, gather_facts
 from chargpt.measure.scorecard import score_run
 from chargpt.runs.report import read_metrics, read_samples
-from chargpt.train import TrainResult
+from chargpt.train import TrainResult, train
 
 pytest.importorskip("pydivsufsort")
 
@@ -45,13 +46,26 @@ def test_what_is_not_known_has_a_reason(result: TrainResult, tmp_path: Path) -> 
     assert (facts.training, facts.validation, facts.samples) == ((), (), ())
 
 
-def test_without_the_text_the_measurements_are_not_known(
-    result: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_text_is_not_measured(result: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chargpt.export.facts.MOST_CHARACTERS", 2999)
     facts = facts_of(result.run)
     assert (facts.baselines, facts.novelty) == ((), None)
     assert "2,999 characters" in facts.note
+
+
+def test_a_missing_text_is_reported_but_its_path_is_not_a_fact(tmp_path: Path) -> None:
+    text = tmp_path / "secret folder" / "hearts.txt"
+    text.parent.mkdir()
+    text.write_text(words(3000))
+    run = train(
+        str(text), model_config=SMALL, train_config=QUICK, out=tmp_path / "run", quiet=True
+    ).run
+    text.unlink()
+    lines: list[str] = []
+    facts = gather_facts(run, *chargpt.load(run), report=lines.append)
+    assert (facts.baselines, facts.novelty) == ((), None)
+    assert "secret folder" in lines[-1]
+    assert "secret" not in json.dumps(facts.to_json())
 
 
 def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:

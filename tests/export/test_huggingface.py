@@ -30,11 +30,12 @@ from chargpt.base.errors import UserError, VerificationError
 from chargpt.base.terminal import visible
 from chargpt.config import GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.export import hf_model, hf_tokenizer
 from chargpt.export.facts import gather_facts
-from chargpt.export.hf_import import load_hf
-from chargpt.export.huggingface import export_hf, import_hf
-from chargpt.export.model_card import model_card
+from chargpt.export.huggingface import mapping
+from chargpt.export.huggingface import tokenizer as hf_tokenizer
+from chargpt.export.huggingface.card import model_card
+from chargpt.export.huggingface.folder import export_hf, import_hf
+from chargpt.export.huggingface.reading import load_hf
 from chargpt.export.verify import greedy, logits_of
 from chargpt.generate import sample
 from chargpt.runs.folder import load
@@ -207,7 +208,7 @@ def test_end_of_text_cannot_be_typed_with_characters_of_the_vocabulary(exported:
     assert theirs.decode(ids, skip_special_tokens=True) == first
 
 
-@pytest.mark.parametrize("activation", hf_model.ACTIVATIONS)
+@pytest.mark.parametrize("activation", mapping.ACTIVATIONS)
 def test_every_activation_function_is_exported(tmp_path: Path, activation: Any) -> None:
     config = SHAPE.replace(activation_function=activation, block_size=32)
     make_run(tmp_path / "run", CharTokenizer("ab"), config)
@@ -465,7 +466,7 @@ def without_bias(tensors: Any, n_layer: int) -> Any:
     return result
 
 
-to_hf_tensors, to_hf_tokenizer = hf_model.to_hf_tensors, hf_tokenizer.to_hf_tokenizer
+to_hf_tensors, to_hf_tokenizer = mapping.to_hf_tensors, hf_tokenizer.to_hf_tokenizer
 
 
 def swapped(tokenizer: CharTokenizer) -> Any:
@@ -486,8 +487,8 @@ def without_decoder(tokenizer: CharTokenizer) -> Any:
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
-        (hf_model, "to_hf_tensors", transposed),
-        (hf_model, "to_hf_tensors", without_bias),
+        (mapping, "to_hf_tensors", transposed),
+        (mapping, "to_hf_tensors", without_bias),
         (hf_tokenizer, "to_hf_tokenizer", swapped),
         (hf_tokenizer, "to_hf_tokenizer", without_decoder),
     ],

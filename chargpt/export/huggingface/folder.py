@@ -18,13 +18,14 @@ from chargpt.base.files import new_folder, write_bytes, write_json, write_text
 from chargpt.compute.counts import count_parameters
 from chargpt.config import CheckpointName, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.export import hf_model, hf_tokenizer
 from chargpt.export.facts import gather_facts
-from chargpt.export.hf_hub import check_push
-from chargpt.export.hf_hub import push as upload
-from chargpt.export.hf_import import load_hf
-from chargpt.export.hf_verify import N_GREEDY, verify_hf
-from chargpt.export.model_card import model_card
+from chargpt.export.huggingface import mapping
+from chargpt.export.huggingface import tokenizer as hf_tokenizer
+from chargpt.export.huggingface.card import model_card
+from chargpt.export.huggingface.hub import check_push
+from chargpt.export.huggingface.hub import push as upload
+from chargpt.export.huggingface.reading import load_hf
+from chargpt.export.huggingface.verify import N_GREEDY, verify_hf
 from chargpt.model import GPT2
 from chargpt.runs.folder import load
 from chargpt.runs.imported import write_imported_run
@@ -65,7 +66,7 @@ def export_hf(
     if push is not None:
         check_push(push)
     model, tokenizer = load(run, which=which)
-    hf_model.refuse_inexpressible(model.config)
+    mapping.refuse_inexpressible(model.config)
     with new_folder(out) as folder:
         _write_model(folder, model, tokenizer)
         report(f"comparing with the run under transformers {transformers.__version__}")
@@ -87,9 +88,9 @@ def export_hf(
 def _write_model(folder: Path, model: GPT2, tokenizer: CharTokenizer) -> None:
     """Write all files but the card."""
     config = model.config
-    tensors = hf_model.to_hf_tensors(model_tensors(model), config.n_layer)
+    tensors = mapping.to_hf_tensors(model_tensors(model), config.n_layer)
     write_bytes(folder / "model.safetensors", to_bytes(tensors))
-    write_json(folder / "config.json", hf_model.to_hf_config(config, tokenizer))
+    write_json(folder / "config.json", mapping.to_hf_config(config, tokenizer))
     write_json(folder / "generation_config.json", _generation_config(model, tokenizer))
     text = hf_tokenizer.to_hf_tokenizer(tokenizer).to_str(pretty=True)
     write_text(folder / "tokenizer.json", text + "\n")

@@ -17,7 +17,7 @@ from chargpt.base.checks import from_dict
 from chargpt.base.errors import UserError
 from chargpt.config import ActivationFunction, GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.export.hf_tokenizer import end_of_text_text
+from chargpt.export.huggingface.tokenizer import end_of_text_text
 from chargpt.runs.weights import Tensors
 
 ACTIVATIONS: dict[ActivationFunction, str] = {

@@ -16,7 +16,7 @@ from chargpt.base.terminal import visible
 from chargpt.config import GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.export.facts import Facts
-from chargpt.export.hf_tokenizer import end_of_text_text
+from chargpt.export.huggingface.tokenizer import end_of_text_text
 
 _MOST_SAMPLE_CHARACTERS = 400
 _MOST_VOCABULARY_CHARACTERS = 400

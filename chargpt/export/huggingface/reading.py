@@ -21,7 +21,8 @@ from chargpt.base.files import MAX_JSON_BYTES
 from chargpt.base.seeding import own_random_state
 from chargpt.compute.counts import parameters_of
 from chargpt.config import GPT2Config
-from chargpt.export import hf_model, hf_tokenizer
+from chargpt.export.huggingface import mapping
+from chargpt.export.huggingface import tokenizer as hf_tokenizer
 from chargpt.model import GPT2
 from chargpt.runs.folder import MAX_TOKENIZER_BYTES, Loaded
 from chargpt.runs.weights import MAX_HEADER_BYTES, Tensors, load_model_tensors
@@ -44,8 +45,8 @@ def load_hf(folder: Path) -> Loaded:
     _refuse_other_folders(folder)
     values = _read_object(folder / CONFIG, MAX_JSON_BYTES)
     with _naming(folder / CONFIG):
-        config = hf_model.from_hf_config(values)
-        recorded = hf_model.recorded_config(values)
+        config = mapping.from_hf_config(values)
+        recorded = mapping.recorded_config(values)
     contents = _read_object(folder / TOKENIZER, MAX_TOKENIZER_BYTES)
     with _naming(folder / TOKENIZER):
         tokenizer, order = hf_tokenizer.from_hf_tokenizer(contents, values.get("eos_token_id"))
@@ -58,7 +59,7 @@ def load_hf(folder: Path) -> Loaded:
     has_bias = any(tensor.any() for name, tensor in tensors.items() if name.endswith(".bias"))
     if recorded is not None:
         config = recorded.replace(bias=recorded.bias or has_bias)
-    parameters = hf_model.from_hf_tensors(tensors, config.n_layer, bias=config.bias)
+    parameters = mapping.from_hf_tensors(tensors, config.n_layer, bias=config.bias)
     embedding = parameters["token_embedding.weight"]
     parameters["token_embedding.weight"] = embedding[torch.tensor(order)]
     with own_random_state():
@@ -164,7 +165,7 @@ def _full_names(weights: Any, config: GPT2Config) -> dict[str, str]:
             f"it has {n_parameters:,} parameters in {len(shapes):,} tensors, not the "
             f"{parameters_of(config):,} of {CONFIG}"
         )
-    expected = hf_model.hf_shapes(config)
+    expected = mapping.hf_shapes(config)
     wrong = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if head not in (None, expected["wte.weight"]):
         wrong.append(_HEAD)
