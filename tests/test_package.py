@@ -14,6 +14,9 @@ from variants import COMPILERS
 from chargpt.compute import build
 
 ROOT = Path(__file__).parent.parent
+CODE = {".py", ".cpp", ".h"}
+PAGE = {".html", ".css", ".js", ".wat", ".wasm"}
+KINDS = CODE | PAGE | {".json", ".typed"}
 
 
 def make_wheel(root: Path, folder: Path, **environment: str) -> tuple[Path, str]:
@@ -37,9 +40,9 @@ def test_the_wheel_runs_by_itself(tmp_path: Path) -> None:
     in_repository = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "chargpt").rglob("*.*")
-        if path.suffix in (".py", ".cpp", ".h", ".html", ".json", ".typed")
+        if path.suffix in KINDS
     }
-    assert {Path(name).suffix for name in in_repository} >= {".cpp", ".h", ".json", ".typed"}
+    assert {Path(name).suffix for name in in_repository} == KINDS
     assert {name for name in names if name.startswith("chargpt/")} == in_repository
     assert all(name.startswith("chargpt") for name in names)
     run = f"import sys; sys.path.insert(0, {str(site)!r}); from chargpt.cli.main import main; "

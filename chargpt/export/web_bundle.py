@@ -59,7 +59,8 @@ class _Module:
         self.exported: set[str] = set()
         self.imports: list[tuple[str, list[str]]] = []  # (path, names)
         lines = (self._read(line, path) for line in code.splitlines())
-        self.code = "\n".join(line for line in lines if line is not None).strip() + "\n"
+        code = "\n".join(line for line in lines if line is not None)
+        self.code = re.sub(r"\n{3,}", "\n\n", code).strip() + "\n"  # imports leave gaps
 
     def _read(self, line: str, path: str) -> str | None:
         """Return a line as it is in the script; None: it is not."""

@@ -61,7 +61,8 @@ def _round(matrix: npt.NDArray[np.float32], number_type: Literal["int8", "int16"
     # A row of zeros, or of numbers too small for a scale, becomes zeros.
     ratio = np.divide(matrix, scales, out=np.zeros_like(matrix), where=scales > 0)
     integers = np.rint(ratio).clip(-most, most)
-    return scales.tobytes() + integers.astype(np.dtype(number_type).newbyteorder("<")).tobytes()
+    stored = integers.astype(np.dtype(number_type).newbyteorder("<"))
+    return bytes(scales.tobytes() + stored.tobytes())
 
 
 def unpack(config: GPT2Config, tensors: list[dict[str, Any]], data: bytes) -> GPT2:

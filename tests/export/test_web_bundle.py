@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import chargpt
 from chargpt.export.web_bundle import (
     BundleError,
     data_text,
@@ -45,7 +47,7 @@ def test_a_file_can_be_embedded(tmp_path: Path) -> None:
     assert 'const WASM = "AGFzbQ==";' in join_modules(root, "main.js")
 
 
-GOOD = 'export const a = 1;\nconst [p, q] = [1, 2];\nlet r, s;\n'
+GOOD = "export const a = 1;\nconst [p, q] = [1, 2];\nlet r, s;\n"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,13 @@ def test_what_the_joiner_does_not_understand_is_refused(
         join_modules(tmp_path, "main.js")
 
 
+def test_the_two_scripts_of_the_page_use_every_module() -> None:
+    web = Path(chargpt.__file__).parent / "web"
+    scripts = join_modules(web, "page/main.js") + join_modules(web, "engine/worker.js")
+    joined = set(re.findall(r"^// --- (\S+\.js)$", scripts, re.MULTILINE))
+    assert joined == {path.relative_to(web).as_posix() for path in web.rglob("*.js")}
+
+
 def test_a_placeholder_in_a_value_is_not_filled() -> None:
     assert fill("<a>{{x}}</a>{{y}}", {"x": "{{y}}", "y": "1"}) == "<a>{{y}}</a>1"
 
@@ -104,5 +113,3 @@ def test_data_cannot_leave_its_element_and_keeps_its_value() -> None:
     text = data_text({"x": HOSTILE})
     assert json.loads(text) == {"x": HOSTILE}
     assert text.isascii() and not set("<>&\n") & set(text)
-
-

@@ -63,5 +63,3 @@ def test_a_damaged_weight_is_refused(value: float) -> None:
         model.final_norm.weight[2] = value
     with pytest.raises(UserError, match="final_norm.weight is NaN or infinite"):
         pack(model, "int16")
-
-

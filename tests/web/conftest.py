@@ -11,7 +11,7 @@ import pytest
 
 import chargpt
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.export.html import make_page
+from chargpt.export.web_page import make_page
 from chargpt.model import GPT2
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -62,12 +62,10 @@ def open_page(browser: Any) -> Iterator[Callable[[Path], Any]]:
 
 
 MODULES = {
-    "activations": ["ACTIVATIONS"],
-    "context": ["ContextPolicy"],
     "gpt2": ["GPT2"],
     "local_engine": ["LocalEngine"],
     "philox": ["philox", "uniform"],
-    "products": ["WASM", "multiply", "openProducts"],
+    "products": ["WASM", "openProducts"],
     "reader": ["Reader"],
     "sampling": ["draw", "filterLogits", "likeliest", "softmax"],
     "tokenizer": ["Tokenizer"],

@@ -14,8 +14,9 @@ from twin import shake
 
 from chargpt.config import ActivationFunction, GPT2Config, NormPlacement, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
+from chargpt.engine.decoder import PyTorchDecoder
+from chargpt.engine.scheduler import Engine
 from chargpt.export.web_weights import pack, unpack
-from chargpt.generate import complete
 from chargpt.model import GPT2, attention_weights, split_heads
 
 # No width is a multiple of 4, the number that a SIMD instruction computes.
@@ -58,7 +59,9 @@ def test_logits_equal_pytorch_for_all_kinds_of_model(open_engine: Callable[..., 
         assert (wasm["backend"], plain["backend"]) == ("wasm simd", "javascript")
         scale = np.abs(expected).max()
         for computed in (wasm["rows"], plain["rows"]):
-            np.testing.assert_allclose(computed, expected, rtol=0, atol=2e-6 * scale, err_msg=f"{config}")
+            np.testing.assert_allclose(
+                computed, expected, rtol=0, atol=2e-6 * scale, err_msg=str(config)
+            )
 
 
 # --- writing
@@ -121,19 +124,28 @@ def test_records_hold_the_probabilities_of_pytorch(opened: Any) -> None:
             assert record["drawn"]["p"] == pytest.approx(record["top"]["p"], abs=1e-5)
 
 
-def test_greedy_text_past_block_size_equals_python(opened: Any) -> None:
-    page, model, tokenizer = opened
-    config = SampleConfig(temperature=0, max_new_tokens=50)
-    for prompt in ("", "a"):
-        [expected] = complete(model, tokenizer, ["a"], config, kernels="off")
-        ids = tokenizer.encode("a").tolist()
-        written = write(page, ids, 50, GREEDY, start=1)
-        assert tokenizer.decode(ids_of(written)) == expected.text
-        assert written["end"] == expected.finish, prompt
+@pytest.mark.parametrize("block_size", [1, 2, 5, 7, 10])
+def test_text_past_block_size_is_read_as_python_reads_it(
+    open_engine: Callable[..., Any], tokenizer: CharTokenizer, block_size: int
+) -> None:
+    config = ODD.replace(vocab_size=tokenizer.vocab_size, block_size=block_size)
+    source = shake(GPT2(config), std=0.2)
+    written = write(open_engine(source, tokenizer), [1], 50, GREEDY, start=1)
+    engine = Engine(PyTorchDecoder(stored(source)[0], 1))
+    start = tokenizer.encode_prompt("")[:1] if tokenizer.end_of_text_id is not None else []
+    options = SampleConfig(temperature=0, max_new_tokens=50)
+    [sequence] = engine.add([*start, 1], options, [0], end_id=tokenizer.end_of_text_id)
+    firsts = []
+    while engine.active:
+        engine.step()
+        firsts.append(max(0, sequence.first - len(start)))
+    assert sequence.ids[len(start) + 1 :] == ids_of(written)
+    assert [record["first"] for record in written["records"]] == firsts[: len(ids_of(written))]
+    assert written["end"] == sequence.finish
 
 
 def test_a_text_depends_on_what_is_before_and_on_the_seed(opened: Any) -> None:
-    page, _, tokenizer = opened
+    page = opened[0]
     once, again = write(page, [], 40, DRAWN), write(page, [], 40, DRAWN)
     assert once == again
     assert ids_of(write(page, [], 40, DRAWN | {"seed": 8})) != ids_of(once)
@@ -162,7 +174,7 @@ def test_end_of_text_ends_a_text(open_engine: Callable[..., Any]) -> None:
 
 # --- stopping, and several jobs at the same time
 
-STOP_WRITER = """async ({facts, at, ids}) => {
+STOP_WRITER = """async ({facts, at, ids, settings}) => {
   const {config, tensors, weights} = facts;
   const model = new parts.GPT2(config, tensors, parts.fromBase64(weights), null);
   const stop = new AbortController();
@@ -171,7 +183,7 @@ STOP_WRITER = """async ({facts, at, ids}) => {
   model.read = (...task) => { read.apply(model, task); if (++reads === at) stop.abort(); };
   const tokenizer = new parts.Tokenizer([...'abcdefghijk'], null);
   const writer = new parts.Writer(new parts.Reader(model), tokenizer, config.block_size);
-  const task = {ids, from: ids.length, n: 1000, settings: {temperature: 1, topK: 0, topP: 1, minP: 0, seed: 0}};
+  const task = {ids, from: ids.length, n: 1000, settings};
   try {
     for await (const _ of writer.write(task, stop.signal));
   } catch { return reads; }
@@ -184,30 +196,35 @@ def test_a_stop_takes_effect_before_the_next_token(
 ) -> None:
     model, facts = stored(GPT2(ODD))
     page = open_engine(model, CharTokenizer(CHARACTERS))
-    assert page.evaluate(STOP_WRITER, {"facts": facts, "at": at, "ids": ids}) == at
+    task = {"facts": facts, "at": at, "ids": ids, "settings": DRAWN}
+    assert page.evaluate(STOP_WRITER, task) == at
 
 
-TOGETHER = """async ({ids, settings}) => {
+TOGETHER = """async ({ids, settings, questions}) => {
   const engine = await parts.LocalEngine.open();
   const stop = new AbortController();
   const seen = [];
   const task = {ids, from: ids.length, n: 1e6, settings};
+  let atStop = null;
   const end = await engine.write({...task, signal: stop.signal, onRecords: (records) => {
     seen.push(...records);
+    atStop ??= seen.length;
     stop.abort();
   }});
-  const atStop = seen.length;
   let started;
   const running = new Promise((resolve) => (started = resolve));
   const replaced = engine.write({...task, onRecords: () => started()});
   await running;
-  const question = {ids, index: ids.length, first: 0};
-  const inspected = [await engine.inspect(question)]; // while a text is written
+  const inspectAll = () => Promise.all(questions.map((question) => engine.inspect(question)));
+  const inspected = [await inspectAll()]; // while a text is written
   const last = [];
   const next = engine.write({...task, n: 60, onRecords: (records) => last.push(...records)});
-  inspected.push(...await Promise.all([engine.inspect(question), engine.inspect(question)]));
-  const ends = [end, await replaced, await next, await engine.write({...task, signal: stop.signal})];
-  inspected.push(await engine.inspect(question));
+  inspected.push(await inspectAll());
+  const refused = await engine.write({...task, signal: stop.signal});
+  const ends = [end, await replaced, await next, refused];
+  const alone = [];
+  for (const question of questions) alone.push(await engine.inspect(question));
+  inspected.push(alone);
   return {ends, seen, atStop, last, inspected: inspected.map((each) => JSON.stringify(each))};
 }"""
 
@@ -217,7 +234,9 @@ def test_jobs_stop_and_interleave_without_mixing(open_engine: Callable[..., Any]
     ids = [1, 2, 3]
     settings = DRAWN | {"topK": 3}
     alone = write(page, ids, 60, settings, start=3)
-    done = page.evaluate(TOGETHER, {"ids": ids, "settings": settings})
+    questions = [{"ids": each, "index": 9, "first": 0} for each in ([1] * 9, [2] * 9, [3] * 9)]
+    task = {"ids": ids, "settings": settings, "questions": questions}
+    done = page.evaluate(TOGETHER, task)
     assert done["ends"] == ["stopped", "stopped", "length", "stopped"]
     assert len(done["seen"]) == done["atStop"], "no record arrives after the stop"
     assert done["seen"][:60] == alone["records"][: len(done["seen"])]
@@ -230,7 +249,8 @@ def test_jobs_stop_and_interleave_without_mixing(open_engine: Callable[..., Any]
 INSPECT = """async (question) => {
   const engine = await parts.LocalEngine.open();
   const inside = await engine.inspect(question);
-  return JSON.parse(JSON.stringify(inside, (_, value) => ArrayBuffer.isView(value) ? [...value] : value));
+  const asList = (_, value) => ArrayBuffer.isView(value) ? [...value] : value;
+  return JSON.parse(JSON.stringify(inside, asList));
 }"""
 
 
@@ -258,7 +278,10 @@ def test_inspect_shows_what_pytorch_computes(
             q, k, _ = split_heads(attention.sublayer.qkv(attention.norm(x)), ODD.n_head)
             weights = attention_weights(q, k)[0, :, -1]  # (H, T)
             np.testing.assert_allclose(layer["attention"], weights, atol=1e-5)
-            for part, name in ((attention, "attentionNorm"), (block.feed_forward, "feedForwardNorm")):
+            for name, part in (
+                ("attentionNorm", block.attention),
+                ("feedForwardNorm", block.feed_forward),
+            ):
                 update = part.sublayer_norm(part.sublayer(part.norm(x)))[0, -1]
                 share = float(update.norm() / x[0, -1].norm())
                 assert layer[name] == pytest.approx(share, rel=1e-4)
@@ -284,6 +307,20 @@ def test_the_self_test_passes(opened: Any, simd: bool, backend: str) -> None:
     assert result["passed"] and 0 < result["largestDifference"] <= result["tolerance"]
     assert result["backend"] == backend
     assert result["charactersPerSecond"] > 0
+
+
+def test_the_self_test_waits_for_a_text_that_is_written(opened: Any) -> None:
+    page, _, _ = opened
+    together = """async (settings) => {
+      const engine = await parts.LocalEngine.open();
+      const ends = [];
+      const task = {ids: [1], from: 1, n: 300, settings, onRecords: () => {}};
+      const text = engine.write(task).then(() => ends.push("text"));
+      const test = engine.selfTest().then(({passed}) => ends.push(passed));
+      await Promise.all([text, test]);
+      return ends;
+    }"""
+    assert page.evaluate(together, DRAWN) == ["text", True]
 
 
 def test_the_self_test_finds_a_damaged_page(opened: Any) -> None:

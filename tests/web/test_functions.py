@@ -54,21 +54,25 @@ def test_uniform_numbers_have_53_bits_of_philox(page: Any) -> None:
     assert ((numbers >= 0) & (numbers < 1)).all()
 
 
+CHOICES = {
+    "temperature": (0.0, 1e-38, 0.7, 1.0, 3.0),
+    "top_k": (0, 1, 5, 99),
+    "top_p": (1.0, 0.6, 0.01),
+    "min_p": (0.0, 0.1, 1.0),
+}
 SETTINGS = [
-    dict(zip(("temperature", "top_k", "top_p", "min_p"), values, strict=True))
-    for values in itertools.product((0.0, 1e-38, 0.7, 1.0, 3.0), (0, 1, 5, 99), (1.0, 0.6, 0.01), (0.0, 0.1, 1.0))
-]  # fmt: skip
+    dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
+]
 
 
 def test_filters_equal_python(page: Any) -> None:
     logits = torch.randn(20, 17, generator=torch.Generator().manual_seed(0)) * 3
-    call = """([rows, settings]) => settings.map((each) => rows.map((row) =>
-      [...parts.filterLogits(Float32Array.from(row), each)].map((x) => x === -Infinity ? null : x)))"""
-    theirs = [
-        {"temperature": s["temperature"], "topK": s["top_k"], "topP": s["top_p"], "minP": s["min_p"]}
-        for s in SETTINGS
-    ]
-    computed = page.evaluate(call, [logits.tolist(), theirs])
+    call = """([rows, settings]) => settings.map(({temperature, top_k, top_p, min_p}) => {
+      const each = {temperature, topK: top_k, topP: top_p, minP: min_p};
+      return rows.map((row) => [...parts.filterLogits(Float32Array.from(row), each)]
+        .map((x) => x === -Infinity ? null : x));
+    })"""
+    computed = page.evaluate(call, [logits.tolist(), SETTINGS])
     for settings, rows in zip(SETTINGS, computed, strict=True):
         expected = filter_logits(logits, SampleConfig(**settings)).numpy()
         ours = np.array([[-np.inf if x is None else x for x in row] for row in rows])
@@ -81,6 +85,12 @@ def test_top_k_keeps_exactly_k_of_equal_logits(page: Any) -> None:
     call = """() => [...parts.filterLogits(new Float32Array(9),
       {temperature: 1, topK: 4, topP: 1, minP: 0})].filter((x) => x === 0).length"""
     assert page.evaluate(call) == 4
+
+
+def test_one_token_is_left_by_any_filter(page: Any) -> None:
+    call = """() => [...parts.filterLogits(new Float32Array([1, 3, 2]),
+      {temperature: 1, topK: 0, topP: 0, minP: 1})].map((x) => x === -Infinity ? null : x)"""
+    assert page.evaluate(call) == [None, 0, None]
 
 
 def test_draws_equal_python(page: Any) -> None:
@@ -101,6 +111,11 @@ def test_the_likeliest_are_sorted_and_possible(page: Any) -> None:
     three, all_of_them = page.evaluate(call, [0.1, 0, 0.4, 0.1, 0.3, 0.1])
     assert three == {"ids": [2, 4, 0], "p": [0.4, 0.3, 0.1]}
     assert all_of_them["ids"] == [2, 4, 0, 3, 5]
+
+
+def test_a_browser_without_simd_gets_plain_javascript(page: Any) -> None:
+    call = "(bytes) => parts.openProducts(64, Uint8Array.from(bytes)).backend"
+    assert page.evaluate(call, [0, 97, 115, 109, 2, 0, 0, 0]) == "javascript"
 
 
 def test_text_becomes_ids_by_code_points(page: Any) -> None:

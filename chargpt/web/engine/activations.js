@@ -1,6 +1,7 @@
 // The activation functions of the feed-forward layer, by their names in chargpt/config.py.
 
 const SQRT_2_OVER_PI = Math.sqrt(2 / Math.PI);
+const ERF = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592];
 
 /** @type {Record<string, (x: number) => number>} */
 export const ACTIVATIONS = {
@@ -16,7 +17,6 @@ export const ACTIVATIONS = {
 /** The error function, within 1.5e-7 (Abramowitz & Stegun 1964, formula 7.1.26). */
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  const polynomial =
-    t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
+  const polynomial = ERF.reduce((sum, coefficient) => (sum + coefficient) * t, 0);
   return Math.sign(x) * (1 - polynomial * Math.exp(-x * x));
 }

@@ -39,7 +39,9 @@ export class ContextPolicy {
 /** Returns the number of the first token in the context of token number `index`. */
 function contextStart(index, blockSize) {
   if (index <= blockSize) return 0;
-  const kept = Math.max(1, Math.round(blockSize / 2));
+  const half = blockSize / 2;
+  const rounded = Number.isInteger(half) ? half : 2 * Math.round(half / 2); // as Python rounds
+  const kept = Math.max(1, rounded);
   const step = blockSize + 1 - kept; // tokens between two re-readings
   return step * Math.ceil((index - blockSize) / step);
 }

@@ -1,17 +1,17 @@
-// GPT-2 ("Language Models are Unsupervised Multitask Learners", Radford et al. 2019, section 2.3), as in
-// chargpt/model.py, for one token at a time:
+// GPT-2 ("Language Models are Unsupervised Multitask Learners", Radford et al. 2019, section 2.3),
+// as in chargpt/model.py, for one token at a time:
 //
 //     id ─► token + position embedding ─► n_layer × block ─► LayerNorm ─► head ─► logits
 //
-// A block adds to the residual stream twice: first attention, the only layer where positions see each
-// other, then a feed-forward network. The keys and values of earlier positions are kept in a cache.
+// A block adds to the residual stream twice: first attention, the only layer where positions see
+// each other, then a feed-forward network. A cache keeps the keys and values of earlier positions.
 //
 // Shapes: T positions so far, C = d_model, H heads, D = C / H head size, F = d_ff, V vocabulary.
-// Vectors end in zeros up to a multiple of 4 where a product reads or writes them.
+// A vector or matrix ends in zeros up to a multiple of 4, because of how products are computed.
 
 import { ACTIVATIONS } from "./activations.js";
 import { openProducts } from "./products.js";
-import { Memory, bytesFor, decodeWeights, padded } from "./weights.js";
+import { Memory, decodeWeights, padded } from "./weights.js";
 
 const EPSILON = 1e-5; // in LayerNorm, against a division by 0
 
@@ -24,63 +24,68 @@ export class GPT2 {
    * @param {Uint8Array | null} wasm see `openProducts`
    */
   constructor(config, tensors, bytes, wasm) {
-    const size = bytesFor(tensors) + 4 * numbersToCompute(config);
-    const { buffer, multiply, backend } = openProducts(size, wasm);
     this.config = config;
+    this.activation = ACTIVATIONS[config.activation_function];
+    const counter = new Memory(null);
+    this.takeMemory(counter, tensors);
+    const { buffer, multiply, backend } = openProducts(counter.used, wasm);
     this.multiply = multiply;
     this.backend = backend;
-    const memory = new Memory(buffer);
-    this.weights = decodeWeights(tensors, bytes, memory);
-    this.activation = ACTIVATIONS[config.activation_function];
-    this.blocks = Array.from({ length: config.n_layer }, (_, i) => this.makeBlock(i, memory));
-    this.makeVectors(memory);
+    this.takeMemory(new Memory(buffer), tensors);
+    decodeWeights(tensors, bytes, this.weights);
+  }
+
+  /** Takes memory for the weights, the cache and the vectors that a forward pass writes. */
+  takeMemory(memory, tensors) {
+    const { block_size, d_model, d_ff, n_head, n_layer, vocab_size } = this.config;
+    this.weights = memory.tensors(tensors);
+    this.finalNorm = this.layer("final_norm");
+    this.blocks = Array.from({ length: n_layer }, (_, i) => this.makeBlock(i, memory));
+    this.stream = memory.vector(d_model); // the residual stream, (C,)
+    this.normed = memory.vector(d_model); // (C,)
+    this.update = memory.vector(d_model); // what a sublayer adds to the stream, (C,)
+    this.qkv = memory.vector(3 * d_model); // query, key and value of all heads, (3C,)
+    this.mixed = memory.vector(d_model + 3); // values mixed by attention, (C,); see `mix`
+    this.attended = memory.vector(block_size); // attention weights of a head, (T,)
+    this.hidden = memory.vector(d_ff); // (F,)
+    this.logits = memory.vector(vocab_size); // (V,)
+    const starts = Array.from({ length: n_head }, (_, head) => (head * d_model) / n_head);
+    this.queries = starts.map((start) => this.qkv.subarray(start)); // H × (D,) and what follows
+    this.mixedOfHead = starts.map((start) => this.mixed.subarray(start)); // the same
   }
 
   /** Collects the weights of a block, and takes memory for its keys and values. */
   makeBlock(i, memory) {
     const { block_size, d_model, n_head } = this.config;
     const D = d_model / n_head;
+    const heads = Array.from({ length: n_head });
     return {
       attention: this.residualLayer(`blocks.${i}.attention`, ["qkv", "projection"]),
       feedForward: this.residualLayer(`blocks.${i}.feed_forward`, ["expand", "projection"]),
-      keys: Array.from({ length: n_head }, () => memory.matrix(block_size, D)), // H × (T, D)
-      values: Array.from({ length: n_head }, () => memory.matrix(D, block_size)), // H × (D, T)
+      keys: heads.map(() => memory.matrix(block_size, D)), // H × (T, D)
+      values: heads.map(() => memory.matrix(D, block_size)), // H × (D, T)
     };
   }
 
-  /** Collects the weights of a sublayer and of the LayerNorms around it. */
+  /** Collects the weights of a sublayer's linear layers and of the LayerNorms around it. */
   residualLayer(name, linears) {
-    const layer = {};
-    for (const norm of ["norm", "sublayer_norm", "sum_norm"]) layer[norm] = this.pair(`${name}.${norm}`);
-    for (const linear of linears) layer[linear] = this.pair(`${name}.sublayer.${linear}`);
-    return layer;
+    const parts = {};
+    for (const norm of ["norm", "sublayer_norm", "sum_norm"]) {
+      parts[norm] = this.layer(`${name}.${norm}`);
+    }
+    for (const linear of linears) parts[linear] = this.layer(`${name}.sublayer.${linear}`);
+    return parts;
   }
 
-  /** Returns a weight with its bias, if there is one; null: the model has no such layer. */
-  pair(name) {
+  /** Returns a layer's weight, and its bias if it has one; null: the model has no such layer. */
+  layer(name) {
     const weight = this.weights.get(`${name}.weight`);
     return weight ? { weight, bias: this.weights.get(`${name}.bias`) } : null;
   }
 
-  /** Takes memory for the vectors that a forward pass writes; see `numbersToCompute`. */
-  makeVectors(memory) {
-    const { block_size, d_model, d_ff, n_head, vocab_size } = this.config;
-    const D = d_model / n_head;
-    this.stream = memory.vector(padded(d_model)); // the residual stream, (C,)
-    this.normed = memory.vector(padded(d_model)); // (C,)
-    this.update = memory.vector(padded(d_model)); // what a sublayer adds to the stream, (C,)
-    this.qkv = memory.vector(padded(3 * d_model) + 4); // a query, key and value, (3C,)
-    this.mixed = memory.vector(padded(d_model) + 4); // the values that attention mixed, (C,)
-    this.attended = memory.vector(padded(block_size)); // attention weights, (T,)
-    this.hidden = memory.vector(padded(d_ff)); // (F,)
-    this.logits = memory.vector(padded(vocab_size)); // (V,)
-    const heads = Array.from({ length: n_head }, (_, head) => head * D);
-    this.queries = heads.map((start) => this.qkv.subarray(start)); // (D,) each, and what follows
-    this.mixedOfHead = heads.map((start) => this.mixed.subarray(start));
-  }
-
   /**
-   * Reads a token after those at positions 0 … position − 1; leaves the residual stream in `stream`.
+   * Reads a token after those at positions 0 … position − 1, and leaves the residual stream in
+   * `stream`.
    * @param {number} id
    * @param {number} position
    * @param {Probe | null} probe notes what happens inside
@@ -97,16 +102,23 @@ export class GPT2 {
 
   /** Puts the sum of token and position embedding into the stream. */
   embed(id, position) {
-    const tokens = this.weights.get("token_embedding.weight"); // (V, C)
-    const positions = this.weights.get("position_embedding.weight"); // (block_size, C)
-    for (let i = 0; i < this.config.d_model; i++) {
-      this.stream[i] = tokens.values[id * tokens.stride + i] + positions.values[position * positions.stride + i];
-    }
+    const token = this.embedding("token", id);
+    const place = this.embedding("position", position);
+    for (let i = 0; i < this.config.d_model; i++) this.stream[i] = token[i] + place[i];
+  }
+
+  /** Returns a row of the token or position embedding, (C,). */
+  embedding(kind, row) {
+    const { values, stride, columns } = this.weights.get(`${kind}_embedding.weight`);
+    return values.subarray(row * stride, row * stride + columns);
   }
 
   /**
-   * Adds a sublayer's update to the stream. The layer has the norms of its placement:
-   * pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))).
+   * Adds a sublayer's update to the stream. Only the LayerNorms of the model's placement exist:
+   *
+   *     pre        x + f(norm(x))           GPT-2
+   *     post       norm(x + f(x))           Vaswani et al. 2017
+   *     sandwich   x + norm(f(norm(x)))     Ding et al. 2021 (CogView), section 2.4
    */
   residual(layer, sublayer, probe) {
     sublayer(this.norm(layer.norm, this.stream, this.normed));
@@ -116,17 +128,17 @@ export class GPT2 {
     this.norm(layer.sum_norm, this.stream, this.stream);
   }
 
-  /** LayerNorm (Ba et al. 2016) of x into `result`, which is returned; without a norm, x. */
-  norm(norm, x, result) {
-    if (!norm) return x;
+  /** Puts LayerNorm (Ba et al. 2016) of x into `result` and returns it; without a layer, x. */
+  norm(layer, x, result) {
+    if (!layer) return x;
+    const { weight, bias } = layer;
     const C = this.config.d_model;
-    let [mean, variance] = [0, 0];
+    let mean = 0;
+    let variance = 0;
     for (let i = 0; i < C; i++) mean += x[i] / C;
     for (let i = 0; i < C; i++) variance += (x[i] - mean) ** 2 / C;
     const scale = 1 / Math.sqrt(variance + EPSILON);
-    for (let i = 0; i < C; i++) {
-      result[i] = (x[i] - mean) * scale * norm.weight[i] + (norm.bias ? norm.bias[i] : 0);
-    }
+    for (let i = 0; i < C; i++) result[i] = (x[i] - mean) * scale * weight[i] + (bias?.[i] ?? 0);
     return result;
   }
 
@@ -139,9 +151,8 @@ export class GPT2 {
 
   /** Multi-head attention (Vaswani et al. 2017, section 3.2) from the new position to all so far. */
   attend({ attention, keys, values }, x, position, probe) {
-    const { n_head } = this.config;
     this.linear(attention.qkv, x, this.qkv);
-    for (let head = 0; head < n_head; head++) {
+    for (let head = 0; head < this.config.n_head; head++) {
       this.remember(keys[head], values[head], head, position);
       this.weigh(keys[head], this.queries[head], position + 1);
       probe?.attended(this, position + 1);
@@ -150,9 +161,9 @@ export class GPT2 {
     this.linear(attention.projection, this.mixed, this.update);
   }
 
-  /** Stores the new key as a row and the new value as a column: both are then products with rows. */
+  /** Stores the new key as a row and the new value as a column: both serve as rows of a product. */
   remember(keys, values, head, position) {
-    const { d_model: C } = this.config;
+    const C = this.config.d_model;
     const D = keys.columns;
     for (let i = 0; i < D; i++) {
       keys.values[position * keys.stride + i] = this.qkv[C + head * D + i];
@@ -161,27 +172,28 @@ export class GPT2 {
   }
 
   /**
-   * Computes the attention weights of T positions: softmax(keys × query / √D). If D is no multiple of
-   * 4, the query's last numbers are those of the next head; the keys have zeros there.
+   * Computes the attention weights of T positions: softmax(keys × query / √D). If D is not a multiple
+   * of 4, the product reads the next head's query, too, and multiplies it by zeros.
    */
   weigh(keys, query, T) {
     const weights = this.attended;
     this.multiply(weights, keys.values, query, padded(T), keys.stride, keys.stride);
+    const scale = 1 / Math.sqrt(keys.columns);
     let largest = -Infinity;
     for (let t = 0; t < T; t++) largest = Math.max(largest, weights[t]);
-    const scale = 1 / Math.sqrt(keys.columns);
     let sum = 0;
     for (let t = 0; t < T; t++) sum += weights[t] = Math.exp((weights[t] - largest) * scale);
     for (let t = 0; t < T; t++) weights[t] /= sum;
-    weights.fill(0, T, padded(T)); // positions of an earlier context are not seen
+    weights.fill(0, T, padded(T)); // the cache may hold positions of an earlier context there
   }
 
   /**
-   * Adds up the values of T positions by their weights. If D is no multiple of 4, this also writes
-   * zeros to the next head's first numbers, which are computed after it.
+   * Adds up the values of T positions by their weights. If D is not a multiple of 4, the product
+   * writes zeros to the next head's place, too, which is computed later.
    */
   mix(values, mixed, T) {
-    this.multiply(mixed, values.values, this.attended, padded(values.rows), padded(T), values.stride);
+    const rows = padded(values.rows);
+    this.multiply(mixed, values.values, this.attended, rows, padded(T), values.stride);
   }
 
   /** Two linear layers with an activation function between them. */
@@ -192,20 +204,13 @@ export class GPT2 {
   }
 
   /**
-   * Returns what the stream says about the next token: final LayerNorm, then the head, whose weights
-   * are the token embeddings (Press & Wolf 2017).
+   * Returns what the stream says about the next token: final LayerNorm, then the head, whose
+   * weights are the token embeddings (Press & Wolf 2017).
    * @returns {Float32Array} logits, (V,)
    */
   predict() {
-    const x = this.norm(this.pair("final_norm"), this.stream, this.normed);
-    this.linear({ weight: this.weights.get("token_embedding.weight") }, x, this.logits);
+    const x = this.norm(this.finalNorm, this.stream, this.normed);
+    this.linear(this.layer("token_embedding"), x, this.logits);
     return this.logits.slice(0, this.config.vocab_size);
   }
-}
-
-/** Returns how many numbers `GPT2` takes from its memory besides the weights. */
-function numbersToCompute({ block_size, d_model, d_ff, n_layer, n_head, vocab_size }) {
-  const D = padded(d_model / n_head);
-  const cache = 2 * n_layer * n_head * D * padded(block_size);
-  return cache + 4 * padded(d_model) + padded(3 * d_model) + padded(block_size) + padded(d_ff) + padded(vocab_size) + 8;
 }

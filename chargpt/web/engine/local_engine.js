@@ -16,7 +16,8 @@ export class LocalEngine {
     const url = URL.createObjectURL(source); // a page opened as a file cannot load another one
     const engine = new LocalEngine(JSON.parse(block("facts")), new Worker(url));
     try {
-      engine.backend = await engine.ask("open", { facts: engine.facts, weights: block("weights"), simd });
+      const { facts } = engine;
+      engine.backend = await engine.ask("open", { facts, weights: block("weights"), simd });
     } finally {
       URL.revokeObjectURL(url);
     }
@@ -37,11 +38,11 @@ export class LocalEngine {
   }
 
   /**
-   * Continues a text. Passes on a record for each given character from index `from` on, then for each
+   * Continues a text. Reports a record for each given character from index `from` on, then for each
    * new one. Without end-of-text in the vocabulary, a given first character has no record.
    *
-   * Only one text is written at a time: a new one stops the one before. After a stop, no more records
-   * arrive.
+   * Only one text is written at a time: a new one stops the one before. After a stop, no more
+   * records arrive.
    * @param {object} task
    * @param {number[]} task.ids the whole text so far
    * @param {number} task.from index of the first character to report
@@ -52,8 +53,8 @@ export class LocalEngine {
    * @returns {Promise<"length" | "end_of_text" | "stopped">}
    */
   async write({ ids, from, n, settings, signal, onRecords }) {
-    this.stopWriting();
     if (signal?.aborted) return "stopped";
+    this.stopWriting();
     let stopped = false;
     const report = (records) => stopped || onRecords(records);
     const job = this.started;
@@ -79,9 +80,9 @@ export class LocalEngine {
    * - context: token ids, (T,); it begins with end-of-text if the model read that.
    * - embedding: token, position and sum, (C,) each, of the context's last token.
    * - lens0: odds if the model ended after the embedding; odds: its prediction.
-   * - layers: attention, from the last token to each of the context, (T,) per head; lens, the odds if
-   *   the model ended after this layer; attentionNorm and feedForwardNorm, the size of each update as
-   *   a share of the residual stream's.
+   * - layers: attention, from the last token to each of the context, (T,) per head; lens, the odds
+   *   if the model ended after this layer; attentionNorm and feedForwardNorm, the size of each
+   *   update as a share of the residual stream's.
    * @param {{ids: number[], index: number, first: number}} question first: as in the record
    */
   inspect({ ids, index, first }) {
@@ -89,9 +90,9 @@ export class LocalEngine {
   }
 
   /**
-   * Compares the model in this browser with the logits that Python computed, and measures its speed.
-   * @returns {Promise<{largestDifference: number, tolerance: number, passed: boolean, where: string,
-   *   charactersPerSecond: number, backend: "wasm simd" | "javascript"}>}
+   * Compares this browser's logits with those that Python computed, and measures the speed.
+   * @returns {Promise<{largestDifference: number, tolerance: number, passed: boolean,
+   *   where: string, charactersPerSecond: number, backend: "wasm simd" | "javascript"}>}
    */
   selfTest() {
     return this.ask("selfTest", {});

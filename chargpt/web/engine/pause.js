@@ -1,6 +1,6 @@
 /**
- * Returns a function that lets the thread handle the messages that have arrived. A timer would do the
- * same, but browsers delay it by milliseconds.
+ * Returns a function that lets the thread handle the messages that have arrived. A timer would do
+ * the same, but browsers delay it by milliseconds.
  * @returns {() => Promise<void>}
  */
 export function makePause() {

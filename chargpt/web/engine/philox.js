@@ -1,8 +1,10 @@
-// Random numbers by position: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-// 1, 2, 3"). There is no state to carry, so any character of a text can be drawn again.
+// Random numbers by position: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy
+// as 1, 2, 3"). There is no state to carry, so any character of a text can be drawn again.
 
-const MULTIPLIERS = [0xd2511f53n, 0xcd9e8d57n];
-const KEY_STEPS = [0x9e3779b9n, 0xbb67ae85n]; // the golden ratio and √3 − 1, as fractions of 2³²
+const MULTIPLIER_0 = 0xd2511f53n;
+const MULTIPLIER_2 = 0xcd9e8d57n;
+const KEY_STEP_0 = 0x9e3779b9n; // the golden ratio, as a fraction of 2³²
+const KEY_STEP_1 = 0xbb67ae85n; // √3 − 1
 const LOW_32 = 0xffffffffn;
 
 /**
@@ -13,11 +15,12 @@ const LOW_32 = 0xffffffffn;
  */
 export function philox([c0, c1, c2, c3], [k0, k1]) {
   for (let round = 0; round < 10; round++) {
-    const first = c0 * MULTIPLIERS[0];
-    const second = c2 * MULTIPLIERS[1];
-    [c0, c1, c2, c3] = [(second >> 32n) ^ c1 ^ k0, second & LOW_32, (first >> 32n) ^ c3 ^ k1, first & LOW_32];
-    k0 = (k0 + KEY_STEPS[0]) & LOW_32;
-    k1 = (k1 + KEY_STEPS[1]) & LOW_32;
+    const from0 = c0 * MULTIPLIER_0; // 64 bits each
+    const from2 = c2 * MULTIPLIER_2;
+    [c0, c1] = [(from2 >> 32n) ^ c1 ^ k0, from2 & LOW_32];
+    [c2, c3] = [(from0 >> 32n) ^ c3 ^ k1, from0 & LOW_32];
+    k0 = (k0 + KEY_STEP_0) & LOW_32;
+    k1 = (k1 + KEY_STEP_1) & LOW_32;
   }
   return [c0, c1, c2, c3];
 }

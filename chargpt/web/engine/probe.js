@@ -15,13 +15,9 @@ export class Probe {
 
   /** After the embedding. */
   embedded(model, id, position) {
-    const row = (name, i) => {
-      const { values, stride, columns } = model.weights.get(name);
-      return values.slice(i * stride, i * stride + columns); // (C,)
-    };
     this.result.embedding = {
-      token: row("token_embedding.weight", id),
-      position: row("position_embedding.weight", position),
+      token: model.embedding("token", id).slice(), // (C,); a copy
+      position: model.embedding("position", position).slice(),
       sum: model.stream.slice(0, model.config.d_model),
     };
     this.result.lens0 = lens(model);
@@ -47,7 +43,7 @@ export class Probe {
   }
 }
 
-/** What the model would predict if the residual stream ended here ("logit lens", nostalgebraist 2020). */
+/** What the model would predict if it ended here ("logit lens", nostalgebraist 2020). */
 function lens(model) {
   return likeliest(softmax(model.predict()));
 }

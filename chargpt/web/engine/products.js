@@ -1,5 +1,5 @@
-// Matrix times vector, where nearly all of the time goes: in WebAssembly SIMD (products.wat) or, where
-// that is missing, in plain JavaScript. Both work on matrices in one block of memory.
+// Matrix times vector, where nearly all of the time goes: in WebAssembly SIMD (products.wat) or,
+// where that is missing, in plain JavaScript. Both work on matrices in one block of memory.
 
 /** products.wat, assembled, in base64: `chargpt export` puts it here. */
 export const WASM = "{{products.wasm}}";
@@ -13,13 +13,19 @@ const PAGE_BYTES = 2 ** 16; // the unit of WebAssembly's memory
  * @returns {{buffer: ArrayBuffer, multiply: Function, backend: "wasm simd" | "javascript"}}
  */
 export function openProducts(n, wasm) {
-  if (wasm && typeof WebAssembly === "object" && WebAssembly.validate(wasm)) {
-    const memory = new WebAssembly.Memory({ initial: Math.ceil(n / PAGE_BYTES) });
-    const module = new WebAssembly.Module(wasm);
-    const { exports } = new WebAssembly.Instance(module, { engine: { memory } });
-    return { buffer: memory.buffer, multiply: withAddresses(exports.multiply), backend: "wasm simd" };
+  try {
+    if (wasm) return openWasm(n, wasm);
+  } catch { // this browser has no WebAssembly SIMD, or forbids WebAssembly
   }
   return { buffer: new ArrayBuffer(n), multiply, backend: "javascript" };
+}
+
+function openWasm(n, wasm) {
+  const module = new WebAssembly.Module(wasm);
+  const memory = new WebAssembly.Memory({ initial: Math.ceil(n / PAGE_BYTES) });
+  const { exports } = new WebAssembly.Instance(module, { engine: { memory } });
+  const multiplyArrays = withAddresses(exports.multiply);
+  return { buffer: memory.buffer, multiply: multiplyArrays, backend: "wasm simd" };
 }
 
 /** Turns a function of addresses into one of arrays. */

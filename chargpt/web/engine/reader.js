@@ -1,5 +1,5 @@
-// Gives a model its context. What it has read stays in the cache, so a longer context costs only the
-// tokens that are new.
+// Gives a model its context. What it has read stays in the cache, so a longer context costs only
+// the tokens that are new.
 
 import { makePause } from "./pause.js";
 
@@ -15,8 +15,8 @@ export class Reader {
   /**
    * Returns the logits of the token after a context. Several calls at the same time take turns.
    * @param {number[]} context at least one and at most block_size ids
-   * @param {{signal?: AbortSignal, probe?: Probe | null}} options `signal` stops the reading within a
-   *   token; `probe` notes how the last token was read
+   * @param {{signal?: AbortSignal, probe?: Probe | null}} options `signal` stops the reading before
+   *   the next token; `probe` notes how the last token was read
    * @returns {Promise<Float32Array>} (V,)
    */
   async logits(context, { signal, probe = null } = {}) {

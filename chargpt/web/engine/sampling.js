@@ -1,5 +1,5 @@
-// From logits to a character: filter the logits, then draw. The filters and their order are those of
-// chargpt/engine/sampling.py. V is the size of the vocabulary.
+// From logits to a character: filter the logits, then draw. The filters and their order are those
+// of chargpt/engine/sampling.py. V is the size of the vocabulary.
 
 const SMALLEST = 2 ** -126; // positive float32, as in Python
 
@@ -7,15 +7,15 @@ const SMALLEST = 2 ** -126; // positive float32, as in Python
  * @typedef {object} Settings
  * @property {number} temperature below 1: more predictable; above 1: more random; 0: the likeliest
  * @property {number} topK draw only from the k likeliest characters; 0: from all
- * @property {number} topP draw only from the likeliest characters that together have this probability
- * @property {number} minP draw only from characters with at least this share of the likeliest one's
+ * @property {number} topP draw only from the likeliest that together have this probability
+ * @property {number} minP draw only from those with at least this share of the likeliest one's
  * @property {number} seed of the random numbers, a whole number from 0 to 2⁵³ − 1
  */
 
 /**
- * Returns the logits to draw from, relative to the largest: −Infinity for filtered tokens, of which at
- * least one is left. Each filter applies to the result of the one before: temperature, top-k (exactly
- * k, also with ties), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
+ * Returns the logits to draw from, relative to the largest: −Infinity for filtered tokens, at least
+ * one is left. Each filter applies to the result of the one before: temperature, top-k (exactly k,
+ * also with ties), top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
  * @param {Float32Array} logits (V,)
  * @param {Settings} settings
  * @returns {Float64Array} (V,)
@@ -24,7 +24,7 @@ export function filterLogits(logits, { temperature, topK, topP, minP }) {
   if (temperature === 0) [topK, temperature] = [1, 1];
   const largest = largestOf(logits);
   const divisor = Math.max(temperature, SMALLEST);
-  let kept = Float64Array.from(logits, (logit) => (logit - largest) / divisor);
+  let kept = new Float64Array(logits).map((logit) => (logit - largest) / divisor);
   if (topK > 0 && topK < kept.length) kept = keepOnly(kept, descending(kept).slice(0, topK));
   if (topP < 1) kept = keepOnly(kept, nucleus(kept, topP));
   if (minP > 0) kept = kept.map((logit) => (logit < Math.log(minP) ? -Infinity : logit));
@@ -57,8 +57,14 @@ function keepOnly(logits, ids) {
 
 function largestOf(values) {
   let largest = -Infinity;
-  for (const value of values) if (value > largest) largest = value;
+  for (let i = 0; i < values.length; i++) if (values[i] > largest) largest = values[i];
   return largest;
+}
+
+function sumOf(values) {
+  let sum = 0;
+  for (let i = 0; i < values.length; i++) sum += values[i];
+  return sum;
 }
 
 /**
@@ -68,11 +74,9 @@ function largestOf(values) {
  */
 export function softmax(logits) {
   const largest = largestOf(logits);
-  const probabilities = Float64Array.from(logits, (logit) => Math.exp(logit - largest));
-  let sum = 0;
-  for (const weight of probabilities) sum += weight;
-  for (let id = 0; id < probabilities.length; id++) probabilities[id] /= sum;
-  return probabilities;
+  const weights = new Float64Array(logits).map((logit) => Math.exp(logit - largest));
+  const sum = sumOf(weights);
+  return weights.map((weight) => weight / sum);
 }
 
 /**
@@ -82,17 +86,16 @@ export function softmax(logits) {
  * @returns {number} its id
  */
 export function draw(probabilities, uniform) {
-  let total = 0;
-  for (const probability of probabilities) total += probability; // 1, up to rounding
+  const threshold = uniform * sumOf(probabilities); // the sum is 1, up to rounding
   let cumulative = 0;
-  let last = 0;
+  let possible = 0;
   for (let id = 0; id < probabilities.length; id++) {
     if (probabilities[id] === 0) continue;
     cumulative += probabilities[id];
-    last = id;
-    if (cumulative > uniform * total) break;
+    possible = id;
+    if (cumulative > threshold) break;
   }
-  return last;
+  return possible;
 }
 
 /**

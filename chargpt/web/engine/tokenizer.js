@@ -1,10 +1,11 @@
-// Text to ids and back, one id per character (a Unicode code point), as in chargpt/data/tokenizer.py.
+// Text to ids and back, one id per character (a Unicode code point), as in
+// chargpt/data/tokenizer.py.
 
 /** Maps the characters of a vocabulary to ids: character `characters[i]` has id `i`. */
 export class Tokenizer {
   /**
    * @param {string[]} characters
-   * @param {number | null} endOfTextId the token that ends a document; it is no character
+   * @param {number | null} endOfTextId the token that ends a document, if there is one
    */
   constructor(characters, endOfTextId) {
     this.characters = characters;

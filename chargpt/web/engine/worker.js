@@ -1,5 +1,5 @@
-// The worker's side of the engine: does the jobs that arrive as messages, so that the page never waits.
-// `local_engine.js` is the other side. Each message belongs to a job and has its number.
+// The worker's side of the engine: does the jobs that arrive as messages, so that the page never
+// waits. `local_engine.js` is the other side. Each message has the number of its job.
 
 import { GPT2 } from "./gpt2.js";
 import { WASM } from "./products.js";
@@ -11,39 +11,25 @@ import { Writer } from "./writer.js";
 
 const BATCH_MS = 16; // records of this time are sent together: a page shows 60 images per second
 
-let model, reader, writer, expected;
-const stops = new Map(); // job → what stops it
+let reader, writer, expected;
+const texts = new Map(); // job → { stop, end } of each text that is being written
 
 const JOBS = {
   /** Decodes the model. Must be the first job, and be finished before the next one. */
   open({ facts, weights, simd }) {
     const { config, characters, end_of_text_id, tensors, self_test } = facts;
-    model = new GPT2(config, tensors, fromBase64(weights), simd ? fromBase64(WASM) : null);
+    const model = new GPT2(config, tensors, fromBase64(weights), simd ? fromBase64(WASM) : null);
     reader = new Reader(model);
     writer = new Writer(reader, new Tokenizer(characters, end_of_text_id), config.block_size);
     expected = self_test;
     return model.backend;
   },
 
-  /** Writes, and sends records in batches. */
-  async write(task, job) {
+  write(task, job) {
     const stop = new AbortController();
-    stops.set(job, stop);
-    const batch = new Batch(job);
-    try {
-      const written = writer.write(task, stop.signal);
-      for (;;) {
-        const { value, done } = await written.next();
-        if (done) return value;
-        batch.add(value);
-      }
-    } catch (error) {
-      if (stop.signal.aborted) return "stopped";
-      throw error;
-    } finally {
-      batch.send();
-      stops.delete(job);
-    }
+    const end = write(task, job, stop.signal).finally(() => texts.delete(job));
+    texts.set(job, { stop, end });
+    return end;
   },
 
   inspect(question) {
@@ -51,9 +37,32 @@ const JOBS = {
   },
 
   selfTest() {
-    return selfTest(reader, writer, expected);
+    return selfTest(reader, writer, expected, idle);
   },
 };
+
+/** Writes, and sends records in batches. Returns why the text ended. */
+async function write(task, job, signal) {
+  const batch = new Batch(job);
+  const text = writer.write(task, signal);
+  try {
+    for (;;) {
+      const { value, done } = await text.next();
+      if (done) return value;
+      batch.add(value);
+    }
+  } catch (error) {
+    if (signal.aborted) return "stopped";
+    throw error;
+  } finally {
+    batch.send();
+  }
+}
+
+/** Resolves when no text is being written. */
+async function idle() {
+  while (texts.size > 0) await Promise.allSettled([...texts.values()].map(({ end }) => end));
+}
 
 /** Records that wait to be sent. */
 class Batch {
@@ -77,7 +86,7 @@ class Batch {
 
 onmessage = async ({ data: { job, kind, details } }) => {
   if (kind === "stop") {
-    stops.get(job)?.abort();
+    texts.get(job)?.stop.abort();
     return;
   }
   try {

@@ -13,7 +13,7 @@ import { draw, filterLogits, likeliest, softmax } from "./sampling.js";
  * @property {boolean} given whether it was there before the model wrote
  * @property {number} p its probability: temperature 1, unfiltered
  * @property {{ids: number[], p: number[]}} top unfiltered
- * @property {{ids: number[], p: number[]} | null} drawn after temperature and filters; null if given
+ * @property {{ids: number[], p: number[]} | null} drawn after the filters; null if given
  * @property {number} first index of the first character in the context it was predicted from
  */
 
@@ -34,7 +34,7 @@ export class Writer {
    *
    * A character depends on the text before it, the settings and its index, and on nothing else: a
    * text that is continued from any place gets the same characters again.
-   * @param {{ids: number[], from: number, n: number, settings: Settings}} task n: characters to write
+   * @param {{ids: number[], from: number, n: number, settings: Settings}} task n: how many to write
    * @param {AbortSignal} [signal] stops within a character
    * @returns {AsyncGenerator<CharacterRecord, "length" | "end_of_text">}
    */
@@ -50,12 +50,13 @@ export class Writer {
       let drawn = null;
       if (!given) {
         const filtered = softmax(filterLogits(logits, settings));
-        const id = draw(filtered, uniform(settings.seed, index));
-        if (id === this.endOfTextId) return "end_of_text";
+        const next = draw(filtered, uniform(settings.seed, index));
+        if (next === this.endOfTextId) return "end_of_text";
         drawn = likeliest(filtered);
-        text.push(id);
+        text.push(next);
       }
-      yield { index, id: text[index], given, p: odds[text[index]], top: likeliest(odds), drawn, first };
+      const id = text[index];
+      yield { index, id, given, p: odds[id], top: likeliest(odds), drawn, first };
     }
     return "length";
   }
