@@ -54,6 +54,7 @@ class Facts:
     """File names, without folders and escaped; () if the model was imported."""
     n_characters: int
     n_documents: int
+    validation_fraction: float
     tokens_per_step: int
     summary: dict[str, Any]
     """``summary.json``; {}: the run has not ended, or was imported."""
@@ -120,6 +121,7 @@ def gather_facts(
         texts=tuple(visible(Path(source).name) for source in config.sources),
         n_characters=config.text.n_characters,
         n_documents=config.text.n_documents,
+        validation_fraction=config.data_config.validation_fraction,
         tokens_per_step=batch * model.config.block_size,
         summary=summary,
         training=_curve(run, "train", "loss"),

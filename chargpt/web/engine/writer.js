@@ -6,14 +6,15 @@ import { Probe } from "./probe.js";
 import { draw, filterLogits, likeliest, softmax } from "./sampling.js";
 
 /**
- * What the model thought of a character. `top` and `drawn` have the likeliest 12 characters.
+ * What the model thought of a character, or of the end-of-text token that ended a text.
  * @typedef {object} CharacterRecord
  * @property {number} index in the text, from 0
  * @property {number} id
  * @property {boolean} given whether it was there before the model wrote
  * @property {number} p its probability: temperature 1, unfiltered
- * @property {{ids: number[], p: number[]}} top unfiltered
- * @property {{ids: number[], p: number[]} | null} drawn after the filters; null if given
+ * @property {{ids: number[], p: number[]}} top the likeliest 12, unfiltered
+ * @property {{p: number, top: number[]} | null} drawn the probabilities after the filters: its own,
+ *   and those of `top`; null if given
  * @property {number} first index of the first character in the context it was predicted from
  */
 
@@ -30,7 +31,8 @@ export class Writer {
   }
 
   /**
-   * Yields a record for each given character from index `from` on, then for each new one.
+   * Yields a record for each given character from index `from` on, then for each new one. If the
+   * model draws end-of-text, its record is the last one.
    *
    * A character depends on the text before it, the settings and its index, and on nothing else: a
    * text that is continued from any place gets the same characters again.
@@ -47,16 +49,16 @@ export class Writer {
       const logits = await this.reader.logits(this.context.tokens(text, index, first), { signal });
       const odds = softmax(logits);
       if (Number.isNaN(odds[0])) throw new Error("the model gives NaN: its weights are damaged");
-      let drawn = null;
+      let filtered = null;
       if (!given) {
-        const filtered = softmax(filterLogits(logits, settings));
-        const next = draw(filtered, uniform(settings.seed, index));
-        if (next === this.endOfTextId) return "end_of_text";
-        drawn = likeliest(filtered);
-        text.push(next);
+        filtered = softmax(filterLogits(logits, settings));
+        text.push(draw(filtered, uniform(settings.seed, index)));
       }
       const id = text[index];
-      yield { index, id, given, p: odds[id], top: likeliest(odds), drawn, first };
+      const top = likeliest(odds);
+      const drawn = filtered && { p: filtered[id], top: top.ids.map((each) => filtered[each]) };
+      yield { index, id, given, p: odds[id], top, drawn, first };
+      if (!given && id === this.endOfTextId) return "end_of_text";
     }
     return "length";
   }

@@ -1,4 +1,4 @@
-/** A drawing of the model: what flows where, with real sizes; darker parts hold more parameters. */
+/** A drawing of the model: what flows where, with real sizes; more colour means more parameters. */
 
 import { percent, svg } from "./dom.js";
 
@@ -10,8 +10,8 @@ const DIAGRAM_WIDTH = BOX + BOX_WIDTH + 14;
 /**
  * Draw a model.
  * @param {Object} config - GPT2Config
- * @param {{embedding: number, positions: number, attention: number, feedForward: number}} shares -
- *   of the parameters; a layer's parts are those of all layers together
+ * @param {Map<string, number>} shares - of the parameters, by part: embedding, positions, attention,
+ *   feedForward; a layer's parts are those of all layers together
  * @returns {SVGElement}
  */
 export function drawModel(config, shares) {
@@ -29,14 +29,14 @@ export function drawModel(config, shares) {
   parts.push(words(STREAM, y, `up to ${T} characters`, "start"));
   y += 14;
   const top = y;
-  parts.push(...box(y, "Token embedding", `${V} × ${C}`, shares.embedding), ...toStream(y + 20));
+  parts.push(...box(y, "Token embedding", `${V} × ${C}`, shares.get("embedding")), ...toStream(y + 20));
   y += 54;
-  parts.push(...box(y, "+ Position embedding", `${T} × ${C}`, shares.positions), ...toStream(y + 20));
+  parts.push(...box(y, "+ Position embedding", `${T} × ${C}`, shares.get("positions")), ...toStream(y + 20));
   y += 62;
   const layerTop = y - 8;
   for (const [title, detail, share] of [
-    ["Attention", `${H} heads of size ${C / H}`, shares.attention],
-    ["Feed-forward", `${C} → ${F} → ${C}`, shares.feedForward],
+    ["Attention", `${H} heads of size ${C / H}`, shares.get("attention")],
+    ["Feed-forward", `${C} → ${F} → ${C}`, shares.get("feedForward")],
   ]) {
     const [nodes, height] = sublayer(y, title, detail, share, placement, `${percent(share / N)} each`);
     parts.push(...nodes);
@@ -49,12 +49,12 @@ export function drawModel(config, shares) {
   y += 12;
   parts.push(...chip(y, STREAM - 30, "LayerNorm"));
   y += 34;
-  parts.push(...box(y, "Head (token embedding)", `${C} × ${V}`, 0), ...fromStream(y + 20));
+  parts.push(...box(y, "Output (token embedding)", `${C} × ${V}`, 0), ...fromStream(y + 20));
   const bottom = y + 20;
   y += 66;
   parts.push(
     arrow(BOX + 104, y - 26, BOX + 104, y - 14),
-    words(BOX + 104, y, `odds of ${V} tokens`, "middle"),
+    words(BOX + 104, y, `softmax: odds of ${V} characters`, "middle"),
   );
   const stream = svg("line.stream", { x1: STREAM, x2: STREAM, y1: top + 20, y2: bottom });
   return svg(
@@ -64,7 +64,7 @@ export function drawModel(config, shares) {
       width: DIAGRAM_WIDTH,
       height: y + 12,
       role: "img",
-      "aria-label": `The model: embeddings, ${N} layers of attention and feed-forward along the residual stream, final LayerNorm, head. The table beside it has the same parts.`,
+      "aria-label": `The model: embeddings, ${N} layers of attention and feed-forward along the residual stream, final LayerNorm, output, softmax. The table beside it has the same parts.`,
     },
     stream,
     ...parts,
@@ -89,8 +89,10 @@ function sublayer(top, title, detail, share, placement, label) {
   const adds = y + 4;
   const inner = placement === "post" ? reads + 18 : reads + 10;
   parts.push(
-    svg("path.flow", { d: `M${STREAM},${inner - 10} H${BOX - 18} V${inner} H${BOX}` }),
-    svg("path.flow", { d: `M${BOX + 30},${y - 6} V${adds} H${STREAM + 9}` }),
+    svg("path.flow", { d: `M${STREAM},${inner - 10} H${BOX - 18} V${inner}` }),
+    arrow(BOX - 18, inner, BOX, inner),
+    svg("path.flow", { d: `M${BOX + 30},${y - 6} V${adds}` }),
+    arrow(BOX + 30, adds, STREAM + 9, adds),
     svg("circle.plus", { cx: STREAM, cy: adds, r: 9 }),
     words(STREAM, adds + 5, "+", "middle", "plus-sign"),
   );
@@ -122,8 +124,11 @@ function chip(y, x, label) {
 const toStream = (y) => [arrow(BOX, y, STREAM + 2, y)];
 const fromStream = (y) => [arrow(STREAM, y, BOX - 2, y)];
 
+/** Draw a horizontal or vertical line that ends in an arrow. */
 function arrow(x1, y1, x2, y2) {
-  return svg("line.flow", { x1, y1, x2, y2 });
+  const [dx, dy] = [5 * Math.sign(x2 - x1), 5 * Math.sign(y2 - y1)];
+  const head = `M${x2 - dx - dy},${y2 - dy - dx} L${x2},${y2} L${x2 - dx + dy},${y2 - dy + dx}`;
+  return svg("path.flow", { d: `M${x1},${y1} L${x2},${y2} ${head}` });
 }
 
 function words(x, y, text, anchor, kind = "") {

@@ -39,6 +39,11 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
+/** Make a box that scrolls sideways, also with the keyboard. */
+export function scroller(label, content) {
+  return element("div.scroller", { tabindex: 0, role: "group", "aria-label": label }, content);
+}
+
 const ROUND = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 /** 1234567 -> "1,234,567" */
@@ -52,12 +57,13 @@ export function rounded(number) {
   return number >= 1e4 ? `${Math.round(number / 1e3)} thousand` : count(number);
 }
 
-/** 0.1234 -> "12.3 %", 0.00001 -> "0.001 %" */
+/** 0.1234 -> "12.3 %", 0.0056 -> "0.56 %", 0.000001 -> "< 0.001 %" */
 export function percent(share) {
   const value = 100 * share;
-  if (value >= 99.95) return "100 %";
-  if (value >= 0.1) return `${value.toFixed(1)} %`;
-  return value < 0.001 ? "< 0.001 %" : `${value.toPrecision(1)} %`;
+  if (value > 99.95) return value === 100 ? "100\u00a0%" : "> 99.9\u00a0%";
+  if (value > 0 && value < 0.001) return "< 0.001\u00a0%";
+  const digits = value >= 9.95 ? value.toFixed(1) : value > 0 ? value.toPrecision(2) : "0";
+  return `${digits}\u00a0%`;
 }
 
 /** 93 -> "1 min 33 s" */
@@ -95,7 +101,7 @@ const JOINERS = /[\u200c-\u200f]/u; // these are part of the spelling of some la
 
 /** Return a character as a sign that can be seen: "␣" for a space. */
 export function sign(character) {
-  if (character === "") return "end";
+  if (character === "") return "∎"; // end-of-text
   const seen = SIGNS.get(character) ?? character;
   return HIDDEN.test(seen) ? codePoint(character) : seen;
 }
@@ -119,6 +125,7 @@ export function signOf(character, tag = "span.sign") {
 
 /** Return a character as it stands in a text, or its code point if it would be hidden. */
 export function inText(character) {
+  if (character === "") return "∎\n"; // the next text begins on its own line
   if (character === "\n" || character === "\t" || JOINERS.test(character)) return character;
   return HIDDEN.test(character) ? codePoint(character) : character;
 }

@@ -1,39 +1,75 @@
 /** See inside: the way of one prediction through the model. */
 
-import { byId, element, nameOf, percent, sign, signOf } from "./dom.js";
+import { byId, element, inText, nameOf, percent, scroller, sign, signOf } from "./dom.js";
 import { LONGEST, largeHead, smallHead, strip } from "./drawings.js";
+
+const LOGIT_LENS = "https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens";
 
 /** Shows what `LocalEngine.inspect` returned; keeps which head is chosen. */
 export class InsideView {
-  constructor({ characterOf, nLayer, nHead }) {
-    this.characterOf = characterOf;
-    this.layer = nLayer - 1;
-    this.head = 0;
-    this.nHead = nHead;
+  /**
+   * @param {object} options
+   * @param {(id: number) => string} options.characterOf
+   * @param {number} options.nHead - heads per layer
+   * @param {(by: number) => void} options.onStep - when the user asks for a neighbour
+   */
+  constructor({ characterOf, nHead, onStep }) {
+    Object.assign(this, { characterOf, nHead, onStep });
+    [this.layer, this.head] = [0, 0];
     this.chosenByUser = false;
   }
 
   /** Show a sentence in place of the pictures. */
   showNothing(sentence) {
+    delete byId("inside-body").dataset.index;
     byId("inside-body").replaceChildren(element("p.note", {}, sentence));
   }
 
   /**
    * Show a prediction.
-   * @param {Object} inspection - see `LocalEngine.inspect`
-   * @param {Object} record - of the predicted character
+   * @param {object} inspection - see `LocalEngine.inspect`
+   * @param {CharacterRecord} record - of the predicted character
    */
   show(inspection, record) {
     this.inspection = inspection;
     this.record = record;
     if (!this.chosenByUser) [this.layer, this.head] = mostPointed(inspection.layers);
-    byId("inside-body").replaceChildren(this.embedding(), this.attention(), this.lens());
+    byId("inside-body").replaceChildren(this.headline(), this.embedding(), this.attention(), this.lens());
     byId("inside-body").dataset.index = String(record.index);
     this.drawHead();
   }
 
   name(id) {
     return nameOf(this.characterOf(id));
+  }
+
+  headline() {
+    const { context } = this.inspection;
+    const before = context
+      .slice(-20)
+      .map((id) => inText(this.characterOf(id)).replace(/\n/g, "↵"))
+      .join("");
+    const button = (label, by, text) =>
+      element(
+        "button",
+        { type: "button", "aria-label": label, title: label, click: () => this.onStep(by) },
+        text,
+      );
+    return element(
+      "div.headline",
+      {},
+      button("Previous character", -1, "‹"),
+      button("Next character", 1, "›"),
+      element(
+        "p",
+        {},
+        "How ",
+        element("b", {}, this.name(this.record.id)),
+        " was predicted after ",
+        element("q.before", { dir: "auto" }, `${context.length > 20 ? "…" : ""}${before}`),
+        ".",
+      ),
+    );
   }
 
   // --- embedding
@@ -43,23 +79,27 @@ export class InsideView {
     const last = context.at(-1);
     const rows = [
       [`the character ${this.name(last)}`, embedding.token],
-      [`+ position ${context.length} of the context`, embedding.position],
+      [`+ position ${context.length}`, embedding.position],
       ["= enters the first layer", embedding.sum],
     ];
     const largest = Math.max(...rows.flatMap(([, values]) => Array.from(values, Math.abs)));
     const strips = rows.map(([label, values]) =>
       element("div.strip", {}, element("span.strip-label", {}, label), strip(values, largest, label)),
     );
+    const size = embedding.token.length;
     return element(
       "div.step",
       {},
-      element("h3", {}, "1. Numbers for the last character"),
+      element("h3", {}, "1. From a character to numbers"),
       element(
         "p",
         {},
-        `The model knows no letters. Each character is a row of ${embedding.token.length} learned numbers, and so is each position. Their sum is where the prediction starts.`,
+        `The prediction of ${this.name(this.record.id)} starts from the character before it, ` +
+          `${this.name(last)}. The model knows no letters: each character is a row of ${size} learned ` +
+          "numbers, and so is each position. Their sum enters the first layer.",
       ),
       ...strips,
+      element("p.note", {}, "One cell per number. Green: above zero; pink: below; stronger: larger."),
     );
   }
 
@@ -67,26 +107,20 @@ export class InsideView {
 
   attention() {
     const { layers, context } = this.inspection;
-    const table = element(
-      "table.heads",
-      {},
-      element(
-        "caption",
-        {},
-        "Each picture is a head: its lines lead from the last character back to those it reads. Choose one.",
-      ),
-    );
     const top = element("tr", {}, element("td"));
     for (let h = 0; h < this.nHead; h++) top.append(element("th", { scope: "col" }, `head ${h + 1}`));
-    table.append(element("thead", {}, top));
     const body = element("tbody");
     layers.forEach((layer, l) => {
       const row = element("tr", {}, element("th", { scope: "row" }, `layer ${l + 1}`));
       layer.attention.forEach((weights, h) => row.append(element("td", {}, this.headButton(weights, l, h))));
       body.append(row);
     });
-    table.append(body);
+    const table = element("table.heads", {}, element("thead", {}, top), body);
     this.large = element("div.large-head");
+    const ends = context.filter((id) => this.characterOf(id) === "").length;
+    const what = ends
+      ? `${context.length} tokens of the context (end-of-text is one, too)`
+      : `${context.length} characters of the context`;
     return element(
       "div.step",
       {},
@@ -94,12 +128,22 @@ export class InsideView {
       element(
         "p",
         {},
-        `In each layer, ${this.nHead} heads read the ${context.length} characters of the context. A head gives each of them a share of its attention, 100 % in all, and brings back a mixture of what they hold.`,
+        `In each layer, ${this.nHead} heads read the ${what}. A head gives each of them a share of its ` +
+          "attention, 100 % in all, and brings back a mixture of what they hold.",
       ),
       element(
         "div.halves.heads-and-one",
         {},
-        element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Heads of all layers" }, table),
+        element(
+          "div",
+          {},
+          element(
+            "p.note",
+            {},
+            "Each picture is a head. Its lines lead back from the last character, at the right, to those it reads, at most 48 back. Choose one.",
+          ),
+          scroller("Heads of all layers", table),
+        ),
         this.large,
       ),
     );
@@ -152,11 +196,7 @@ export class InsideView {
       : "All characters of the context are shown.";
     const signs = context.slice(skipped).map((id) => sign(this.characterOf(id)));
     const drawing = largeHead(weights.slice(skipped), signs, `${title}: ${reads}`);
-    const box = element(
-      "div.scroller",
-      { tabindex: 0, role: "group", "aria-label": "Attention over the characters" },
-      drawing,
-    );
+    const box = scroller("Attention over the characters", drawing);
     this.large.replaceChildren(element("p", {}, element("b", {}, title), `: ${reads}. ${about}`), box);
     box.scrollLeft = box.scrollWidth; // the last character
   }
@@ -173,25 +213,9 @@ export class InsideView {
         sizes: [layer.attentionNorm, layer.feedForwardNorm],
       })),
     ];
-    const columns = ["", "likeliest", "2nd", "3rd", "4th", "5th", "attention added", "feed-forward added"];
-    const table = element(
-      "table.lens",
-      {},
-      element(
-        "caption",
-        {},
-        "The five likeliest characters if the model stopped there, and how large the changes of each layer were beside what they were added to.",
-      ),
-      element(
-        "thead",
-        {},
-        element(
-          "tr",
-          {},
-          ...columns.map((name, i) => element(i ? "th" : "td", i ? { scope: "col" } : {}, name)),
-        ),
-      ),
-    );
+    const columns = ["likeliest", "2nd", "3rd", "4th", "5th", "attention", "feed-forward"];
+    const top = columns.map((name) => element("th", { scope: "col" }, name));
+    const table = element("table.lens", {}, element("thead", {}, element("tr", {}, element("td"), ...top)));
     const body = element("tbody");
     const { id } = this.record;
     for (const { label, guess, sizes } of stages) {
@@ -214,7 +238,7 @@ export class InsideView {
     const place = odds.ids.indexOf(id);
     const end =
       place >= 0
-        ? `The character of the text, ${this.name(id)}, ends as number ${place + 1} with ${percent(odds.p[place])}.`
+        ? `The character of the text, ${this.name(id)}, ended as number ${place + 1} with ${percent(odds.p[place])}.`
         : `The character of the text, ${this.name(id)}, was not among the ${odds.ids.length} likeliest.`;
     return element(
       "div.step",
@@ -224,22 +248,17 @@ export class InsideView {
         "p",
         {},
         "Every layer adds to the same row of numbers. Read as a prediction after each layer (a “logit lens”, ",
-        element(
-          "a",
-          {
-            href: "https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens",
-            rel: "noreferrer",
-          },
-          "nostalgebraist 2020",
-        ),
-        "), it shows the answer taking shape. The last line is what the model says.",
+        element("a", { href: LOGIT_LENS, rel: "noreferrer" }, "nostalgebraist 2020"),
+        "), it shows the answer taking shape. The last line is what the model says. ",
+        end,
       ),
       element(
-        "div.scroller",
-        { tabindex: 0, role: "group", "aria-label": "Predictions after each layer" },
-        table,
+        "p.note",
+        {},
+        "Left: the five likeliest characters, if the model stopped there. Right: how large the " +
+          "update of attention and of feed-forward was; × 0.5 is half as large as the row it was added to.",
       ),
-      element("p", {}, end),
+      scroller("Predictions after each layer", table),
     );
   }
 }

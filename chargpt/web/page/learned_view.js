@@ -1,121 +1,115 @@
 /** How it learned: the loss curve with the texts written along it, and how good the model is. */
 
-import { byId, count, duration, element, nameOf, percent, rounded, svg } from "./dom.js";
+import { byId, count, duration, element, inText, rounded, svg } from "./dom.js";
 
 // The chart and its margins, in pixels; it is as wide as its place on the page.
-const WIDEST = 720;
 const HEIGHT = 300;
 const LEFT = 46;
 const BOTTOM = 40;
 const TOP = 14;
 const RIGHT = 16;
-const LN2 = Math.log(2);
 
-/** Show what is known about the training. */
+const BITS_PER_NAT = 1 / Math.log(2);
+const OVERFIT_BITS = 0.015; // a loss this far above its best is not noise, as in training/summary.py
+
+/** Show what is known about the training of `run`, which is a `Facts` of export/facts.py in JSON. */
 export function showLearned(run) {
-  const body = byId("learned-body");
-  const width = Math.min(Math.max(body.clientWidth, 300), WIDEST);
-  const record =
-    run.validation.length > 1 || run.training.length > 1
-      ? curve(run, width)
-      : [element("p.note", {}, "There is no record of the training.")];
-  body.replaceChildren(
-    ...introduction(run),
-    element(
-      "div.halves",
-      {},
-      element("div", {}, ...record),
-      element("div", {}, ...comparison(run), ...novelty(run)),
-    ),
-  );
+  const [left, right] = [element("div"), element("div", {}, ...comparison(run), ...novelty(run))];
+  byId("learned-body").replaceChildren(...introduction(run), element("div.halves", {}, left, right));
+  if (run.validation.length > 1) left.append(...curve(run, left.clientWidth || 500));
+  else left.append(element("p.note", {}, "There is no record of the training."));
 }
 
 function introduction(run) {
   const { summary } = run;
   const sentences = [];
   if (run.texts.length) {
-    const documents = run.n_documents > 1 ? ` in ${count(run.n_documents)} documents` : "";
+    const held = Math.round(100 * run.validation_fraction);
     sentences.push(
-      `It was trained on ${run.texts.join(", ")}: ${count(run.n_characters)} characters${documents}.`,
+      `Its text, ${run.texts.join(", ")}, has ${count(run.n_characters)} characters. It learned from ` +
+        `${100 - held}\u00a0% of them and was tested on the rest.`,
     );
   } else {
     sentences.push("The model was made by another program: its training text is not known.");
   }
-  if (summary.tokens && summary.train_seconds) {
-    const passes = run.n_characters
-      ? ` (its text ${(summary.tokens / (0.9 * run.n_characters)).toFixed(1)} times)`
-      : "";
+  if (summary.tokens && summary.train_seconds && run.n_characters) {
+    const passes = summary.tokens / ((1 - run.validation_fraction) * run.n_characters);
     sentences.push(
-      `In ${duration(summary.train_seconds)} of training it saw ${rounded(summary.tokens)} characters${passes} in ${count(summary.steps)} steps, on ${summary.device} (${summary.precision}).`,
+      `In ${duration(summary.train_seconds)} it saw ${rounded(summary.tokens)} characters, its text ` +
+        `${passes.toFixed(1)} times, in ${count(summary.steps)} steps.`,
     );
   }
-  const verdict = summary.verdict
-    ? [element("p.verdict", {}, element("b", {}, "Verdict: "), `${summary.verdict}.`)]
-    : [];
-  return [element("p", {}, sentences.join(" ")), ...verdict];
+  const verdict = verdictOf(run);
+  return [
+    element("p", {}, sentences.join(" ")),
+    ...(verdict ? [element("p.verdict", {}, element("b", {}, verdict))] : []),
+  ];
+}
+
+/** Return how good the model is and what would make it better; "" if that is not known. */
+function verdictOf({ summary, val_loss: loss, checkpoint }) {
+  if (loss === null) return "";
+  const good =
+    `On text that it had not seen, it needs ${(loss * BITS_PER_NAT).toFixed(2)} bits per character: like ` +
+    `choosing among ${Math.exp(loss).toFixed(1)} equally likely characters each time.`;
+  if (checkpoint !== "best" || summary.final_val_loss === null) return good;
+  const worse = (summary.final_val_loss - loss) * BITS_PER_NAT;
+  if (worse > OVERFIT_BITS) {
+    return `${good} After step ${count(summary.best_step)} it began to learn its text by heart, so this page has the model of that step. More text would help.`;
+  }
+  const improving = summary.stop_reason === "budget" && summary.best_step === summary.steps;
+  return `${good} It ${improving ? "was still improving when training stopped: longer training would help" : "was no longer improving"}.`;
 }
 
 // --- the curve
 
+/** The curves of losses over steps, in bits per character. */
 function curve(run, width) {
-  const points = run.validation.length ? run.validation : run.training;
-  const all = [...run.training, ...run.validation];
+  const inBits = (points) => points.map(({ step, loss }) => ({ step, bits: loss * BITS_PER_NAT }));
+  const [training, validation] = [inBits(run.training), inBits(run.validation)];
+  const all = [...training, ...validation];
   const last = Math.max(...all.map((point) => point.step));
-  const losses = all.map((point) => point.loss);
-  const [low, high] = [Math.min(...losses), Math.max(...losses)];
+  const [low, high] = [Math.min(...all.map((p) => p.bits)), Math.max(...all.map((p) => p.bits))];
   const pad = 0.06 * (high - low || 1);
   const x = (step) => LEFT + ((width - LEFT - RIGHT) * step) / last;
-  const y = (loss) => TOP + ((HEIGHT - TOP - BOTTOM) * (high + pad - loss)) / (high - low + 2 * pad);
-  const drawing = svg("svg.curve", {
-    viewBox: `0 0 ${width} ${HEIGHT}`,
-    role: "img",
-    "aria-labelledby": "curve-about",
-  });
-  drawing.append(...axes({ low: low - pad, high: high + pad, last, x, y, width }));
-  if (run.training.length > 1)
-    drawing.append(
-      svg("polyline.training", {
-        points: run.training.map((p) => `${x(p.step).toFixed(1)},${y(p.loss).toFixed(1)}`).join(" "),
-      }),
-    );
-  drawing.append(
-    svg("polyline.validation", {
-      points: points.map((p) => `${x(p.step).toFixed(1)},${y(p.loss).toFixed(1)}`).join(" "),
-    }),
+  const y = (bits) => TOP + ((HEIGHT - TOP - BOTTOM) * (high + pad - bits)) / (high - low + 2 * pad);
+  const line = (kind, points) =>
+    svg(`polyline.${kind}`, {
+      points: points.map((p) => `${x(p.step).toFixed(1)},${y(p.bits).toFixed(1)}`).join(" "),
+    });
+  const dots = validation.map((p) =>
+    svg("circle.dot", { cx: x(p.step), cy: y(p.bits), r: validation.length > 60 ? 1.5 : 3 }),
   );
-  const dots = points.map((p) =>
-    svg("circle.dot", { cx: x(p.step), cy: y(p.loss), r: points.length > 60 ? 1.5 : 3 }),
+  const drawing = svg(
+    "svg.curve",
+    { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-labelledby": "curve-about" },
+    ...axes({ low: low - pad, high: high + pad, last, x, y, width }),
+    line("training", training),
+    line("validation", validation),
+    ...dots,
   );
-  drawing.append(...dots);
-  const marker = svg("circle.marker", { r: 6 });
-  const guide = svg("line.guide", { y1: TOP, y2: HEIGHT - BOTTOM });
-  drawing.append(guide, marker);
+  const [first, end] = [validation[0], validation.at(-1)];
+  const about =
+    `Bits per character: the fewer, the better it predicts. Dots: on text that it does not learn from, ` +
+    `${first.bits.toFixed(2)} after ${count(first.step)} steps and ${end.bits.toFixed(2)} at the end. ` +
+    "Thin line: on the text that it learns from.";
   return [
-    element(
-      "p",
-      { id: "curve-about" },
-      `Loss in nats per character: the lower, the better it predicts. It fell from ${points[0].loss.toFixed(2)} to ${points.at(-1).loss.toFixed(2)}` +
-        (run.validation.length ? " on the part of the text that it was not trained on (dots)." : "."),
-    ),
+    element("p", { id: "curve-about" }, about),
     drawing,
-    ...scrubber(run, points, { drawing, marker, guide, x, y, width }),
+    ...scrubber({ run, validation, drawing, x, y, width }),
   ];
 }
 
 function axes({ low, high, last, x, y, width }) {
-  const parts = [];
-  for (const loss of ticks(low, high, 5)) {
-    parts.push(
-      svg("line.grid", { x1: LEFT, x2: width - RIGHT, y1: y(loss), y2: y(loss) }),
-      svg("text.tick", { x: LEFT - 6, y: y(loss) + 4, "text-anchor": "end" }, loss.toFixed(1)),
-    );
-  }
-  for (const step of ticks(0, last, 5))
-    parts.push(
-      svg("text.tick", { x: x(step), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle" }, count(step)),
-    );
-  parts.push(svg("text.tick", { x: width - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, "training steps"));
-  return parts;
+  const across = ticks(low, high, 5).flatMap((bits) => [
+    svg("line.grid", { x1: LEFT, x2: width - RIGHT, y1: y(bits), y2: y(bits) }),
+    svg("text.tick", { x: LEFT - 6, y: y(bits) + 4, "text-anchor": "end" }, bits.toFixed(1)),
+  ]);
+  const steps = ticks(0, last, width > 450 ? 5 : 3).map((step) =>
+    svg("text.tick", { x: x(step), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle" }, count(step)),
+  );
+  const name = { x: width - RIGHT, y: HEIGHT - 6, "text-anchor": "end" };
+  return [...across, ...steps, svg("text.tick", name, "training steps")];
 }
 
 /** Return about `n` round numbers between two limits. */
@@ -129,119 +123,105 @@ function ticks(low, high, n) {
 }
 
 /** A slider along the training, with the text that the model wrote there. */
-function scrubber(run, points, { drawing, marker, guide, x, y, width }) {
-  const byStep = new Map(run.samples.map((sample) => [sample.step, sample.text]));
-  const label = element("p.at", { "aria-live": "polite" });
+function scrubber({ run, validation, drawing, x, y, width }) {
+  const texts = new Map(run.samples.map((sample) => [sample.step, sample.text]));
+  const label = element("p.at");
   const sample = element("blockquote.sample", { dir: "auto" });
-  const slider = element("input", {
-    type: "range",
-    min: 0,
-    max: points.length - 1,
-    value: 0,
-    "aria-label": "Evaluation during training",
-  });
+  const slider = element("input", { type: "range", min: 0, max: validation.length - 1, value: 0 });
+  const marker = svg("circle.marker", { r: 6 });
+  const guide = svg("line.guide", { y1: TOP, y2: HEIGHT - BOTTOM });
+  drawing.append(guide, marker);
   const show = (i) => {
-    const { step, loss } = points[i];
-    for (const [name, value] of [
-      ["cx", x(step)],
-      ["cy", y(loss)],
-    ])
-      marker.setAttribute(name, value);
+    const { step, bits } = validation[i];
+    marker.setAttribute("cx", x(step));
+    marker.setAttribute("cy", y(bits));
     for (const name of ["x1", "x2"]) guide.setAttribute(name, x(step));
     slider.value = String(i);
-    const text = byStep.get(step);
-    label.textContent = `After ${count(step)} steps (${rounded(step * run.tokens_per_step)} characters): ${loss.toFixed(3)} nats = ${(loss / LN2).toFixed(2)} bits per character${text === undefined ? "" : ". It wrote:"}`;
+    const text = texts.get(step);
+    const here =
+      run.checkpoint === "best" && step === run.summary.best_step ? " This page has this model." : "";
+    label.textContent =
+      `After ${count(step)} steps (${rounded(step * run.tokens_per_step)} characters): ${bits.toFixed(2)} ` +
+      `bits per character.${here}${text === undefined ? "" : " It wrote:"}`;
     slider.setAttribute("aria-valuetext", label.textContent);
-    sample.textContent = text ?? "";
+    sample.textContent = [...(text ?? "")].map(inText).join("");
     sample.hidden = text === undefined;
   };
-  const nearest = (event) => {
+  const showNearest = (event) => {
     const box = drawing.getBoundingClientRect();
     const at = ((event.clientX - box.left) * width) / box.width;
-    const away = points.map((point) => Math.abs(x(point.step) - at));
+    const away = validation.map((point) => Math.abs(x(point.step) - at));
     show(away.indexOf(Math.min(...away)));
   };
   drawing.addEventListener("pointermove", (event) => {
-    if (event.pointerType === "mouse") nearest(event);
+    if (event.pointerType === "mouse") showNearest(event);
   });
-  drawing.addEventListener("pointerdown", nearest);
+  drawing.addEventListener("pointerdown", showNearest);
   slider.addEventListener("input", () => show(Number(slider.value)));
-  show(run.samples.length > 1 ? 0 : points.length - 1);
+  show(0);
   return [element("label.scrub", {}, "Move through the training ", slider), label, sample];
 }
 
 // --- how good it is
 
+const EXPLAINED = {
+  "letters by frequency": "knowing only how common each character is",
+  bz2: "the file compressor bz2, given the training text",
+  xz: "the file compressor xz, given the training text",
+};
+
 function comparison(run) {
-  const rows = run.baselines.map((baseline) => ({ name: baseline.name, bits: baseline.bits_per_char }));
-  if (run.val_loss !== null) rows.push({ name: "this model", bits: run.val_loss / LN2, isModel: true });
-  if (!rows.length) return run.note ? [element("p.note", {}, `No comparison: ${run.note}.`)] : [];
+  const heading = element("h3", {}, "Compared with simple methods");
+  if (!run.baselines.length) {
+    return [heading, element("p.note", {}, `Not measured: ${run.note}.`)];
+  }
+  const rows = run.baselines.map(({ name, bits_per_char: bits }) => ({ name: explain(name), bits }));
+  if (run.val_loss !== null)
+    rows.push({ name: "this model", bits: run.val_loss * BITS_PER_NAT, isModel: true });
   rows.sort((a, b) => b.bits - a.bits);
-  const largest = rows[0].bits;
-  const list = element("ul.bars.compared");
-  for (const row of rows) {
+  const items = rows.map((row) => {
     const share = element("span.share");
-    share.style.width = `${(100 * row.bits) / largest}%`;
-    list.append(
+    share.style.width = `${(100 * row.bits) / rows[0].bits}%`;
+    return element(
+      row.isModel ? "li.this" : "li",
+      {},
       element(
-        row.isModel ? "li.this" : "li",
+        "span.row",
         {},
-        element(
-          "span.row",
-          {},
-          element("span.label", {}, row.name),
-          element("span.bar", { "aria-hidden": "true" }, share),
-          element("span.number", {}, row.bits.toFixed(2)),
-        ),
+        element("span.label", {}, row.name),
+        element("span.bar", { "aria-hidden": "true" }, share),
+        element("span.number", {}, row.bits.toFixed(2)),
       ),
     );
-  }
+  });
   return [
-    element("h3", {}, "Beside simple methods"),
-    element(
-      "p",
-      {},
-      `Bits per character on text it was not trained on; fewer are better. ${explainBits(run)}`,
-    ),
-    list,
-    element(
-      "p.note",
-      {},
-      "Letter frequencies know how common each character is. An n-gram model counts what follows the last five. xz and bz2 are file compressors, given the training part first.",
-    ),
+    heading,
+    element("p", {}, "Bits per character on the text that it did not learn from; fewer are better."),
+    element("ul.bars.compared", {}, ...items),
   ];
 }
 
-function explainBits(run) {
-  if (run.val_loss === null) return "";
-  return `This model's ${(run.val_loss / LN2).toFixed(2)} bits are like choosing among ${Math.exp(run.val_loss).toFixed(1)} equally likely characters each time.`;
+function explain(name) {
+  const order = /^order-(\d+) n-gram$/.exec(name);
+  return order ? `counting what follows each ${order[1]} characters` : (EXPLAINED[name] ?? name);
 }
 
 function novelty(run) {
+  const heading = element("h3", {}, "Does it copy?");
   if (!run.novelty)
-    return run.note && run.baselines.length
-      ? [element("h3", {}, "Does it copy?"), element("p.note", {}, `Not measured: ${run.note}.`)]
-      : [];
-  const { verdict, copies, samples } = run.novelty;
-  const parts = [
-    element("h3", {}, "Does it copy?"),
-    element("p", {}, `${verdict} Measured on ${count(samples.n_characters)} characters that it wrote.`),
+    return run.baselines.length ? [heading, element("p.note", {}, `Not measured: ${run.note}.`)] : [];
+  const { verdict, copies, samples, thresholds } = run.novelty;
+  if (!copies.length || samples.longest_text < thresholds[1]) return [heading, element("p", {}, verdict)];
+  const longest = [...copies[0].text];
+  const shown = longest.map((c) => (c === "\n" ? " ↵ " : inText(c))).join("");
+  return [
+    heading,
+    element("p", {}, verdict),
+    element(
+      "p",
+      {},
+      `Its longest copy, ${count(longest.length)} characters: `,
+      element("q.copy", { dir: "auto" }, shown),
+    ),
   ];
-  if (copies.length) {
-    parts.push(
-      element(
-        "p",
-        {},
-        `Its longest copy, ${count([...copies[0].text].length)} characters: `,
-        element(
-          "q.copy",
-          { dir: "auto" },
-          [...copies[0].text]
-            .map((c) => (c === "\n" ? " ↵ " : nameOf(c).length > 1 && c !== " " ? "·" : c))
-            .join(""),
-        ),
-      ),
-    );
-  }
-  return parts;
 }

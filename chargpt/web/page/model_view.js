@@ -1,194 +1,186 @@
 /** The model: its parts with their real sizes, and its vocabulary. */
 
 import { drawModel } from "./diagram.js";
-import { byId, codePoint, count, element, nameOf, percent, rounded, sign } from "./dom.js";
+import { byId, codePoint, count, element, nameOf, percent, rounded, scroller, sign } from "./dom.js";
 
+const MOST_CHARACTERS = 2000; // of the vocabulary, to show
 const GPT2_PAPER =
   "https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf";
 
+/** Return what the model is, for the top of the page. */
+export function lead({ run }) {
+  const documents = run.n_documents > 1 ? ` in ${count(run.n_documents)} documents` : "";
+  const read = run.texts.length
+    ? ` that learned from ${run.texts.join(", ")} (${rounded(run.n_characters)} characters${documents})`
+    : "";
+  return (
+    `A GPT-2 with ${rounded(run.n_params)} parameters${read} and predicts the next character. ` +
+    "It runs in this page, on your device: nothing is sent anywhere."
+  );
+}
+
 /** Show the parts of the model and where its parameters are. */
-export function showModel(config) {
+export function showModel(config, hasEndOfText) {
   const parts = partsOf(config);
-  const total = parts.reduce((sum, part) => sum + part.times * part.parameters, 0);
-  const largest = Math.max(...parts.map((part) => part.times * part.parameters));
-  const body = element("tbody");
-  for (const part of parts) {
-    const all = part.times * part.parameters;
-    const share = element("span.share");
-    share.style.width = `${(100 * all) / largest}%`;
-    body.append(
-      element(
-        part.times > 1 || part.inLayer ? "tr.in-layer" : "tr",
-        {},
-        element("th", { scope: "row" }, part.name),
-        element("td", {}, part.about),
-        element("td.size", {}, part.shape),
-        element(
-          "td.parameters",
-          {},
-          all ? count(all) : "–",
-          all ? element("span.bar", { "aria-hidden": "true" }, share) : null,
-        ),
-      ),
-    );
-  }
-  const inLayers = parts
-    .filter((part) => part.inLayer)
-    .reduce((sum, part) => sum + part.times * part.parameters, 0);
-  const of = (name) =>
-    parts.filter((part) => part.key === name).reduce((sum, part) => sum + part.times * part.parameters, 0) /
-    total;
-  const drawing = drawModel(config, {
-    embedding: of("embedding"),
-    positions: of("positions"),
-    attention: of("attention"),
-    feedForward: of("feedForward"),
-  });
-  const heads = ["Part", "What it does", "Size", "Parameters"].map((name) =>
-    element("th", { scope: "col" }, name),
-  );
-  const table = element(
-    "table.parts",
-    {},
-    element(
-      "caption",
-      {},
-      `The parts from top to bottom. The ${config.n_layer} layers are alike; their parameters are added up.`,
-    ),
-    element("thead", {}, element("tr", {}, ...heads)),
-    body,
-  );
+  const total = sumOf(parts);
+  const shares = new Map(parts.map((part) => [part.name, part.parameters / total]));
+  const inLayers = sumOf(parts.filter((part) => part.inLayer)) / total;
+  const token = "A token is a character or end-of-text, which stands between two texts.";
   byId("model-body").replaceChildren(
     element(
       "p",
       {},
       "It is a ",
       element("a", { href: GPT2_PAPER, rel: "noreferrer" }, "GPT-2"),
-      `, small: training chose ${count(total)} numbers, ${percent(of("attention") + of("feedForward"))} of them in its ${config.n_layer} layers. It sees at most ${count(config.block_size)} characters at a time. `,
-      `A row of ${config.d_model} numbers, the residual stream, runs from top to bottom; each part reads it and adds to it. In the drawing, darker parts hold more parameters.`,
+      `, small: training chose ${count(total)} numbers, its parameters; ${percent(inLayers)} of them are ` +
+        `in its ${config.n_layer} layers. It sees at most ${count(config.block_size)} characters at a time. ` +
+        `A row of ${config.d_model} numbers, the residual stream, runs from top to bottom; each part reads ` +
+        "it and adds to it. In the drawing, parts with more colour hold more parameters.",
     ),
     element(
       "div.model-parts",
       {},
-      element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Drawing of the model" }, drawing),
-      element("div.scroller", { tabindex: 0, role: "group", "aria-label": "Parts of the model" }, table),
+      scroller("Drawing of the model", drawModel(config, shares)),
+      element(
+        "div",
+        {},
+        element("p.note", {}, `The ${config.n_layer} layers are alike; their parameters are added up.`),
+        scroller("Parts of the model", partsTable(parts)),
+        hasEndOfText ? element("p.note", {}, token) : null,
+      ),
     ),
   );
 }
 
+function sumOf(parts) {
+  return parts.reduce((sum, part) => sum + part.parameters, 0);
+}
+
+function partsTable(parts) {
+  const largest = Math.max(...parts.map((part) => part.parameters));
+  const rows = parts.map((part) => {
+    const share = element("span.share");
+    share.style.width = `${(100 * part.parameters) / largest}%`;
+    const bar = part.parameters ? element("span.bar", { "aria-hidden": "true" }, share) : null;
+    return element(
+      part.inLayer ? "tr.in-layer" : "tr",
+      {},
+      element("th", { scope: "row" }, part.title, element("span.what", {}, part.about)),
+      element("td.size", {}, part.shape),
+      element("td.parameters", {}, part.parameters ? count(part.parameters) : "–", bar),
+    );
+  });
+  const top = ["Part", "Size", "Parameters"].map((name) => element("th", { scope: "col" }, name));
+  return element(
+    "table.parts",
+    {},
+    element("thead", {}, element("tr", {}, ...top)),
+    element("tbody", {}, ...rows),
+  );
+}
+
+/** Return the parts from top to bottom; those of the layers stand for all layers together. */
 function partsOf(config) {
   const { vocab_size: V, block_size: T, n_layer: N, n_head: H, d_model: C, d_ff: F } = config;
   const bias = config.bias ? 1 : 0;
   const norm = C * (1 + bias);
-  const norms = { pre: "before", post: "after", sandwich: "before and after" }[config.norm_placement];
-  const perSublayer = config.norm_placement === "sandwich" ? 2 : 1;
-  const inLayer = true;
+  const norms = config.norm_placement === "sandwich" ? 4 : 2;
+  const where = { pre: "before", post: "after", sandwich: "before and after" }[config.norm_placement];
+  const once = { inLayer: false };
+  const each = { inLayer: true };
   return [
     {
-      key: "embedding",
-      name: "Token embedding",
-      about: "A row of numbers for each token.",
+      ...once,
+      name: "embedding",
+      title: "Token embedding",
+      about: "A row of numbers for each character.",
       shape: `${V} × ${C}`,
-      times: 1,
       parameters: V * C,
     },
     {
-      key: "positions",
-      name: "Position embedding",
+      ...once,
+      name: "positions",
+      title: "Position embedding",
       about: "A row for each place in the context.",
       shape: `${T} × ${C}`,
-      times: 1,
       parameters: T * C,
     },
     {
-      key: "attention",
-      name: `${N} × attention`,
-      about: `${H} heads of size ${C / H}: look back at earlier characters.`,
+      ...each,
+      name: "attention",
+      title: `${N} × attention`,
+      about: `${H} heads of size ${C / H} look back at earlier characters.`,
       shape: `${C} × ${3 * C}, ${C} × ${C}`,
-      times: N,
-      parameters: 4 * C * C + bias * 4 * C,
-      inLayer,
+      parameters: N * (4 * C * C + bias * 4 * C),
     },
     {
-      key: "feedForward",
-      name: `${N} × feed-forward`,
-      about: `Works on each place alone, through ${F} units (${config.activation_function}).`,
+      ...each,
+      name: "feedForward",
+      title: `${N} × feed-forward`,
+      about: `Works on each place alone, through ${F} units with the curve ${config.activation_function}.`,
       shape: `${C} × ${F}, ${F} × ${C}`,
-      times: N,
-      parameters: 2 * C * F + bias * (F + C),
-      inLayer,
+      parameters: N * (2 * C * F + bias * (F + C)),
     },
     {
-      name: `${N} × LayerNorms`,
-      about: `Keep the numbers in range, ${norms} each of both.`,
-      shape: `${2 * perSublayer} × ${C}`,
-      times: N,
-      parameters: 2 * perSublayer * norm,
-      inLayer,
+      ...each,
+      name: "norms",
+      title: `${N} × LayerNorms`,
+      about: `Keep the numbers in range, ${where} attention and feed-forward.`,
+      shape: `${norms} × ${C}`,
+      parameters: N * norms * norm,
     },
-    { name: "Final LayerNorm", about: "The same, once more.", shape: `${C}`, times: 1, parameters: norm },
     {
-      name: "Head",
-      about: "Compares the result with each token; it is the token embedding again.",
+      ...once,
+      name: "finalNorm",
+      title: "Final LayerNorm",
+      about: "The same, once more.",
+      shape: `${C}`,
+      parameters: norm,
+    },
+    {
+      ...once,
+      name: "output",
+      title: "Output",
+      about: "Compares the result with each character; it is the token embedding again.",
       shape: `${C} × ${V}`,
-      times: 1,
       parameters: 0,
     },
     {
-      name: "Softmax",
+      ...once,
+      name: "softmax",
+      title: "Softmax",
       about: "Turns the comparison into odds that add up to 100 %.",
       shape: `${V}`,
-      times: 1,
       parameters: 0,
     },
   ];
 }
-
-const MOST_CHARACTERS = 2000;
 
 /** Show the vocabulary. */
 export function showCharacters(characters, hasEndOfText) {
-  const list = element("ul.characters");
-  for (const character of characters.slice(0, MOST_CHARACTERS)) {
-    const title = `${nameOf(character)} (${codePoint(character)})`;
-    list.append(
-      element(
-        "li",
-        { title },
-        element("span", { "aria-hidden": "true" }, sign(character)),
-        element("span.only-read", {}, nameOf(character)),
-      ),
+  const items = characters.slice(0, MOST_CHARACTERS).map((character) => {
+    const name = nameOf(character);
+    return element(
+      "li",
+      { title: `${name} (${codePoint(character)})` },
+      element("span", { "aria-hidden": "true" }, sign(character)),
+      element("span.only-read", {}, name),
     );
-  }
-  if (hasEndOfText) list.append(element("li.end", { title: "end of text" }, "end of text"));
-  const sentences = [
-    `The model knows the ${count(characters.length)} different characters of its training text and no others. ` +
-      "A character of the prompt that is not here cannot be read: it is left out, and the page says so.",
-  ];
-  if (hasEndOfText) {
-    sentences.push(
-      "It also knows end-of-text, a token that stands before and after each document. Every text starts after it, and the model ends a text by drawing it; it shows as nothing.",
-    );
-  }
-  const more =
-    characters.length > MOST_CHARACTERS
-      ? element("p.note", {}, `The first ${count(MOST_CHARACTERS)} are shown.`)
-      : null;
+  });
+  if (hasEndOfText) items.push(element("li.end", {}, "∎ end of text"));
+  const end =
+    "It also knows end-of-text, ∎, which stands before and after each text that it read. Every text starts " +
+    "after it, and the model ends a text by picking it; then the page lets it write the next one.";
+  const more = characters.length > MOST_CHARACTERS ? `The first ${count(MOST_CHARACTERS)} are shown.` : "";
   byId("characters-body").replaceChildren(
-    ...sentences.map((sentence) => element("p", {}, sentence)),
-    list,
-    ...(more ? [more] : []),
-  );
-}
-
-/** Return one sentence about the model and its text for the top of the page. */
-export function lead(facts) {
-  const run = facts.run;
-  const read = run.texts.length
-    ? ` that has read ${run.texts.join(", ")} (${rounded(run.n_characters)} characters${run.n_documents > 1 ? ` in ${count(run.n_documents)} documents` : ""})`
-    : "";
-  return (
-    `A GPT-2 with ${rounded(run.n_params)} parameters${read} and predicts the next character. ` +
-    "It runs in this page, on your device: nothing is sent anywhere."
+    element(
+      "p",
+      {},
+      `The model knows the ${count(characters.length)} different characters of its training text and no ` +
+        "others. A character of the prompt that is not here cannot be read: it is left out, and the page says so.",
+    ),
+    element("p", {}, hasEndOfText ? end : ""),
+    element("ul.characters", {}, ...items),
+    element("p.note", {}, more),
   );
 }

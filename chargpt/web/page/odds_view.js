@@ -1,82 +1,93 @@
-/** Look at a character: its odds, the alternatives, and a button on each to branch there. */
+/** Look at a character: its odds, and the alternatives, each with a button to continue with it. */
 
 import { bits, byId, element, nameOf, percent, signOf } from "./dom.js";
 
 /**
  * Show the odds of a character.
- * @param {Object} record - see `LocalEngine.write`
- * @param {{characterOf: function(number): string, endId: number|null, onBranch: function(number, number): void}} options
+ * @param {CharacterRecord} record - see `engine/writer.js`
+ * @param {object} options
+ * @param {(id: number) => string} options.characterOf
+ * @param {number|null} options.endId - of end-of-text, which cannot be chosen
+ * @param {(index: number, id: number) => void} options.onBranch - when the user chooses another one
  */
 export function showOdds(record, { characterOf, endId, onBranch }) {
-  const name = nameOf(characterOf(record.id));
-  const what = record.given ? "The text continued with" : "Drawn:";
-  const head = element(
-    "p.odds-head",
-    {},
-    signOf(characterOf(record.id), "span.big"),
-    element(
-      "span",
-      {},
-      `${what} ${name}. `,
-      element("b", {}, percent(record.p)),
-      ` = ${bits(record.p).toFixed(1)} bits of surprise.`,
-    ),
-  );
-  const drawn = new Map(record.drawn ? record.drawn.ids.map((id, i) => [id, record.drawn.p[i]]) : []);
-  const rows = record.top.ids.map((id, i) => ({ id, p: record.top.p[i], drawn: drawn.get(id) ?? 0 }));
-  if (!record.top.ids.includes(record.id))
-    rows.push({ id: record.id, p: record.p, drawn: drawn.get(record.id) ?? 0 });
-  const largest = Math.max(...rows.map((row) => Math.max(row.p, row.drawn)));
-  const list = element("ul.bars");
-  for (const row of rows) {
+  const rows = record.top.ids.map((id, i) => ({ id, p: record.top.p[i], after: record.drawn?.top[i] }));
+  if (!record.top.ids.includes(record.id)) {
+    rows.push({ id: record.id, p: record.p, after: record.drawn?.p });
+  }
+  const largest = Math.max(...rows.flatMap((row) => [row.p, row.after ?? 0]));
+  const items = rows.map((row) => {
     const isThis = row.id === record.id;
-    const canBranch = !isThis && row.id !== endId;
-    const bar = element("span.bar", { "aria-hidden": "true" });
-    const share = element("span.share");
-    share.style.width = `${(100 * row.p) / largest}%`;
-    bar.append(share);
-    if (record.drawn) {
-      const mark = element("span.drawn");
-      mark.style.left = `${(100 * row.drawn) / largest}%`;
-      bar.append(mark);
-    }
-    const character = nameOf(characterOf(row.id));
+    const name = nameOf(characterOf(row.id));
+    const label = `${name}, ${percent(row.p)}`;
     const content = [
       signOf(characterOf(row.id)),
-      bar,
+      bar(row, largest),
       element("span.number", { "aria-hidden": "true" }, percent(row.p)),
     ];
-    const label = `${character}, ${percent(row.p)}`;
-    list.append(
-      element(
+    if (isThis || row.id === endId) {
+      const about = isThis ? `${label}, in the text` : label;
+      return element(
         isThis ? "li.this" : "li",
         {},
-        canBranch
-          ? element(
-              "button",
-              {
-                type: "button",
-                "aria-label": `Continue with ${label} instead`,
-                title: `Continue with ${character} instead`,
-                click: () => onBranch(record.index, row.id),
-              },
-              ...content,
-            )
-          : element(
-              "span.row",
-              { "aria-label": isThis ? `${label}, in the text` : label, role: "img" },
-              ...content,
-            ),
+        element("span.row", { role: "img", "aria-label": about }, ...content),
+      );
+    }
+    const title = `Continue with ${name} instead`;
+    const click = () => onBranch(record.index, row.id);
+    return element(
+      "li",
+      {},
+      element(
+        "button",
+        { type: "button", "aria-label": `${title}: ${percent(row.p)}`, title, click },
+        ...content,
       ),
     );
-  }
-  const about = record.drawn
-    ? "Bars: the model's odds. Lines: the odds after the settings, from which it was drawn. Click a character to continue the text with it."
-    : "Bars: the model's odds. Click a character to continue the text with it.";
-  byId("odds-body").replaceChildren(head, list, element("p.note", {}, about));
+  });
+  const key = record.drawn ? "Bars: the model. Lines: after the settings, which decide. " : "";
+  byId("odds-body").replaceChildren(
+    element(
+      "div.odds-head",
+      {},
+      signOf(characterOf(record.id), "span.big"),
+      sentence(record, characterOf(record.id)),
+    ),
+    element("ul.bars", {}, ...items),
+    element("p.note", {}, `${key}Click a character to continue the text with it instead.`),
+  );
 }
 
 /** Show why there are no odds. */
-export function showNoOdds(sentence) {
-  byId("odds-body").replaceChildren(element("p.note", {}, sentence));
+export function showNoOdds(reason) {
+  byId("odds-body").replaceChildren(element("p.note", {}, reason));
+}
+
+function sentence(record, character) {
+  const name = nameOf(character);
+  const what = record.given
+    ? `In the text: ${name}.`
+    : character === ""
+      ? "The model ended the text here."
+      : `Picked: ${name}.`;
+  const after = record.drawn ? `, after the settings ${percent(record.drawn.p)}` : "";
+  return element(
+    "p",
+    {},
+    `${what} The model gave it `,
+    element("b", {}, percent(record.p)),
+    ` (${bits(record.p).toFixed(1)} bits of surprise; 1 bit is a coin flip)${after}.`,
+  );
+}
+
+function bar(row, largest) {
+  const share = element("span.share");
+  share.style.width = `${(100 * row.p) / largest}%`;
+  const drawing = element("span.bar", { "aria-hidden": "true" }, share);
+  if (row.after !== undefined) {
+    const mark = element("span.drawn");
+    mark.style.left = `${(100 * row.after) / largest}%`;
+    drawing.append(mark);
+  }
+  return drawing;
 }

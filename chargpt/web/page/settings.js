@@ -1,9 +1,9 @@
-/** What the user asks for: the settings of a text, as controls and as the part of the URL after #. */
+/** The settings of a text, as controls. */
 
 import { byId, element } from "./dom.js";
 
 /** Each setting: its limits, what it does in one sentence, and where that was published. */
-const KNOBS = [
+export const KNOBS = [
   {
     name: "temperature",
     label: "Temperature",
@@ -22,7 +22,7 @@ const KNOBS = [
     max: 100,
     step: 1,
     initial: 0,
-    about: "Draw only from the k likeliest characters; 0 draws from all.",
+    about: "Pick only from the k likeliest characters; 0 picks from all.",
     source: ["Fan, Lewis & Dauphin 2018", "https://arxiv.org/abs/1805.04833"],
   },
   {
@@ -32,7 +32,7 @@ const KNOBS = [
     max: 1,
     step: 0.05,
     initial: 1,
-    about: "Draw only from the likeliest characters that together have this probability; 1 draws from all.",
+    about: "Pick only from the likeliest characters that together have this probability; 1 picks from all.",
     source: ["Holtzman et al. 2020", "https://arxiv.org/abs/1904.09751"],
   },
   {
@@ -42,7 +42,7 @@ const KNOBS = [
     max: 1,
     step: 0.01,
     initial: 0,
-    about: "Draw only characters with at least this share of the likeliest one's probability.",
+    about: "Pick only characters with at least this share of the likeliest one's probability.",
     source: ["Nguyen et al. 2024", "https://arxiv.org/abs/2407.01082"],
   },
   {
@@ -53,7 +53,7 @@ const KNOBS = [
     step: 1,
     initial: 1337,
     about:
-      "Character number i is drawn with random number i of this seed: the same seed writes the same text.",
+      "Character number i is picked by random number i of this seed: the same seed writes the same text.",
     source: ["Salmon et al. 2011 (Philox)", "https://doi.org/10.1145/2063384.2063405"],
   },
   {
@@ -67,7 +67,6 @@ const KNOBS = [
     source: null,
   },
 ];
-const URL_NAMES = { topK: "top_k", topP: "top_p", minP: "min_p" };
 
 /** Build the controls; `onChange` is called when one has changed. */
 export function buildKnobs(onChange) {
@@ -108,12 +107,12 @@ export function buildKnobs(onChange) {
   }
 }
 
-/** Return the value of a control, within its limits; nonsense gives the initial value. */
 function valueOf(knob) {
   return within(knob, byId(knob.name).value);
 }
 
-function within(knob, text) {
+/** Return a number within the limits of a setting; nonsense gives the initial value. */
+export function within(knob, text) {
   const value = text === "" || text === null ? NaN : Number(text);
   if (!Number.isFinite(value)) return knob.initial;
   const limited = Math.min(Math.max(value, knob.min), knob.max);
@@ -140,44 +139,4 @@ export function describe(settings) {
   if (settings.topP < 1) parts.push(`top-p ${settings.topP}`);
   if (settings.minP > 0) parts.push(`min-p ${settings.minP}`);
   return [...parts, `seed ${settings.seed}`, `${settings.length} characters`].join(", ");
-}
-
-/**
- * Return the part of the URL that repeats a text.
- * @param {{prompt: string, settings: Object, path: Array<{at: number, id: number|null}>, selected: number|null, colour: boolean}} state
- */
-export function toHash({ prompt, settings, path, selected, colour }) {
-  const words = new URLSearchParams();
-  words.set("prompt", prompt);
-  for (const knob of KNOBS) {
-    if (knob.name === "seed" || settings[knob.name] !== knob.initial) {
-      words.set(URL_NAMES[knob.name] ?? knob.name, String(settings[knob.name]));
-    }
-  }
-  if (path.length)
-    words.set("path", path.map(({ at, id }) => (id === null ? `${at}` : `${at}.${id}`)).join("_"));
-  if (selected !== null) words.set("at", String(selected));
-  if (colour) words.set("colour", "1");
-  return `#${words}`;
-}
-
-/** Read what `toHash` wrote; null if there is no state. Nonsense gives initial values. */
-export function fromHash(hash, vocabSize) {
-  const words = new URLSearchParams(hash.replace(/^#/, ""));
-  if (!words.has("prompt")) return null;
-  const settings = Object.fromEntries(
-    KNOBS.map((knob) => [knob.name, within(knob, words.get(URL_NAMES[knob.name] ?? knob.name))]),
-  );
-  const path = [];
-  for (const step of (words.get("path") ?? "").split("_")) {
-    const match = /^(\d{1,7})(?:\.(\d{1,7}))?$/.exec(step);
-    if (!match) continue;
-    const at = Number(match[1]);
-    const id = match[2] === undefined ? null : Number(match[2]);
-    const inOrder = path.length === 0 || at > path.at(-1).at;
-    if (inOrder && (id === null || id < vocabSize)) path.push({ at, id });
-  }
-  const at = words.get("at");
-  const selected = at !== null && /^\d{1,7}$/.test(at) ? Number(at) : null;
-  return { prompt: words.get("prompt"), settings, path, selected, colour: words.get("colour") === "1" };
 }

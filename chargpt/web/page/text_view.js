@@ -16,11 +16,13 @@ export class TextView {
     this.onLook = onLook;
     this.spans = [];
     this.selected = null;
+    this.pointed = null;
     this.box.addEventListener("pointermove", (event) => this.point(event));
-    this.box.addEventListener("pointerleave", () => onLook(this.selected, false));
+    this.box.addEventListener("pointerleave", () => this.pointAt(this.selected));
     this.box.addEventListener("click", (event) => this.click(event));
     this.box.addEventListener("keydown", (event) => this.key(event));
-    this.pick.addEventListener("input", () => this.select(Number(this.pick.value), { scroll: true }));
+    this.pick.addEventListener("keydown", (event) => this.key(event));
+    this.pick.addEventListener("input", () => this.select(Number(this.pick.value)));
     this.buildLegend();
   }
 
@@ -28,25 +30,30 @@ export class TextView {
   cut(length) {
     for (const span of this.spans.splice(length)) span.remove();
     if (this.selected !== null && this.selected >= length) this.selected = null;
+    if (this.pointed !== null && this.pointed >= length) this.pointed = null;
     this.update();
   }
 
   /**
-   * Add characters.
-   * @param {Array<{character: string, given: boolean, chosen: boolean}>} items
+   * Add characters. The box follows them if its end was in sight and nothing is selected.
+   * @param {{character: string, kind: "given"|"chosen"|"written"}[]} items
    */
   add(items) {
+    const { box } = this;
+    const follows = this.selected === null && box.scrollHeight - box.scrollTop - box.clientHeight < 40;
     const fragment = document.createDocumentFragment();
-    for (const item of items) {
-      const kind = item.chosen ? ".chosen" : item.given ? ".given" : "";
-      const seen = inText(item.character);
-      const hidden = seen !== item.character ? ".hidden-character" : "";
-      const span = element(`span${kind}${hidden}${item.character === "\n" ? ".line" : ""}`, {}, seen);
+    for (const { character, kind } of items) {
+      const seen = inText(character);
+      const span = element(`span.${kind}`, {}, seen);
+      if (character === "\n") span.classList.add("line");
+      if (character === "") span.classList.add("end");
+      else if (seen !== character) span.classList.add("hidden-character");
       span.index = this.spans.length;
       this.spans.push(span);
       fragment.append(span);
     }
-    this.box.append(fragment);
+    box.append(fragment);
+    if (follows) box.scrollTop = box.scrollHeight;
     this.update();
   }
 
@@ -62,17 +69,14 @@ export class TextView {
     this.pick.disabled = this.spans.length === 0;
   }
 
-  /** Select a character; null: none. */
-  select(index, { scroll = false, quiet = false } = {}) {
-    if (this.selected !== null) this.spans[this.selected]?.classList.remove("selected");
-    this.selected = index;
-    if (index !== null) {
-      const span = this.spans[index];
-      span.classList.add("selected");
-      this.pick.value = String(index);
-      if (scroll) this.show(span);
-    }
-    if (!quiet) this.onLook(index, true);
+  /** Select a character, and bring it into view. */
+  select(index) {
+    this.spans[this.selected]?.classList.remove("selected");
+    this.selected = this.pointed = index;
+    this.spans[index].classList.add("selected");
+    this.pick.value = String(index);
+    this.show(this.spans[index]);
+    this.onLook(index, true);
   }
 
   /** Say what is selected to people who cannot see it. */
@@ -93,8 +97,13 @@ export class TextView {
   }
 
   point(event) {
-    const index = event.target.index;
-    if (index !== undefined && event.pointerType !== "touch") this.onLook(index, false);
+    if (event.target.index !== undefined && event.pointerType !== "touch") this.pointAt(event.target.index);
+  }
+
+  pointAt(index) {
+    if (index === this.pointed) return;
+    this.pointed = index;
+    this.onLook(index, false);
   }
 
   click(event) {
@@ -111,7 +120,8 @@ export class TextView {
     moves.ArrowDown = this.lineAway(at, 1);
     if (!(event.key in moves)) return;
     event.preventDefault();
-    this.select(Math.min(Math.max(moves[event.key], 0), last), { scroll: true });
+    this.select(Math.min(Math.max(moves[event.key], 0), last));
+    this.pick.focus(); // its value is what a screen reader says
   }
 
   /** Return the index of the character above or below another one. */
