@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -26,9 +26,11 @@ GREEDY = {"temperature": 0, "topK": 0, "topP": 1, "minP": 0, "seed": 0}
 DRAWN = GREEDY | {"temperature": 1, "seed": 7}
 
 
-def stored(model: GPT2) -> tuple[GPT2, dict[str, Any]]:
+def stored(
+    model: GPT2, number_type: Literal["int8", "int16"] = "int16"
+) -> tuple[GPT2, dict[str, Any]]:
     """Return the model with rounded weights, and what the page gets of it."""
-    tensors, data = pack(model, "int16")
+    tensors, data = pack(model, number_type)
     listed = [tensor.to_json() for tensor in tensors]
     config = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
     page = {"config": config, "tensors": listed, "weights": base64.b64encode(data).decode()}
@@ -62,6 +64,15 @@ def test_logits_equal_pytorch_for_all_kinds_of_model(open_engine: Callable[..., 
             np.testing.assert_allclose(
                 computed, expected, rtol=0, atol=2e-6 * scale, err_msg=str(config)
             )
+
+
+def test_weights_in_8_bits_are_decoded(open_engine: Callable[..., Any]) -> None:
+    model, facts = stored(shake(GPT2(ODD)), "int8")
+    page = open_engine(GPT2(ODD), CharTokenizer(CHARACTERS))
+    wasm, _ = page.evaluate(LOGITS, facts | {"ids": [1, 2, 3]})
+    with torch.inference_mode():
+        expected = model(torch.tensor([[1, 2, 3]]))[0].numpy()
+    np.testing.assert_allclose(wasm["rows"], expected, rtol=1e-4, atol=1e-4)
 
 
 # --- writing
