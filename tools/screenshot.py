@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=1840)
+    parser.add_argument("--height", type=int, default=2080)
     options = parser.parse_args()
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
