@@ -1,4 +1,4 @@
-"""The commands and code in README.md and docs/generation.md run; only budgets are shortened."""
+"""The commands and code in README.md and two other documents run; only budgets are shortened."""
 
 import io
 import re
@@ -6,14 +6,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import nanogpt_files
 import pytest
-from conftest import words
+from conftest import QUICK, SMALL, words
 
 from chargpt.cli import main as cli
 from chargpt.data import datasets
+from chargpt.train import train
 
 README = Path(__file__).parent.parent / "README.md"
 WRITING = README.parent / "docs" / "generation.md"
+EXPORT = README.parent / "docs" / "export.md"
 
 
 def blocks(language: str, document: Path = README) -> list[str]:
@@ -32,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("names.txt").write_text("\n".join(["anna", "otto", "eve", "ada"] * 400))
     for block in blocks("toml"):
         Path("my.toml").write_text(block)
+    nanogpt_files.write(tmp_path, nanogpt_files.checkpoint(nanogpt_files.ARGS), nanogpt_files.META)
     monkeypatch.setattr(datasets, "load_dataset", lambda _: text.encode())
     assert datasets.NAMES == ("tiny-shakespeare",)
     return tmp_path
@@ -67,6 +71,23 @@ def test_every_command_runs(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         with pytest.raises(SystemExit) as stop:
             cli.main(shortened(command))
         assert stop.value.code == 0, (command, capsys.readouterr().err)
+
+
+def test_the_commands_and_the_code_of_the_exports_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    train("my.txt", model_config=SMALL, train_config=QUICK, out="runs/my", quiet=True)
+    [commands] = blocks("bash", EXPORT)
+    for command in commands.splitlines():
+        with pytest.raises(SystemExit) as stop:
+            cli.main(shortened(command))
+        assert stop.value.code == 0, (command, capsys.readouterr().err)
+    [code] = blocks("python", EXPORT)
+    transformers.logging.set_verbosity_error()
+    exec(code.replace("ROMEO:", "Once"))
+    assert capsys.readouterr().out.splitlines()[-1]
 
 
 def test_every_make_target_exists() -> None:
