@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import re
 import tomllib
 import types
 import typing
@@ -99,6 +100,10 @@ def _parse_error(box: str, verb: str, commands: Mapping[str, Any], arguments: Se
     """Turn tyro's framed message into one line: the mistake and the remedy."""
     if not verb:
         return f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], commands)}"
+    # A missing argument stands on a line of its own, with its help below, further to the right.
+    missing = re.findall(r"^[│ ] {5}(\S.*?) *│?$", box.partition("For full helptext")[0], re.M)
+    if "Missing from" in box and missing:
+        return f"missing: {', '.join(missing)}; see chargpt {verb} --help"
     # The box has a title and paragraphs between rules. A plain terminal gets dashes for frames.
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     lines = ["" if set(line) <= set("─-╰╯+") else line for line in lines]

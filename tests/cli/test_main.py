@@ -61,7 +61,8 @@ MISTAKES = {
     "train text.txt --out text.txt": "text.txt is in use by something else",
     "trian": "unknown command 'trian': did you mean train?",
     "frobnicate": "unknown command 'frobnicate': .*train, sample, eval",
-    "sample": "Missing from chargpt sample: RUN",
+    "sample": "missing: RUN;",
+    "export run": "missing: OUT, --to {hf,onnx,html};",
     "sample nowhere": "nowhere does not exist.* give the folder that `chargpt train`",
     "sample full": "full .* config.json",
 }
