@@ -2,15 +2,15 @@
 
 Inputs and outputs, for B texts with T new tokens each after P earlier ones (P may be 0):
 
-=====================  ============  =================================================
-input_ids              (B, T)        int64
-position_ids           (B, T)        int64, from P on, below block_size
-past_key.0 …           (B, H, P, D)  keys of each layer: those that the last call returned
-past_value.0 …         (B, H, P, D)  values likewise
-logits                 (B, T, V)     for the token after each of the new ones
-present_key.0 …        (B, H, P+T, D)
-present_value.0 …      (B, H, P+T, D)
-=====================  ============  =================================================
+=========================  =============  =================================================
+input_ids                  (B, T)         int64
+position_ids               (B, T)         int64, from P on, below block_size
+past_key_values.0.key …    (B, H, P, D)   keys of each layer: those that the last call returned
+past_key_values.0.value …  (B, H, P, D)   values likewise
+logits                     (B, T, V)      for the token after each of the new ones
+present.0.key …            (B, H, P+T, D)
+present.0.value …          (B, H, P+T, D)
+=========================  =============  =================================================
 
 The file's metadata has the vocabulary: ``characters``, a JSON list in which the character with id i
 stands at i; ``end_of_text_id``, a number or null; ``block_size``, the most positions.

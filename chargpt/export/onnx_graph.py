@@ -50,11 +50,11 @@ def to_onnx(model: GPT2, tokenizer: CharTokenizer, *, int8: bool = False) -> byt
     H, D = config.n_head, config.d_model // config.n_head
     graph = _Graph(config, int8)
     logits = graph.gpt2(model)
-    caches = [f"{part}.{number}" for number in range(config.n_layer) for part in ("key", "value")]
+    caches = [f"{number}.{part}" for number in range(config.n_layer) for part in ("key", "value")]
     inputs: list[Any] = [(name, kinds.INT64, ("B", "T")) for name in ("input_ids", "position_ids")]
-    inputs += [(f"past_{cache}", kinds.FLOAT, ("B", H, "P", D)) for cache in caches]
+    inputs += [(f"past_key_values.{cache}", kinds.FLOAT, ("B", H, "P", D)) for cache in caches]
     outputs: list[Any] = [(logits, kinds.FLOAT, ("B", "T", config.vocab_size))]
-    outputs += [(f"present_{cache}", kinds.FLOAT, ("B", H, "S", D)) for cache in caches]
+    outputs += [(f"present.{cache}", kinds.FLOAT, ("B", H, "S", D)) for cache in caches]
     file = helper.make_model(
         helper.make_graph(
             graph.nodes,
@@ -145,7 +145,7 @@ class _Graph:
         self.op("Concat", "B, T", self.constant(np.array([H, C // H])), axis=0, name="B, T, H, D")
         self.constant(np.float32((C // H) ** -0.5), "scale")
         zero, one = self.constant(np.int64(0)), self.constant(np.int64(1))
-        past = self.op("Squeeze", self.op("Shape", "past_key.0", start=2, end=3))  # P
+        past = self.op("Squeeze", self.op("Shape", "past_key_values.0.key", start=2, end=3))  # P
         total = self.op("Add", past, self.op("Gather", "B, T", one))  # S
         columns = self.op("Range", zero, total, one)  # (S,)
         rows = self.op("Range", past, total, one)  # (T,)
@@ -186,8 +186,8 @@ class _Graph:
         heads = [self.op("Reshape", part, "B, T, H, D") for part in parts]
         q, k, v = (self.op("Transpose", part, perm=[0, 2, 1, 3]) for part in heads)  # (B, H, T, D)
         keys, values = (
-            self.op("Concat", f"past_{kind}", new, axis=2, name=f"present_{kind}")
-            for kind, new in ((f"key.{number}", k), (f"value.{number}", v))
+            self.op("Concat", f"past_key_values.{kind}", new, axis=2, name=f"present.{kind}")
+            for kind, new in ((f"{number}.key", k), (f"{number}.value", v))
         )  # (B, H, S, D)
         keys = self.op("Transpose", keys, perm=[0, 1, 3, 2])
         scores = self.op("MatMul", self.op("Mul", q, "scale"), keys)  # (B, H, T, S)

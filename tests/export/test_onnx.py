@@ -118,7 +118,7 @@ def test_the_file_has_what_a_reader_needs(tmp_path: Path) -> None:
     assert json.loads(facts["end_of_text_id"]) == TOKENIZER.end_of_text_id == 6
     assert json.loads(facts["block_size"]) == 96
     assert [value.name for value in session.get_outputs()] == [
-        "logits", "present_key.0", "present_value.0", "present_key.1", "present_value.1",
+        "logits", "present.0.key", "present.0.value", "present.1.key", "present.1.value",
     ]  # fmt: skip
 
 
