@@ -209,16 +209,16 @@ export class Page {
     this.stopper?.abort();
     const stopper = new AbortController();
     this.stopper = stopper;
+    this.busy(true);
     this.writing = this.writing.then(async () => {
       if (stopper !== this.stopper) return; // another one has been asked for
-      this.busy(true);
       try {
         this.finish(await work(stopper.signal), stopper.signal);
       } catch (error) {
         showTrouble(error);
         byId("status").textContent = "Not finished.";
       } finally {
-        this.busy(false);
+        if (stopper === this.stopper) this.busy(false);
       }
     });
     return this.writing;
