@@ -49,7 +49,8 @@ export class Page {
     showLearned(facts.run);
     buildKnobs(() => this.describeSettings());
     this.listen();
-    await this.restore(this.stateInAddress() ?? { ...this.newState(), prompt: "", colour: false });
+    const state = fromHash(location.hash, facts.config.vocab_size);
+    await this.restore(state ?? { ...this.newState(), prompt: "", colour: false });
     await checkArithmetic(this.engine);
   }
 
@@ -80,10 +81,11 @@ export class Page {
     for (const link of document.querySelectorAll("nav a, a.skip")) {
       link.addEventListener("click", (event) => goTo(event, link.getAttribute("href").slice(1)));
     }
-    window.addEventListener("hashchange", () => {
-      const state = this.stateInAddress();
+    window.addEventListener("hashchange", ({ newURL }) => {
+      const { hash } = new URL(newURL); // a text that has just ended may have changed the address since
+      const state = fromHash(hash, this.engine.facts.config.vocab_size);
       if (state === null) this.saveState();
-      else if (location.hash !== this.hash()) this.restore(state);
+      else if (hash !== this.hash()) this.restore(state);
     });
   }
 
@@ -102,10 +104,6 @@ export class Page {
   newState() {
     const [prompt, colour] = [byId("prompt").value, byId("colour").checked];
     return { prompt, settings: readKnobs(), path: [], end: null, selected: null, colour };
-  }
-
-  stateInAddress() {
-    return fromHash(location.hash, this.engine.facts.config.vocab_size);
   }
 
   hash() {
