@@ -45,8 +45,14 @@ def make_app(
     metrics = Metrics(served)
     middleware = [Middleware(RequestLog, metrics=metrics, write=settings.log_requests)]
     if settings.cors:
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-        middleware.append(Middleware(CORSMiddleware, allow_origins=[*settings.cors], **allowed))
+        methods, headers = ["GET", "POST"], ["authorization", "content-type", "x-api-key"]
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors,
+            allow_methods=methods,
+            allow_headers=headers,
+        )
+        middleware.append(cors)
     middleware.append(Middleware(Guard, settings=settings))
     app = FastAPI(
         title="chargpt",

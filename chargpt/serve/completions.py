@@ -217,6 +217,10 @@ class Shape:
             "text_offset": offsets,
         }
 
+    def _top(self, token: Token) -> dict[str, float]:
+        pairs = [*token.top, (token.id, token.logprob)]
+        return {self.tokenizer.decode([i]): logprob for i, logprob in pairs}
+
 
 class ChatShape(Shape):
     """The JSON of a chat completion."""

@@ -18,29 +18,34 @@ class Metrics:
 
     def __init__(self, served: Mapping[str, Served]) -> None:
         self.registry = CollectorRegistry()
-        where = {"registry": self.registry}
         self.requests = Counter(
-            "chargpt_requests", "Answers, by path and status.", ["path", "status"], **where
+            "chargpt_requests",
+            "Answers, by path and status.",
+            ["path", "status"],
+            registry=self.registry,
         )
         self.prompt_characters = Counter(
-            "chargpt_prompt_characters", "Characters of prompts.", ["model"], **where
+            "chargpt_prompt_characters", "Characters of prompts.", ["model"], registry=self.registry
         )
         self.characters = Counter(
-            "chargpt_characters", "Characters written and answered.", ["model"], **where
+            "chargpt_characters",
+            "Characters written and answered.",
+            ["model"],
+            registry=self.registry,
         )
         self.first = Histogram(
             "chargpt_first_character_seconds",
             "From the request to its first character.",
             ["model"],
             buckets=_SECONDS,
-            **where,
+            registry=self.registry,
         )
         self.duration = Histogram(
             "chargpt_request_seconds",
             "From the request to its last character.",
             ["model"],
             buckets=_SECONDS,
-            **where,
+            registry=self.registry,
         )
         self.registry.register(_Queues(served))
 

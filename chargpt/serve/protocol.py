@@ -221,9 +221,6 @@ def _config(request: Sampling, max_tokens: int) -> SampleConfig:
             raise ApiError(400, "suffix is not supported: leave it out", param="suffix")
         if request.best_of not in (None, request.n or 1):
             raise ApiError(400, "best_of is not supported: leave it out", param="best_of")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(request, name):
-            raise ApiError(400, f"{name} is not supported: give 0", param=name)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stop) > 16 or any(len(text) > 256 for text in stop):
         message = "stop is too long: give up to 16 strings of up to 256 characters"
@@ -234,6 +231,8 @@ def _config(request: Sampling, max_tokens: int) -> SampleConfig:
         "top_k": None if request.top_k is None else max(0, request.top_k),  # -1: off, as in vLLM
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
         "stop": tuple(text for text in stop if text),
         "max_new_tokens": max(1, max_tokens),
     }
