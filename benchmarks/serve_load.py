@@ -135,8 +135,10 @@ def main() -> None:
             print(f"dropped      200 requests; then one answers in {seconds:.3f} s")
             process = psutil.Process(server.pid)
             asyncio.run(drop(host, port, 100, 16, 0.05))
+            time.sleep(1)
             print(f"before       {state(process)}")
             asyncio.run(drop(host, port, args.cycles, 16, 0.05))
+            time.sleep(1)  # the last connections close
             print(f"after        {state(process)}, {args.cycles} dropped requests later")
         finally:
             server.terminate()
