@@ -128,6 +128,7 @@ def main() -> None:
             print(f"start        {time.perf_counter() - began:.1f} s to the first answer")
             host, port = "127.0.0.1", int(url.rpartition(":")[2])
             asyncio.run(load_for(host, port, args.seconds, args.at_once))
+            print(f"engine       {offline(make_decoder(model, 32), 5):,.0f} characters/s again")
             asyncio.run(drop(host, port, 200, 200, 0.5))
             began = time.perf_counter()
             httpx.post(url + "/v1/completions", json={"prompt": ""}).raise_for_status()
