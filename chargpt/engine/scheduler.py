@@ -8,10 +8,10 @@ and its seed, not on its neighbours. With `NativeDecoder` this holds to the bit;
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -60,6 +60,15 @@ class TokenSequence:
     """Logits of the next token, (V,); None: some ids are unread."""
     seen: Tensor | None = None
     """Tokens in the text, (V,) of bool; None: no repetition penalty."""
+    counts: Tensor | None = None
+    """How often each token was written, (V,); None: no presence or frequency penalty."""
+
+    def __post_init__(self) -> None:
+        config = self.config
+        numbers = (config.temperature, config.top_k, config.top_p, config.min_p)
+        penalties = (config.presence_penalty, config.frequency_penalty, config.repetition_penalty)
+        self.filters = (*numbers, *penalties, id(self.bias), self.top_logprobs)
+        """Sequences with equal ones are drawn together."""
 
 
 class Engine:
@@ -138,6 +147,8 @@ class Engine:
                 sequence.seen[sequence.ids] = True
                 if sequence.end_id is not None:  # not a character of the text
                     sequence.seen[sequence.end_id] = False
+            if sequence.config.presence_penalty or sequence.config.frequency_penalty:
+                sequence.counts = torch.zeros_like(logits[-1])
 
     @torch.inference_mode()
     def step(self) -> list[tuple[TokenSequence, Token | None]]:
@@ -151,15 +162,17 @@ class Engine:
         """
         if not self.active:
             return []
-        drawn: list[tuple[TokenSequence, Token]] = []
         logits = self._logits()  # (B, V)
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for row, sequence in enumerate(self.active):
+            groups[sequence.filters].append(row)
+        drawn: dict[int, Token] = {}
         with _one_thread():
-            # Tuples compare their entries by identity first, so this is cheap for a shared config.
-            for _, group in groupby(self.active, lambda s: (s.config, id(s.bias), s.top_logprobs)):
-                sequences = list(group)
-                rows = logits[len(drawn) : len(drawn) + len(sequences)]  # (sequences, V)
-                drawn += zip(sequences, _draw(rows, sequences), strict=True)
-        return [(sequence, self._append(sequence, token)) for sequence, token in drawn]
+            for rows in groups.values():
+                part = logits if len(groups) == 1 else logits[rows]  # (rows, V)
+                tokens = _draw(part, [self.active[row] for row in rows])
+                drawn |= zip(rows, tokens, strict=True)
+        return [(s, self._append(s, drawn[row])) for row, s in enumerate([*self.active])]
 
     def _append(self, sequence: TokenSequence, token: Token) -> Token | None:
         """Add a token to a sequence; end-of-text and the last token end it."""
@@ -171,6 +184,8 @@ class Engine:
         sequence.logits = None
         if sequence.seen is not None:
             sequence.seen[token.id] = True
+        if sequence.counts is not None:
+            sequence.counts[token.id] += 1
         if sequence.n_new == sequence.config.max_new_tokens:
             self.remove(sequence, "length")
         return token
@@ -220,7 +235,10 @@ def _draw(logits: Tensor, sequences: list[TokenSequence]) -> list[Token]:
     """Draw a token for each of B sequences with the same settings; logits are (B, V)."""
     masks = [s.seen for s in sequences if s.seen is not None]
     seen = torch.stack(masks) if masks else None  # (B, V)
-    filtered = filter_logits(logits, sequences[0].config, seen=seen, bias=sequences[0].bias)
+    written = [s.counts for s in sequences if s.counts is not None]
+    counts = torch.stack(written) if written else None  # (B, V)
+    config, bias = sequences[0].config, sequences[0].bias
+    filtered = filter_logits(logits, config, seen=seen, counts=counts, bias=bias)
     uniforms = torch.tensor([next(s.uniforms) for s in sequences], dtype=torch.float64)
     return _tokens(logits, sample_next(filtered, uniforms).tolist(), sequences[0].top_logprobs)
 
