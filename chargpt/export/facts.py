@@ -89,10 +89,11 @@ def gather_facts(
     *,
     which: CheckpointName = "best",
     report: Callable[[str], None] = lambda line: None,
+    measure: bool = True,
 ) -> Facts:
     """Read the files of a run, and measure its model beside simple methods.
 
-    The measurements need the training text, which is read again if it has at most
+    Without `measure`, ``note`` says that they are not known yet. The measurements need the training text, which is read again if it has at most
     `MOST_CHARACTERS` characters and is still where it was; they take some seconds.
 
     Raises:
@@ -101,7 +102,9 @@ def gather_facts(
     config, summary = read_config(run), _summary(run)
     rows: tuple[Baseline, ...] = ()
     novelty, note = None, _not_measured(config)
-    if not note:
+    if not note and not measure:
+        note = "this takes a while, and waits for the end of the training"
+    elif not note:
         try:
             corpus = training_corpus(config, report)
             report("measuring simple methods, and how much the model copies")

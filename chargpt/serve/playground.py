@@ -1,0 +1,135 @@
+"""The page of the server: that of the one-file export, with the model on the server.
+
+    GET  /               the page (see ``web/page/remote.js``)
+    GET  /compare        two of them side by side (``web/page/compare.js``)
+    GET  /page/facts     what the page shows of a run, with an ETag that changes as it trains
+    POST /page/write     the records of a text as JSON lines, then why it ended
+    POST /page/inspect   how one character was predicted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import json
+from collections.abc import AsyncIterator, Mapping
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field
+
+from chargpt.export.web_bundle import data_text, fill, join_modules, script_text, served_policy
+from chargpt.serve.inside import inspect
+from chargpt.serve.live import Live
+from chargpt.serve.models import Served
+from chargpt.serve.records import Contexts
+from chargpt.serve.writing import PageText, Task, check_ids
+
+_BATCH_SECONDS = 0.016  # records of this time are sent together: a page shows 60 images per second
+_PAGE_HEADERS = {"Cache-Control": "no-cache"}
+
+
+class Question(BaseModel):
+    """Which character to look at: see `LocalEngine.inspect` in ``web/engine/local_engine.js``."""
+
+    model: str | None = None
+    ids: Annotated[list[int], Field(max_length=100_000)]
+    """The characters of the context."""
+    first: Annotated[int, Field(ge=0)]
+    """Index of the first one in the text."""
+
+
+def add_playground(app: FastAPI) -> None:
+    """Add the routes of the page; ``app.state.served`` has the models by name."""
+    live: dict[str, Live] = {}
+    pages: dict[str, str] = {}
+
+    def page(entry: str, template: str, title: str) -> HTMLResponse:
+        if entry not in pages:
+            pages[entry] = make_served_page(entry, template, title)
+        return HTMLResponse(pages[entry], headers=_PAGE_HEADERS)
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        return page("page/remote.js", "page.html", "chargpt")
+
+    @app.get("/compare", include_in_schema=False)
+    async def show_comparison() -> HTMLResponse:
+        return page("page/compare.js", "compare.html", "Two side by side")
+
+    @app.get("/page/facts", include_in_schema=False)
+    async def facts(request: Request, model: str | None = None) -> Response:
+        served = _find(request, model)
+        state = await live.setdefault(served.name, Live(served)).current()
+        headers = {"ETag": state.tag, "Cache-Control": "no-cache"}
+        if request.headers.get("If-None-Match") == state.tag:
+            return Response(status_code=304, headers=headers)
+        names = list(request.app.state.served)
+        return JSONResponse(state.facts | {"models": names}, headers=headers)
+
+    @app.post("/page/write", include_in_schema=False)
+    async def write(request: Request, task: Task) -> Response:
+        text = PageText(_find(request, task.model), task)
+        text.start()
+        return StreamingResponse(_lines(text), media_type="application/jsonl")
+
+    @app.post("/page/inspect", include_in_schema=False)
+    async def look_inside(request: Request, question: Question) -> JSONResponse:
+        served = _find(request, question.model)
+        check_ids(served, question.ids)
+        contexts = Contexts(served.tokenizer, served.model.config.block_size)
+        context = contexts.tokens(question.ids, question.first)
+        if len(context) > served.model.config.block_size:
+            raise HTTPException(400, "the context is longer than the model's block_size")
+        return JSONResponse(await asyncio.to_thread(inspect, served.model, context))
+
+
+def make_served_page(entry: str, template: str, title: str) -> str:
+    """Return a page without a model, whose script asks this server.
+
+    Args:
+        entry: its script, such as ``page/remote.js``.
+        template: its HTML.
+        title: for the moment until the script knows the model.
+    """
+    web = files("chargpt").joinpath("web")
+    script = script_text("\n" + join_modules(web, entry))
+    style = "\n" + web.joinpath("page.css").read_text("utf-8")
+    values = {
+        "title": html.escape(title),
+        "policy": served_policy(script, style),
+        "style": style,
+        "script": script,
+    }
+    if template == "page.html":
+        values |= {"facts": data_text(None), "weights": "", "worker": ""}
+    return fill(web.joinpath(template).read_text("utf-8"), values)
+
+
+def _find(request: Request, name: str | None) -> Served:
+    """Return the model of this name, or the first one."""
+    served: Mapping[str, Served] = request.app.state.served
+    if name is None:
+        return next(iter(served.values()))
+    if name not in served:
+        raise HTTPException(404, "this server has no such model: reload the page")
+    return served[name]
+
+
+async def _lines(text: PageText) -> AsyncIterator[str]:
+    """Yield the records as lines of JSON, those of a moment together."""
+    clock = asyncio.get_running_loop().time
+    batch, sent = "", clock()
+    records = text.records()
+    try:
+        async for record in records:
+            batch += json.dumps(record, separators=(",", ":")) + "\n"
+            if clock() - sent >= _BATCH_SECONDS or "index" not in record:
+                yield batch
+                batch, sent = "", clock()
+    finally:  # the page may have closed the connection
+        text.close()
+
+
