@@ -93,8 +93,9 @@ def gather_facts(
 ) -> Facts:
     """Read the files of a run, and measure its model beside simple methods.
 
-    Without `measure`, ``note`` says that they are not known yet. The measurements need the training text, which is read again if it has at most
-    `MOST_CHARACTERS` characters and is still where it was; they take some seconds.
+    The measurements need the training text, which is read again if it has at most
+    `MOST_CHARACTERS` characters and is still where it was; they take some seconds. Without
+    `measure`, ``note`` says why they are missing.
 
     Raises:
         UserError: not a run folder.
@@ -103,7 +104,7 @@ def gather_facts(
     rows: tuple[Baseline, ...] = ()
     novelty, note = None, _not_measured(config)
     if not note and not measure:
-        note = "this takes a while, and waits for the end of the training"
+        note = "it takes a while" if summary else "the training has not ended"
     elif not note:
         try:
             corpus = training_corpus(config, report)

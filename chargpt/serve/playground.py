@@ -14,21 +14,30 @@ import html
 import json
 from collections.abc import AsyncIterator, Mapping
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 
 from chargpt.export.web_bundle import data_text, fill, join_modules, script_text, served_policy
+from chargpt.serve.errors import ApiError
 from chargpt.serve.inside import inspect
 from chargpt.serve.live import Live
 from chargpt.serve.models import Served
 from chargpt.serve.records import Contexts
-from chargpt.serve.writing import PageText, Task, check_ids
+from chargpt.serve.worker import QueueFull
+from chargpt.serve.writing import PageText, Task
 
 _BATCH_SECONDS = 0.016  # records of this time are sent together: a page shows 60 images per second
-_PAGE_HEADERS = {"Cache-Control": "no-cache"}
+_PAGE_HEADERS = {"Cache-Control": "no-cache", "X-Frame-Options": "SAMEORIGIN"}
+
+
+class ServedPage(NamedTuple):
+    """A page, and the policy to send with it."""
+
+    html: str
+    policy: str
 
 
 class Question(BaseModel):
@@ -44,12 +53,18 @@ class Question(BaseModel):
 def add_playground(app: FastAPI) -> None:
     """Add the routes of the page; ``app.state.served`` has the models by name."""
     live: dict[str, Live] = {}
-    pages: dict[str, str] = {}
+    pages: dict[str, ServedPage] = {}
+
+    def live_of(served: Served) -> Live:
+        if served.name not in live:
+            live[served.name] = Live(served)
+        return live[served.name]
 
     def page(entry: str, template: str, title: str) -> HTMLResponse:
         if entry not in pages:
             pages[entry] = make_served_page(entry, template, title)
-        return HTMLResponse(pages[entry], headers=_PAGE_HEADERS)
+        text = pages[entry]
+        return HTMLResponse(text.html, headers=_PAGE_HEADERS | {"Content-Security-Policy": text.policy})
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:
@@ -61,8 +76,7 @@ def add_playground(app: FastAPI) -> None:
 
     @app.get("/page/facts", include_in_schema=False)
     async def facts(request: Request, model: str | None = None) -> Response:
-        served = _find(request, model)
-        state = await live.setdefault(served.name, Live(served)).current()
+        state = await live_of(_find(request, model)).current()
         headers = {"ETag": state.tag, "Cache-Control": "no-cache"}
         if request.headers.get("If-None-Match") == state.tag:
             return Response(status_code=304, headers=headers)
@@ -71,22 +85,29 @@ def add_playground(app: FastAPI) -> None:
 
     @app.post("/page/write", include_in_schema=False)
     async def write(request: Request, task: Task) -> Response:
-        text = PageText(_find(request, task.model), task)
-        text.start()
+        served = _find(request, task.model)
+        await live_of(served).current()  # with the newest checkpoint
+        _check_ids(served, task.ids)
+        text = PageText(served, task)
+        try:
+            text.start()
+        except QueueFull as error:
+            message = "the server is busy: try again in a few seconds"
+            raise ApiError(429, message, headers={"Retry-After": "2"}) from error
         return StreamingResponse(_lines(text), media_type="application/jsonl")
 
     @app.post("/page/inspect", include_in_schema=False)
     async def look_inside(request: Request, question: Question) -> JSONResponse:
         served = _find(request, question.model)
-        check_ids(served, question.ids)
+        _check_ids(served, question.ids)
         contexts = Contexts(served.tokenizer, served.model.config.block_size)
         context = contexts.tokens(question.ids, question.first)
         if len(context) > served.model.config.block_size:
-            raise HTTPException(400, "the context is longer than the model's block_size")
+            raise ApiError(400, "the context is longer than the model's block_size")
         return JSONResponse(await asyncio.to_thread(inspect, served.model, context))
 
 
-def make_served_page(entry: str, template: str, title: str) -> str:
+def make_served_page(entry: str, template: str, title: str) -> ServedPage:
     """Return a page without a model, whose script asks this server.
 
     Args:
@@ -97,25 +118,35 @@ def make_served_page(entry: str, template: str, title: str) -> str:
     web = files("chargpt").joinpath("web")
     script = script_text("\n" + join_modules(web, entry))
     style = "\n" + web.joinpath("page.css").read_text("utf-8")
+    policy = served_policy(script, style)
     values = {
         "title": html.escape(title),
-        "policy": served_policy(script, style),
+        "policy": policy,
         "style": style,
         "script": script,
     }
     if template == "page.html":
         values |= {"facts": data_text(None), "weights": "", "worker": ""}
-    return fill(web.joinpath(template).read_text("utf-8"), values)
+    text = fill(web.joinpath(template).read_text("utf-8"), values)
+    return ServedPage(text, f"{policy}; frame-ancestors 'self'")
 
 
 def _find(request: Request, name: str | None) -> Served:
     """Return the model of this name, or the first one."""
     served: Mapping[str, Served] = request.app.state.served
+    if not served:
+        raise ApiError(503, "the model is still loading", headers={"Retry-After": "1"})
     if name is None:
         return next(iter(served.values()))
     if name not in served:
-        raise HTTPException(404, "this server has no such model: reload the page")
+        raise ApiError(404, "this server has no such model: reload the page")
     return served[name]
+
+
+def _check_ids(served: Served, ids: list[int]) -> None:
+    known = served.tokenizer.vocab_size
+    if ids and not 0 <= min(ids) <= max(ids) < known:
+        raise ApiError(400, f"the text has ids out of range: give ids from 0 to {known - 1}")
 
 
 async def _lines(text: PageText) -> AsyncIterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from chargpt.base.errors import UserError
 from chargpt.config import SampleConfig
 from chargpt.engine.scheduler import Token
+from chargpt.serve.bridge import Bridge
 from chargpt.serve.models import Served
 from chargpt.serve.records import Contexts, record_of
 from chargpt.serve.worker import End, QueueFull, Ticket
@@ -53,15 +53,10 @@ class PageText:
     A text is written in parts with the same start of the context; each is a request to the worker.
     Character number i is drawn by random number i of the seed, so a text that is continued from
     any place gets the same characters again.
-
-    Raises:
-        UserError: an id that the model does not have.
     """
 
     def __init__(self, served: Served, task: Task) -> None:
-        check_ids(served, task.ids)
         self._served = served
-        self._worker = served.worker  # the same one to the end, also if the model is replaced
         self._vocab_size = served.tokenizer.vocab_size
         self._contexts = Contexts(served.tokenizer, served.model.config.block_size)
         self._config, self._seed = task.settings.config(), task.settings.seed
@@ -70,7 +65,6 @@ class PageText:
         self._index = task.start
         if task.start == 0 and task.ids and served.tokenizer.end_of_text_id is None:
             self._index = 1  # nothing predicts the first character
-        self._loop = asyncio.get_running_loop()
         self._drawn: asyncio.Queue[Token | None] = asyncio.Queue()
         self._ticket: Ticket | None = None
 
@@ -87,12 +81,14 @@ class PageText:
         self._first = self._contexts.first_of(at)
         prompt = self._contexts.tokens(self._ids[self._first : at], self._first)
         self._drawn = drawn = asyncio.Queue()
+        worker = self._served.worker
+        bridge = worker.pace
+        assert isinstance(bridge, Bridge)
 
         def on_token(number: int, token: Token | None, end: End | None) -> None:
-            with suppress(RuntimeError):  # the server has ended
-                self._loop.call_soon_threadsafe(drawn.put_nowait, token)
+            bridge.post(drawn.put_nowait, token)
 
-        self._ticket = self._worker.submit(
+        self._ticket = worker.submit(
             prompt,
             self._config.replace(max_new_tokens=1 if given else self._until - at),
             [self._seed],
@@ -156,10 +152,3 @@ class PageText:
             assert self._ticket is not None
             raise UserError(self._ticket.error or "the server stops")
         return token
-
-
-def check_ids(served: Served, ids: list[int]) -> None:
-    """Raise a UserError if the model does not have one of these ids."""
-    known = served.tokenizer.vocab_size
-    if ids and not 0 <= min(ids) <= max(ids) < known:
-        raise UserError(f"the text has ids out of range: give ids from 0 to {known - 1}")

@@ -1,6 +1,9 @@
 // The page's side of the engine: a model that computes on the server that the page came from.
 
 const POLL_MS = 3000; // between two looks at a run that may be training
+const UNCHANGED = 304;
+const LOADING = 503; // the models are not loaded yet
+const LOADING_MS = 500;
 const KEY = "chargpt-key"; // of the session storage: gone when the tab is closed
 
 /** The server wants an API key, or another one. */
@@ -15,7 +18,7 @@ export class RemoteEngine {
    */
   static async open(model) {
     const engine = new RemoteEngine(model);
-    await engine.refresh();
+    while (!(await engine.refresh())) await new Promise((resolve) => setTimeout(resolve, LOADING_MS));
     return engine;
   }
 
@@ -79,10 +82,9 @@ export class RemoteEngine {
    */
   async refresh() {
     const query = this.model === null ? "" : `?model=${encodeURIComponent(this.model)}`;
-    const answer = await send(`page/facts${query}`, {
-      headers: this.state === null ? {} : { "If-None-Match": this.state },
-    });
-    if (answer.status === 304) return false;
+    const headers = this.state === null ? {} : { "If-None-Match": this.state };
+    const answer = await send(`page/facts${query}`, { headers }, [UNCHANGED, LOADING]);
+    if (!answer.ok) return false;
     this.facts = await answer.json();
     this.model = this.facts.name;
     this.state = answer.headers.get("ETag");
@@ -125,8 +127,8 @@ export function keepKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
-/** Sends a request with the API key; throws an error that a person can read. */
-async function send(path, { headers = {}, ...options } = {}) {
+/** Sends a request with the API key; a status that is not expected is an error for a person to read. */
+async function send(path, { headers, ...options }, expected = []) {
   const key = sessionStorage.getItem(KEY);
   if (key !== null) headers.Authorization = `Bearer ${key}`;
   let answer;
@@ -136,7 +138,7 @@ async function send(path, { headers = {}, ...options } = {}) {
     if (options.signal?.aborted) throw error;
     throw new Error("the server does not answer: is it running? Press Write to try again", { cause: error });
   }
-  if (answer.ok || answer.status === 304) return answer;
+  if (answer.ok || expected.includes(answer.status)) return answer;
   if (answer.status === 401) throw new KeyError("the server wants an API key");
   if (answer.status === 429) throw new Error("the server is busy: press Write in a few seconds");
   throw new Error(await reasonOf(answer));

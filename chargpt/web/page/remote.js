@@ -2,7 +2,7 @@
 
 import { RemoteEngine } from "../engine/remote_engine.js";
 import { withKey } from "./api_key.js";
-import { byId, element } from "./dom.js";
+import { byId, element, inText } from "./dom.js";
 import { Page, showTrouble } from "./page.js";
 
 const query = new URLSearchParams(location.search);
@@ -10,8 +10,7 @@ const query = new URLSearchParams(location.search);
 /** Open the model that the address names, and show the newest state of its run. */
 async function openModel() {
   const engine = await withKey(() => RemoteEngine.open(query.get("model")));
-  document.title = engine.facts.name;
-  document.querySelector("h1").textContent = engine.facts.name;
+  document.title = document.querySelector("h1").textContent = shown(engine.facts.name);
   byId("lead").after(choice(engine));
   const page = new Page(engine);
   const started = page.start();
@@ -19,12 +18,16 @@ async function openModel() {
   return started;
 }
 
+function shown(name) {
+  return [...name].map(inText).join("");
+}
+
 /** Make the choice of a model, and the link to two side by side. */
 function choice({ facts, model }) {
   const compare = element("a", { href: "compare" }, "Two side by side");
   if (facts.models.length < 2) return element("p.choice", {}, compare);
   const options = facts.models.map((name) =>
-    element("option", { value: name, selected: name === model }, name),
+    element("option", { value: name, selected: name === model }, shown(name)),
   );
   const change = (event) => location.assign(`?${new URLSearchParams({ model: event.target.value })}`);
   const select = element("select", { id: "models", change }, ...options);
