@@ -214,6 +214,7 @@ class TrainConfig(_Config):
 
 
 TEMPERATURE = Rule(lambda x: x >= 0, "give 0 (greedy) or more, e.g. 0.8")
+SUBTRACTED = Rule(lambda x: -2 <= x <= 2, "give a number from -2 to 2, e.g. 0.5")
 PENALTY = Rule(lambda x: 0.01 <= x <= 100, "give a number from 0.01 to 100, e.g. 1.1")
 NOT_EMPTY = Rule(all, "give strings that are not empty")
 BIAS = Rule(
@@ -242,6 +243,10 @@ class SampleConfig(_Config):
     """Sample only from characters with at least this share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, PENALTY] = 1.0
     """Above 1, characters that already occur in the text become less likely; 1: no effect."""
+    presence_penalty: Annotated[float, SUBTRACTED] = 0.0
+    """Subtracted from the logits of characters that occur in the new text."""
+    frequency_penalty: Annotated[float, SUBTRACTED] = 0.0
+    """Subtracted from the logit of a character once per time that it occurs in the new text."""
     logit_bias: Annotated[Mapping[str, float], BIAS] = field(default_factory=dict, hash=False)
     """Make a character likelier (above 0) or less likely (below 0). May be given several times."""
     forbidden: str = ""

@@ -28,12 +28,17 @@ def probabilities(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seen: Collection[int] = (),
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    written: Sequence[int] = (),
     bias: Sequence[float] | None = None,
 ) -> list[float]:
     """Return the probability of each token after all filters."""
     logits = [x + b for x, b in zip(logits, bias or [0.0] * len(logits), strict=True)]
     for i in seen:
         logits[i] *= 1 / repetition_penalty if logits[i] > 0 else repetition_penalty
+    for i in set(written):
+        logits[i] -= presence_penalty + frequency_penalty * written.count(i)
     if temperature == 0:
         p = [float(i == logits.index(max(logits))) for i in range(len(logits))]
     else:
@@ -112,7 +117,10 @@ def continuation(
     rows = predictions(model, prompt, new, context_kept).tolist()
     stream = uniforms(seed)
     return [
-        draw(probabilities(row, seen={*prompt, *new[:i]} - {end_id}, **filters), next(stream))
+        draw(
+            probabilities(row, seen={*prompt, *new[:i]} - {end_id}, written=new[:i], **filters),
+            next(stream),
+        )
         for i, row in enumerate(rows)
     ]
 

@@ -18,6 +18,7 @@ CLASSES: tuple[type[Any], ...] = (GPT2Config, DataConfig, TrainConfig, SampleCon
 SEED = "give a whole number from 0 to 2^63 - 1"
 BELOW_1 = "give a number from 0 to below 1"
 BIAS = "give single characters with numbers up to 10,000, such as e=-2"
+FROM_MINUS_2 = "give a number from -2 to 2, e.g. 0.5"
 SHARE = "give a share from 0 to 1"
 ABOVE_0 = "give a share above 0 and up to 1"
 BUDGET = "give a positive number of at most 10^12"
@@ -56,6 +57,8 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
         (SampleConfig, "top_p context_kept", 1.1, ABOVE_0),
         (SampleConfig, "min_p", -0.1, SHARE),
         (SampleConfig, "repetition_penalty", 0.0, "give a number from 0.01 to 100, e.g. 1.1"),
+        (SampleConfig, "presence_penalty frequency_penalty", 2.1, FROM_MINUS_2),
+        (SampleConfig, "presence_penalty frequency_penalty", -2.1, FROM_MINUS_2),
         (SampleConfig, "logit_bias", {"ee": 1.0}, BIAS),
         (SampleConfig, "logit_bias", {"e": 1e300}, BIAS),
         (SampleConfig, "stop", ("a", ""), "give strings that are not empty"),

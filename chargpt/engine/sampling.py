@@ -20,20 +20,23 @@ def filter_logits(
     config: SampleConfig,
     *,
     seen: Tensor | None = None,
+    counts: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return the logits to draw from: -inf for filtered tokens, at least one token is left.
 
     The filters apply in this order, each to the result of the one before: bias, repetition penalty
-    (Keskar et al. 2019, section 4.1), temperature, top-k (exactly k, also with ties; Fan et al.
-    2018, section 5.3), top-p (Holtzman et al. 2020, section 3.1), min-p (Nguyen et al. 2024,
-    section 3).
+    (Keskar et al. 2019, section 4.1), presence and frequency penalty, temperature, top-k (exactly
+    k, also with ties; Fan et al. 2018, section 5.3), top-p (Holtzman et al. 2020, section 3.1),
+    min-p (Nguyen et al. 2024, section 3).
 
     Args:
         logits: (..., V).
         config: the filters.
         seen: tokens in the text, (..., V) of bool, for the repetition penalty: it divides their
             positive logits and multiplies their negative ones; None: no tokens.
+        counts: how often each token occurs in the new text, (..., V), for the presence and the
+            frequency penalty; None: never.
         bias: added to the logits, (V,); -inf forbids a token.
     """
     limits = torch.finfo(logits.dtype)
@@ -44,6 +47,8 @@ def filter_logits(
         punished = torch.where(logits > 0, logits / penalty, logits * penalty)
         punished = punished.clamp(limits.min, limits.max)  # -inf would forbid, inf would win alone
         logits = torch.where(seen & logits.isfinite(), punished, logits)
+    if counts is not None:
+        logits = logits - config.frequency_penalty * counts - config.presence_penalty * (counts > 0)
     if temperature == 0:
         top_k, temperature = 1, 1.0
     # With a maximum of 0, a tiny temperature can only give -inf, never inf or NaN.

@@ -60,6 +60,8 @@ class TokenSequence:
     """Logits of the next token, (V,); None: some ids are unread."""
     seen: Tensor | None = None
     """Tokens in the text, (V,) of bool; None: no repetition penalty."""
+    counts: Tensor | None = None
+    """How often each token was written, (V,); None: no presence or frequency penalty."""
 
 
 class Engine:
@@ -140,6 +142,8 @@ class Engine:
                 sequence.seen[sequence.ids] = True
                 if sequence.end_id is not None:  # not a character of the text
                     sequence.seen[sequence.end_id] = False
+            if sequence.config.presence_penalty or sequence.config.frequency_penalty:
+                sequence.counts = torch.zeros_like(logits[-1])
 
     @torch.inference_mode()
     def step(self) -> list[tuple[TokenSequence, Token | None]]:
@@ -173,6 +177,8 @@ class Engine:
         sequence.logits = None
         if sequence.seen is not None:
             sequence.seen[token.id] = True
+        if sequence.counts is not None:
+            sequence.counts[token.id] += 1
         if sequence.n_new == sequence.config.max_new_tokens:
             self.remove(sequence, "length")
         return token
@@ -222,7 +228,10 @@ def _draw(logits: Tensor, sequences: list[TokenSequence]) -> list[Token]:
     """Draw a token for each of B sequences with the same settings; logits are (B, V)."""
     masks = [s.seen for s in sequences if s.seen is not None]
     seen = torch.stack(masks) if masks else None  # (B, V)
-    filtered = filter_logits(logits, sequences[0].config, seen=seen, bias=sequences[0].bias)
+    written = [s.counts for s in sequences if s.counts is not None]
+    counts = torch.stack(written) if written else None  # (B, V)
+    config, bias = sequences[0].config, sequences[0].bias
+    filtered = filter_logits(logits, config, seen=seen, counts=counts, bias=bias)
     uniforms = torch.tensor([next(s.uniforms) for s in sequences], dtype=torch.float64)
     return _tokens(logits, sample_next(filtered, uniforms).tolist(), sequences[0].top_logprobs)
 

@@ -155,12 +155,15 @@ SAMPLING: list[dict[str, Any]] = [
     {"min_p": 0.15},
     {"repetition_penalty": 1.5},
     {"repetition_penalty": 0.5, "temperature": 2.0},
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": 0.7, "temperature": 0},
+    {"frequency_penalty": -0.5, "presence_penalty": 1.0, "top_k": 5},
     {"bias": [2.0, -1.0, -INF, *[0.0] * 14, -INF, 1.0]},
     {"context_kept": 0.25},
     {"context_kept": 1.0, "temperature": 1.5},
     {"temperature": 1.8, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "bias": [-INF, *[0.5] * 18]},
 ]
-SAMPLING.append(SAMPLING[-1] | {"repetition_penalty": 1.2})
+SAMPLING.append(SAMPLING[-1] | {"repetition_penalty": 1.2, "frequency_penalty": 0.2})
 
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
