@@ -24,7 +24,7 @@ async function compare() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
   byId("another").addEventListener("click", () => {
-    form.elements.seed.value = String((value("seed") + 1) % 2 ** 32);
+    byId("seed").value = String((value("seed") + 1) % 2 ** 32);
     writeBoth();
   });
   byId("stop").addEventListener("click", () => {
@@ -79,7 +79,7 @@ function column(side, models, i) {
 /** Return the value of a setting. */
 function value(name) {
   const knob = KNOBS.find((each) => each.name === name.split(".").at(-1));
-  return within(knob, form.elements[name].value);
+  return within(knob, form.elements.namedItem(name).value);
 }
 
 /** Write both texts, and keep the form in the address. */
@@ -93,7 +93,7 @@ function writeBoth() {
       KNOBS.map(({ name }) => [name, value(SHARED.includes(name) ? name : `${side}.${name}`)]),
     );
     const state = toHash({ prompt, settings, path: [], end: null, selected: null, colour: false });
-    const query = new URLSearchParams({ model: form.elements[`${side}.model`].value });
+    const query = new URLSearchParams({ model: form.elements.namedItem(`${side}.model`).value });
     byId(side).contentWindow.location.replace(`${new URL("./", location.href)}?${query}${state}`);
   }
 }
@@ -101,7 +101,7 @@ function writeBoth() {
 /** Set the form to what the address says. */
 function restoreForm() {
   for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
-    const input = form.elements[name];
+    const input = form.elements.namedItem(name);
     if (input?.name !== name) continue;
     const known = input.tagName !== "SELECT" || [...input.options].some((each) => each.value === text);
     if (known) input.value = text;
