@@ -55,4 +55,4 @@ def watched(browser: Any, *allowed: str) -> Iterator[tuple[Any, list[str]]]:
     context.on("weberror", note_error)
     yield context, troubles
     context.close()
-    assert troubles == []
+    assert not troubles, troubles

@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chargpt.model import GPT2, CausalSelfAttention, Residual, attention_weights, evaluating
-from chargpt.model import split_heads
+from chargpt.model import (
+    GPT2,
+    Block,
+    CausalSelfAttention,
+    Residual,
+    attention_weights,
+    evaluating,
+    split_heads,
+)
 
 N_LIKELIEST = 12  # tokens of each odds
 
@@ -40,13 +47,15 @@ def inspect(model: GPT2, context: Sequence[int]) -> dict[str, Any]:
         positions = torch.arange(len(context), device=device)
         token, position = model.token_embedding(ids[0, -1]), model.position_embedding(positions[-1])
         x = model.embed(ids, positions)  # (1, T, C)
+        vectors = {"token": token, "position": position, "sum": x[0, -1]}
         result: dict[str, Any] = {
             "context": list(context),
-            "embedding": {"token": _list(token), "position": _list(position), "sum": _list(x[0, -1])},
+            "embedding": {name: vector.tolist() for name, vector in vectors.items()},
             "lens0": _lens(model, x),
             "layers": [],
         }
         for block in model.blocks:
+            assert isinstance(block, Block)
             attention = _last_row(block.attention, x)
             x, attention_norm = _add_update(block.attention, x)
             x, feed_forward_norm = _add_update(block.feed_forward, x)
@@ -64,14 +73,8 @@ def inspect(model: GPT2, context: Sequence[int]) -> dict[str, Any]:
 def odds_of(probabilities: Tensor) -> dict[str, list[Any]]:
     """Return the likeliest tokens of (V,), best first, as ``ids`` and ``p``; none of p = 0."""
     ordered = probabilities.sort(descending=True, stable=True)  # of equal ones, the lower id first
-    best = [
-        (i, p)
-        for i, p in zip(
-            ordered.indices[:N_LIKELIEST].tolist(), ordered.values[:N_LIKELIEST].tolist(), strict=True
-        )
-        if p > 0
-    ]
-    return {"ids": [i for i, _ in best], "p": [p for _, p in best]}
+    p: list[float] = [each for each in ordered.values[:N_LIKELIEST].tolist() if each > 0]
+    return {"ids": ordered.indices[: len(p)].tolist(), "p": p}
 
 
 def _add_update(residual: Residual, x: Tensor) -> tuple[Tensor, float]:
@@ -94,8 +97,3 @@ def _lens(model: GPT2, x: Tensor) -> dict[str, list[Any]]:
     """Return the odds if the model ended here ("logit lens", nostalgebraist 2020)."""
     logits = model.head(model.final_norm(x[0, -1]))  # (V,)
     return odds_of(logits.double().softmax(-1).cpu())
-
-
-def _list(vector: Tensor) -> list[float]:
-    values: list[float] = vector.tolist()
-    return values

@@ -1,10 +1,10 @@
 """The page of the server: that of the one-file export, with the model on the server.
 
-    GET  /               the page (see ``web/page/remote.js``)
-    GET  /compare        two of them side by side (``web/page/compare.js``)
-    GET  /page/facts     what the page shows of a run, with an ETag that changes as it trains
-    POST /page/write     the records of a text as JSON lines, then why it ended
-    POST /page/inspect   how one character was predicted
+GET  /               the page (see ``web/page/remote.js``)
+GET  /compare        two of them side by side (``web/page/compare.js``)
+GET  /page/facts     what the page shows of a run, with an ETag that changes as it trains
+POST /page/write     the records of a text as JSON lines, then why it ended
+POST /page/inspect   how one character was predicted
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def add_playground(app: FastAPI) -> None:
     def page(entry: str, template: str, title: str) -> HTMLResponse:
         if entry not in pages:
             pages[entry] = make_served_page(entry, template, title)
-        text = pages[entry]
-        return HTMLResponse(text.html, headers=_PAGE_HEADERS | {"Content-Security-Policy": text.policy})
+        text, policy = pages[entry]
+        return HTMLResponse(text, headers=_PAGE_HEADERS | {"Content-Security-Policy": policy})
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:
@@ -162,5 +162,3 @@ async def _lines(text: PageText) -> AsyncIterator[str]:
                 batch, sent = "", clock()
     finally:  # the page may have closed the connection
         text.close()
-
-

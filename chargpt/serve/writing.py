@@ -80,7 +80,8 @@ class PageText:
         at = self._until - 1 if given else self._index  # the character to predict after the prompt
         self._first = self._contexts.first_of(at)
         prompt = self._contexts.tokens(self._ids[self._first : at], self._first)
-        self._drawn = drawn = asyncio.Queue()
+        drawn: asyncio.Queue[Token | None] = asyncio.Queue()
+        self._drawn = drawn
         worker = self._served.worker
         bridge = worker.pace
         assert isinstance(bridge, Bridge)

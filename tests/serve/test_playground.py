@@ -4,58 +4,25 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browsers import browser as browser
+from browsers import browser as browser  # noqa: PLC0414 (a fixture)
 from browsers import watched
 from conftest import QUICK, SMALL
 
 from chargpt.config import DataConfig
+from chargpt.serve.settings import ServeSettings
+from chargpt.serve.writing import PageText
 from chargpt.train import TrainResult, train
 
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-from chargpt.serve.app import make_app  # noqa: E402
-from chargpt.serve.models import load_served  # noqa: E402
-from chargpt.serve.settings import ServeSettings  # noqa: E402
-from chargpt.serve.writing import PageText  # noqa: E402
-
+Serve = Callable[..., Any]
+SHORT = "#prompt=the+king&length=40"  # a first text that is written quickly
 WRITTEN = re.compile(r"characters? written")
-
-
-class Server:
-    """A server in a thread."""
-
-    def __init__(self, runs: dict[str, Path], **settings: Any) -> None:
-        self.served = {
-            name: load_served(run, name=name, device="cpu") for name, run in runs.items()
-        }
-        app = make_app(self.served, ServeSettings(log_requests=False, **settings))
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-        target, options = self._server.run, {"sockets": [self._socket]}
-        self._thread = threading.Thread(target=target, kwargs=options)
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        wait_for(lambda: self._server.started)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join()
-        self._socket.close()
-
-    def is_idle(self) -> bool:
-        return all(not one.worker.n_running + one.worker.n_waiting for one in self.served.values())
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -68,21 +35,24 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of many short documents."""
-    return make_run(tmp_path_factory.mktemp("names"), "ann\nbob\ncy\n" * 200, separator="\n").run
+    folder, text = tmp_path_factory.mktemp("names"), "ann\nbob\ncy\n" * 200
+    return make_run(folder, text, separator="\n", run="names").run
 
 
-def make_run(folder: Path, text: str, *, separator: str = "", name: str = "text.txt") -> TrainResult:
+def make_run(
+    folder: Path, text: str, *, separator: str = "", name: str = "text.txt", run: str = "run"
+) -> TrainResult:
     file = folder / name
     file.write_text(text, encoding="utf-8")
     return train(
         str(file), model_config=SMALL, train_config=QUICK,
-        data_config=DataConfig(document_separator=separator or None), out=folder / "run", quiet=True,
+        data_config=DataConfig(document_separator=separator), out=folder / run, quiet=True,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def server(result: TrainResult, names: Path) -> Iterator[Server]:
-    with Server({"hearts": result.run, "names": names}) as running:
+def server(serve: Serve, result: TrainResult, names: Path) -> Iterator[Any]:
+    with serve(result.run, names) as running:
         yield running
 
 
@@ -100,8 +70,8 @@ def open_url(browser: Any) -> Iterator[Callable[[str], Any]]:
 
 
 @pytest.fixture
-def page(server: Server, open_url: Callable[[str], Any]) -> Any:
-    opened = open_url(server.url)
+def page(server: Any, open_url: Callable[[str], Any]) -> Any:
+    opened = open_url(f"{server.url}/{SHORT}")
     settled(opened)
     return opened
 
@@ -145,7 +115,7 @@ def test_the_same_seed_writes_the_same_and_branches_survive_a_refresh(page: Any)
     assert last.all_text_contents() == odds[:5]
 
 
-def test_a_text_continued_from_any_place_is_the_same(server: Server, page: Any) -> None:
+def test_a_text_continued_from_any_place_is_the_same(server: Any, page: Any) -> None:
     """Each character is drawn by its own random number, from a context that its index decides."""
     whole = write(page, "the king", seed=5, length=120, temperature=1)
     write(page, "the king", seed=5, length=60, temperature=1)
@@ -164,9 +134,7 @@ STOP = """(button) => {
 }"""
 
 
-def test_stop_ends_the_computation(
-    server: Server, page: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_ends_the_computation(server: Any, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, closed = server.served["hearts"].worker, []
     close = PageText.close
     monkeypatch.setattr(
@@ -178,18 +146,18 @@ def test_stop_ends_the_computation(
     page.evaluate(STOP, "go")
     page.locator("#status", has_text="then stopped").wait_for()
     stopped = settled(page)
-    wait_for(server.is_idle)
+    wait_for(lambda: worker.n_running == 0)
     assert 20 < len(stopped) < 20_000
     assert worker.n_characters - closed[0] <= 2
     page.reload()
     assert settled(page) == stopped
 
 
-def test_documents_follow_each_other(server: Server, open_url: Callable[[str], Any]) -> None:
-    page = open_url(server.url + "?model=names")
+def test_documents_follow_each_other(server: Any, open_url: Callable[[str], Any]) -> None:
+    page = open_url(f"{server.url}/?model=names{SHORT}")
     settled(page)
     assert page.locator("#models").input_value() == "names"
-    text = write(page, "a", temperature=1, length=200, seed=1)
+    text = write(page, "a", temperature=1, length=60, seed=1)
     assert text.count("∎\n") > 2
     page.locator("#pick").fill(str(text.replace("∎\n", "∎").index("∎")))
     page.get_by_text("ended the text here").wait_for()
@@ -197,8 +165,8 @@ def test_documents_follow_each_other(server: Server, open_url: Callable[[str], A
     assert settled(page) == text
 
 
-def test_two_side_by_side(server: Server, open_url: Callable[[str], Any]) -> None:
-    page = open_url(server.url + "compare")
+def test_two_side_by_side(server: Any, open_url: Callable[[str], Any]) -> None:
+    page = open_url(f"{server.url}/compare{SHORT}")
     left, right = (page.frame_locator("iframe").nth(i) for i in (0, 1))
     settled(left), settled(right)
     page.locator("[id='right.model']").select_option("hearts")
@@ -206,7 +174,6 @@ def test_two_side_by_side(server: Server, open_url: Callable[[str], Any]) -> Non
     page.fill("#length", "60")
     page.click("#go")
     left.locator("#status", has_text="60 characters").wait_for()
-    right.locator("#status", has_text="60 characters").wait_for()
     same = settled(left)
     assert same.startswith("the queen")
     wait_for(lambda: settled(right) == same)
@@ -220,7 +187,7 @@ def test_two_side_by_side(server: Server, open_url: Callable[[str], Any]) -> Non
 
 
 def test_a_run_that_is_training_is_shown_live(
-    result: TrainResult, tmp_path: Path, open_url: Callable[[str], Any]
+    serve: Serve, result: TrainResult, tmp_path: Path, open_url: Callable[[str], Any]
 ) -> None:
     run = tmp_path / "hearts"
     shutil.copytree(result.run, run)
@@ -228,8 +195,8 @@ def test_a_run_that_is_training_is_shown_live(
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     early = [row for row in rows if int(re.search(r'"step": (\d+)', row)[1]) <= 5]
     (run / "metrics.jsonl").write_text("".join(early))
-    with Server({"hearts": run}) as server:
-        page = open_url(server.url)
+    with serve(run) as server:
+        page = open_url(f"{server.url}/{SHORT}")
         text = settled(page)
         page.locator("#lead", has_text="trained 5 steps so far").wait_for()
         page.get_by_text("after the second evaluation").wait_for()
@@ -243,6 +210,7 @@ def test_a_run_that_is_training_is_shown_live(
         assert server.served["hearts"].worker is not old
         page.click("#go")
         wait_for(lambda: settled(page) != text)
+        page.close()
 
 
 def replace_checkpoint(run: Path) -> None:
@@ -258,31 +226,35 @@ def replace_checkpoint(run: Path) -> None:
     save_checkpoint(run, "best", {MODEL: changed}, {})
 
 
-def test_an_api_key_is_asked_for_once(result: TrainResult, browser: Any) -> None:
+def test_an_api_key_is_asked_for_once(serve: Serve, result: TrainResult, browser: Any) -> None:
     with (
-        Server({"hearts": result.run}, api_key="open sesame") as server,
+        serve(
+            result.run, settings=ServeSettings(api_key="open sesame", log_requests=False)
+        ) as server,
         watched(browser, server.url) as (context, troubles),
     ):
         page = context.new_page()
-        page.goto(server.url)
+        page.goto(f"{server.url}/{SHORT}")
         for key in ("wrong", "open sesame"):
             page.fill("#key", key)
             page.get_by_role("button", name="Open").click()
         settled(page)
         page.reload()
         settled(page)
-        page.goto(server.url + "compare")
+        page.goto(f"{server.url}/compare{SHORT}")
         settled(page.frame_locator("iframe").nth(1))
         refused = [each for each in troubles if "status of 401" in each]
         assert len(refused) == 2  # the browser says so itself
         troubles[:] = [each for each in troubles if each not in refused]
 
 
-def test_a_lost_server_is_said_and_forgotten(result: TrainResult, browser: Any) -> None:
+def test_a_lost_server_is_said_and_forgotten(
+    serve: Serve, result: TrainResult, browser: Any
+) -> None:
     with watched(browser, "http://127.0.0.1:") as (context, troubles):
         page = context.new_page()
-        with Server({"hearts": result.run}) as server:
-            page.goto(server.url)
+        with serve(result.run) as server:
+            page.goto(f"{server.url}/{SHORT}")
             text = settled(page)
         page.click("#go")
         page.locator("#trouble", has_text="does not answer").wait_for()
@@ -290,8 +262,8 @@ def test_a_lost_server_is_said_and_forgotten(result: TrainResult, browser: Any) 
         page.click("#go")
         page.locator("#trouble", has_text="busy").wait_for()
         page.unroute("**/page/write")
-        with Server({"hearts": result.run}) as again:
-            page.route(server.url + "**", lambda route: route.continue_(
+        with serve(result.run) as again:
+            page.route(server.url + "/**", lambda route: route.continue_(
                 url=route.request.url.replace(server.url, again.url)))  # fmt: skip
             page.click("#go")
             assert settled(page) == text
@@ -300,20 +272,20 @@ def test_a_lost_server_is_said_and_forgotten(result: TrainResult, browser: Any) 
 
 
 HOSTILE = [
-    "<script>hacked=1</script>", "</script><img src=x onerror=hacked=1>", "&amp;", "\"'`", "{{facts}}",
-    "<!--", "\u2028", "\u202e", "\x1b[31m", "${hacked=1}", '{"index":1}\n',
+    "<script>hacked=1</script>", "</script><img src=x onerror=hacked=1>", "&amp;", "\"'`",
+    "{{facts}}", "<!--", "\u2028", "\u202e", "\x1b[31m", "${hacked=1}", '{"index":1}\n',
 ]  # fmt: skip
 
 
 def test_hostile_texts_and_names_are_only_text(
-    tmp_path: Path, open_url: Callable[[str], Any]
+    serve: Serve, tmp_path: Path, open_url: Callable[[str], Any]
 ) -> None:
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(HOSTILE) + "\n" for _ in range(300))
-    run = make_run(tmp_path, text, name="a<b onclick=hacked=1>&'\u202e.txt").run
-    name = "</title><img src=x onerror=hacked=1>\u202e"
-    with Server({name: run, "other": run}) as server:
-        page = open_url(server.url)
+    name = "<img src=x onerror=hacked=1>\u202e"
+    run = make_run(tmp_path, text, name="a<b onclick=hacked=1>&'\u202e.txt", run=name).run
+    with serve(run) as server:
+        page = open_url(f"{server.url}/{SHORT}")
         settled(page)
         prompt = "".join(HOSTILE)
         written = write(page, prompt, length=100, temperature=2)
@@ -323,26 +295,25 @@ def test_hostile_texts_and_names_are_only_text(
         assert page.locator("h1").text_content() == name.replace("\u202e", "U+202E")
         page.reload()
         assert settled(page) == written
+        page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_accessible(server: Server, page: Any, scheme: str) -> None:
+def test_it_is_accessible(server: Any, page: Any, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     page.emulate_media(color_scheme=scheme)
     page.locator("#inside-body .lens").wait_for()
     found = axe.Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
-    page.goto(server.url + "compare")
+    page.goto(f"{server.url}/compare{SHORT}")
     settled(page.frame_locator("iframe").nth(1))
     found = axe.Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
 
 
 @pytest.mark.parametrize("path", ["", "compare"])
-def test_nothing_is_wider_than_a_phone(server: Server, page: Any, path: str) -> None:
+def test_nothing_is_wider_than_a_phone(server: Any, page: Any, path: str) -> None:
     page.set_viewport_size({"width": 320, "height": 800})
-    page.goto(server.url + path)
+    page.goto(f"{server.url}/{path}{SHORT}")
     settled(page.frame_locator("iframe").nth(1) if path else page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
-
-
