@@ -116,8 +116,9 @@ class Engine:
         if top_logprobs < 0:
             raise UserError(f"top_logprobs is {top_logprobs}: give a whole number of at least 0")
         assert 0 < len(seeds) <= self.n_free
+        options = (config, bias, end_id, top_logprobs)
         added = [
-            TokenSequence([*ids], uniform_stream(seed, skip), slot, config, bias, end_id, top_logprobs)
+            TokenSequence([*ids], uniform_stream(seed, skip), slot, *options)
             for seed, slot in zip(seeds, self._free, strict=False)
         ]
         self._read_prompt(added, prompt_logprobs=prompt_logprobs)

@@ -18,7 +18,11 @@ export async function withKey(work) {
 /** Show a form in place of the page; resolves to the key. */
 function askForKey(again) {
   const main = document.querySelector("main");
-  const trouble = element("p.note", { id: "key-about" }, again ? "This key was refused." : "Kept in this tab.");
+  const trouble = element(
+    "p.note",
+    { id: "key-about" },
+    again ? "This key was refused." : "Kept in this tab.",
+  );
   const input = element("input", {
     id: "key",
     type: "password",

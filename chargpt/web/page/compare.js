@@ -13,7 +13,7 @@ const form = byId("controls");
 /** Fill the form, and write what the address says. */
 async function compare() {
   const { facts } = await withKey(() => RemoteEngine.open(null));
-  for (const knob of knobs(true)) byId("shared").append(...field(knob, knob.name));
+  byId("shared").append(...knobs(true).map((knob) => field(knob, knob.name)));
   byId("sides").append(...SIDES.map((side, i) => column(side, facts.models, i)));
   restoreForm();
   form.addEventListener("submit", (event) => {
@@ -48,7 +48,7 @@ function field(knob, name, initial = knob.initial) {
   input.addEventListener("change", () => {
     input.value = String(within(knob, input.value));
   });
-  return [element("label", { for: name }, knob.label), input];
+  return element("span.field", {}, element("label", { for: name }, knob.label), input);
 }
 
 /** Make a side: its model, its settings and its text. */
@@ -59,7 +59,7 @@ function column(side, models, i) {
   const warmer = models.length === 1 && i === 1; // otherwise both would write the same
   const settings = knobs(false).map((knob) => {
     const initial = warmer && knob.name === "temperature" ? 1.2 : knob.initial;
-    return element("span.side-field", {}, ...field(knob, `${side}.${knob.name}`, initial));
+    return field(knob, `${side}.${knob.name}`, initial);
   });
   const title = side === "left" ? "Left" : "Right";
   return element(
@@ -67,9 +67,9 @@ function column(side, models, i) {
     {},
     element("legend", {}, title),
     element(
-      "div.side-fields",
+      "div.fields",
       {},
-      element("span.side-field", {}, element("label", { for: select.id }, "Model"), select),
+      element("span.field", {}, element("label", { for: select.id }, "Model"), select),
       ...settings,
     ),
     element("iframe", { id: side, title: `${title} text` }),
