@@ -76,6 +76,9 @@ def add_playground(app: FastAPI) -> None:
 
     @app.get("/page/facts", include_in_schema=False)
     async def facts(request: Request, model: str | None = None) -> Response:
+        ready = request.app.state.ready
+        if ready is not None and not ready.is_set():
+            return JSONResponse({}, 202)
         state = await live_of(_find(request, model)).current()
         headers = {"ETag": state.tag, "Cache-Control": "no-cache"}
         if request.headers.get("If-None-Match") == state.tag:

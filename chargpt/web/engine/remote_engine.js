@@ -2,7 +2,7 @@
 
 const POLL_MS = 3000; // between two looks at a run that may be training
 const UNCHANGED = 304;
-const LOADING = 503; // the models are not loaded yet
+const LOADING = 202; // the models are not loaded yet
 const LOADING_MS = 500;
 const KEY = "chargpt-key"; // of the session storage: gone when the tab is closed
 
@@ -83,8 +83,8 @@ export class RemoteEngine {
   async refresh() {
     const query = this.model === null ? "" : `?model=${encodeURIComponent(this.model)}`;
     const headers = this.state === null ? {} : { "If-None-Match": this.state };
-    const answer = await send(`page/facts${query}`, { headers }, [UNCHANGED, LOADING]);
-    if (!answer.ok) return false;
+    const answer = await send(`page/facts${query}`, { headers }, [UNCHANGED]);
+    if (answer.status === UNCHANGED || answer.status === LOADING) return false;
     this.facts = await answer.json();
     this.model = this.facts.name;
     this.state = answer.headers.get("ETag");
@@ -139,7 +139,7 @@ async function send(path, { headers, ...options }, expected = []) {
     throw new Error("the server does not answer: is it running? Press Write to try again", { cause: error });
   }
   if (answer.ok || expected.includes(answer.status)) return answer;
-  if (answer.status === 401) throw new KeyError("the server wants an API key");
+  if (answer.status === 401) throw new KeyError("the server wants an API key: reload the page to give it");
   if (answer.status === 429) throw new Error("the server is busy: press Write in a few seconds");
   throw new Error(await reasonOf(answer));
 }

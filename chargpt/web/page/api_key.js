@@ -21,7 +21,7 @@ function askForKey(again) {
   const trouble = element(
     "p.note",
     { id: "key-about" },
-    again ? "This key was refused." : "Kept in this tab.",
+    again ? "This key was refused." : "It is kept in this tab only.",
   );
   const input = element("input", {
     id: "key",
@@ -34,6 +34,7 @@ function askForKey(again) {
     const submit = (event) => {
       event.preventDefault();
       form.replaceWith(main);
+      document.documentElement.classList.remove("locked");
       resolve(input.value.trim());
     };
     const form = element(
@@ -44,6 +45,7 @@ function askForKey(again) {
       trouble,
     );
     main.replaceWith(form);
+    document.documentElement.classList.add("locked");
     input.focus();
   });
 }

@@ -48,5 +48,6 @@ function fitFrame() {
   }).observe(document.body);
 }
 
+byId("self-test").textContent = ""; // there is none, see `selfTest`
 if (window.frameElement) fitFrame();
 openModel().catch(showTrouble);
