@@ -116,9 +116,10 @@ function curve(run, width, index) {
     ...dots,
   );
   const [first, end] = [validation[0], validation.at(-1)];
+  const when = stepsSoFar(run) === null ? "at the end" : "now";
   const about =
     `Bits per character: the fewer, the better it predicts. Dots: on text that it does not learn from, ` +
-    `${first.bits.toFixed(2)} after ${count(first.step)} steps and ${end.bits.toFixed(2)} at the end. ` +
+    `${first.bits.toFixed(2)} after ${count(first.step)} steps and ${end.bits.toFixed(2)} ${when}. ` +
     "Thin line: on the text that it learns from.";
   return [
     element("p", { id: "curve-about" }, about),
