@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import json
 import logging
 import os
 import shlex
@@ -83,8 +84,8 @@ def run(command: Any) -> int:
         options = {name: getattr(command, name) for name in ("which", "device", "kernels")}
         options |= {"n_slots": command.slots, "max_waiting": command.queue}
 
-        def started(url: str) -> None:
-            print(_greeting(url, names, key), flush=True)
+        def started(url: str, served: Any) -> None:
+            print(_greeting(url, served, key), flush=True)
 
         serve(names, listener, settings, options, grace=command.grace, started=started)
     return 0
@@ -143,13 +144,15 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _greeting(url: str, names: dict[str, Path], key: str | None) -> str:
+def _greeting(url: str, served: dict[str, Any], key: str | None) -> str:
     """Return the lines printed when the server is ready, with an example to copy."""
-    name = next(iter(names))
-    body = shlex.quote(f'{{"model": "{name}", "prompt": "The ", "max_tokens": 200}}')
+    name, first = next(iter(served.items()))
+    known = set("The ") <= {*first.tokenizer.characters}
+    example = {"model": name, "prompt": "The " if known else "", "max_tokens": 200}
+    body = shlex.quote(json.dumps(example))
     header = f' -H "Authorization: Bearer ${KEY}"' if key else ""
     lines = (
-        f"serving {', '.join(names)} at {url}",
+        f"serving {', '.join(served)} at {url}",
         f'curl {url}/v1/completions -H "Content-Type: application/json"{header} -d {body}',
     )
     return "\n".join(map(visible, lines))

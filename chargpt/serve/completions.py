@@ -328,9 +328,8 @@ class Answer(Response):
         """Answer; a closed connection cancels."""
         watcher = asyncio.create_task(self._watch(receive))
         try:
-            async with asyncio.timeout(self._timeout):
-                await (self._stream(send) if self._plan.stream else self._send_whole(scope, send))
-        except (TimeoutError, OSError):
+            await (self._stream(send) if self._plan.stream else self._send_whole(scope, send))
+        except OSError:  # the connection is closed
             self._gone = True
         finally:
             self._cancel()
@@ -349,7 +348,16 @@ class Answer(Response):
 
     async def _wait(self) -> bool:
         """Wait for news; return whether the client is still there."""
-        await self._news.wait()
+        try:
+            left = self._began + self._timeout - time.monotonic()
+            if left <= 0:  # a timeout would not interrupt a wait that is over at once
+                raise TimeoutError
+            async with asyncio.timeout(left):
+                await self._news.wait()
+        except TimeoutError:
+            self._cancel()
+            for choice in self._choices:
+                choice.finish, choice.error = "error", "timeout"
         self._news.clear()
         return not self._gone
 
@@ -377,6 +385,9 @@ class Answer(Response):
 
     def _error(self) -> ApiError | None:
         reasons = [choice.error for choice in self._choices if choice.error]
+        if "timeout" in reasons:
+            message = f"the request took longer than {self._timeout:g} s: ask for fewer characters"
+            return ApiError(504, message, code="timeout")
         return ApiError(500, reasons[0]) if reasons else None
 
     async def _stream(self, send: Send) -> None:

@@ -25,7 +25,7 @@ def serve(
     options: Mapping[str, Any],
     *,
     grace: float,
-    started: Callable[[str], None],
+    started: Callable[[str, Mapping[str, Served]], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
@@ -35,7 +35,7 @@ def serve(
         settings: limits and keys.
         options: for `load_served`.
         grace: seconds for running requests after a signal.
-        started: called with the address when all models are loaded.
+        started: called with the address and the models when all models are loaded.
 
     Raises:
         UserError: a run cannot be loaded.
@@ -53,7 +53,7 @@ def serve(
                 app.state.connect(one)
                 served[name] = one
             ready.set()
-            started(address(listener))
+            started(address(listener), served)
         except BaseException as error:  # the main thread raises it
             failures.append(error)
             server.should_exit = True

@@ -97,6 +97,8 @@ class Worker:
         self._reserved = decoder.n_slots // 4
         self._waiting: list[Ticket] = []
         self._running: dict[TokenSequence, tuple[Ticket, int]] = {}
+        self._last_turn: dict[object, int] = {}
+        self._turns = count(1)
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -211,6 +213,9 @@ class Worker:
             if ticket is None:
                 return False
             first, ticket.started = ticket.started, ticket.started + n
+            groups = {waiting.group for waiting in self._waiting}
+            self._last_turn = {g: turn for g, turn in self._last_turn.items() if g in groups}
+            self._last_turn[ticket.group] = next(self._turns)
             if ticket.started == len(ticket.seeds):
                 self._waiting.remove(ticket)
         try:
@@ -234,12 +239,17 @@ class Worker:
     def _choose(self) -> tuple[Ticket | None, int]:
         """Return the ticket to start from, and how many of its texts may start now.
 
-        First come the groups with the fewest running texts. Long texts leave a quarter of the slots
+        First come the groups with the fewest running texts, and of these the one that has waited
+        longest for its turn. Long texts leave a quarter of the slots
         to short ones, so that a short text never waits for a long one.
         """
         running = Counter(ticket.group for ticket, _ in self._running.values())
         n_long = sum(t.config.max_new_tokens > SHORT for t, _ in self._running.values())
-        for ticket in sorted(self._waiting, key=lambda ticket: running[ticket.group]):
+
+        def rank(ticket: Ticket) -> tuple[int, int]:
+            return running[ticket.group], self._last_turn.get(ticket.group, 0)
+
+        for ticket in sorted(self._waiting, key=rank):
             free = self._engine.n_free
             if ticket.config.max_new_tokens > SHORT:
                 free = min(free, self.n_slots - self._reserved - n_long)

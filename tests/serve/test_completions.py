@@ -92,7 +92,9 @@ def test_logprobs(client: Any, run: Any, logprobs: int) -> None:
     with torch.no_grad():
         scores = model(ids[None, :-1])[0].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     assert found.token_logprobs[1:] == pytest.approx(scores.tolist(), abs=1e-4)
-    for token, p, top in list(zip(found.tokens, found.token_logprobs, found.top_logprobs))[1:]:
+    for token, p, top in list(
+        zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True)
+    )[1:]:
         assert top[token] == p and logprobs <= len(top) <= logprobs + 1
 
 
