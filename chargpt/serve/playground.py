@@ -91,6 +91,8 @@ def add_playground(app: FastAPI) -> None:
         served = _find(request, task.model)
         await live_of(served).current()  # with the newest checkpoint
         _check_ids(served, task.ids)
+        if task.start > len(task.ids):
+            raise ApiError(400, "from is behind the end of ids: give at most their number")
         text = PageText(served, task)
         try:
             text.start()

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from browsers import browser as browser  # noqa: PLC0414 (a fixture)
 from browsers import watched
 from conftest import QUICK, SMALL
+from serving import running, wait_until
 
 from chargpt.config import DataConfig
 from chargpt.serve.settings import ServeSettings
 from chargpt.serve.writing import PageText
 from chargpt.train import TrainResult, train
 
-Serve = Callable[..., Any]
 SHORT = "#prompt=the+king&length=40"  # a first text that is written quickly
 WRITTEN = re.compile(r"characters? written")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +44,9 @@ def make_run(
 
 
 @pytest.fixture(scope="module")
-def server(serve: Serve, result: TrainResult, names: Path) -> Iterator[Any]:
-    with serve(result.run, names) as running:
-        yield running
+def server(result: TrainResult, names: Path) -> Iterator[Any]:
+    with running(result.run, names) as started:
+        yield started
 
 
 @pytest.fixture
@@ -146,7 +139,7 @@ def test_stop_ends_the_computation(server: Any, page: Any, monkeypatch: pytest.M
     page.evaluate(STOP, "go")
     page.locator("#status", has_text="then stopped").wait_for()
     stopped = settled(page)
-    wait_for(lambda: worker.n_running == 0)
+    wait_until(lambda: worker.n_running == 0)
     assert 20 < len(stopped) < 20_000
     assert worker.n_characters - closed[0] <= 2
     page.reload()
@@ -176,18 +169,18 @@ def test_two_side_by_side(server: Any, open_url: Callable[[str], Any]) -> None:
     left.locator("#status", has_text="60 characters").wait_for()
     same = settled(left)
     assert same.startswith("the queen")
-    wait_for(lambda: settled(right) == same)
+    wait_until(lambda: settled(right) == same)
     page.locator("[id='right.temperature']").fill("2")
     page.keyboard.press("Enter")
-    wait_for(lambda: settled(right) != same)
+    wait_until(lambda: settled(right) != same)
     different = settled(right)
     assert settled(left) == same
     page.reload()
-    wait_for(lambda: settled(right) == different)
+    wait_until(lambda: settled(right) == different)
 
 
 def test_a_run_that_is_training_is_shown_live(
-    serve: Serve, result: TrainResult, tmp_path: Path, open_url: Callable[[str], Any]
+    result: TrainResult, tmp_path: Path, open_url: Callable[[str], Any]
 ) -> None:
     run = tmp_path / "hearts"
     shutil.copytree(result.run, run)
@@ -195,7 +188,7 @@ def test_a_run_that_is_training_is_shown_live(
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     early = [row for row in rows if int(re.search(r'"step": (\d+)', row)[1]) <= 5]
     (run / "metrics.jsonl").write_text("".join(early))
-    with serve(run) as server:
+    with running(run) as server:
         page = open_url(f"{server.url}/{SHORT}")
         text = settled(page)
         page.locator("#lead", has_text="trained 5 steps so far").wait_for()
@@ -209,7 +202,7 @@ def test_a_run_that_is_training_is_shown_live(
         assert settled(page) == text
         assert server.served["hearts"].worker is not old
         page.click("#go")
-        wait_for(lambda: settled(page) != text)
+        wait_until(lambda: settled(page) != text)
         page.close()
 
 
@@ -226,13 +219,16 @@ def replace_checkpoint(run: Path) -> None:
     save_checkpoint(run, "best", {MODEL: changed}, {})
 
 
-def test_an_api_key_is_asked_for_once(serve: Serve, result: TrainResult, browser: Any) -> None:
+def test_an_api_key_is_asked_for_once(result: TrainResult, browser: Any) -> None:
     with (
-        serve(
+        running(
             result.run, settings=ServeSettings(api_key="open sesame", log_requests=False)
         ) as server,
         watched(browser, server.url) as (context, troubles),
     ):
+        assert httpx.get(server.url + "/page/facts").status_code == 401
+        assert server.post({}, "/page/write").status_code == 401
+        assert server.post({}, "/page/inspect").status_code == 401
         page = context.new_page()
         page.goto(f"{server.url}/{SHORT}")
         for key in ("wrong", "open sesame"):
@@ -248,12 +244,10 @@ def test_an_api_key_is_asked_for_once(serve: Serve, result: TrainResult, browser
         troubles[:] = [each for each in troubles if each not in refused]
 
 
-def test_a_lost_server_is_said_and_forgotten(
-    serve: Serve, result: TrainResult, browser: Any
-) -> None:
+def test_a_lost_server_is_said_and_forgotten(result: TrainResult, browser: Any) -> None:
     with watched(browser, "http://127.0.0.1:") as (context, troubles):
         page = context.new_page()
-        with serve(result.run) as server:
+        with running(result.run) as server:
             page.goto(f"{server.url}/{SHORT}")
             text = settled(page)
         page.click("#go")
@@ -262,7 +256,7 @@ def test_a_lost_server_is_said_and_forgotten(
         page.click("#go")
         page.locator("#trouble", has_text="busy").wait_for()
         page.unroute("**/page/write")
-        with serve(result.run) as again:
+        with running(result.run) as again:
             page.route(server.url + "/**", lambda route: route.continue_(
                 url=route.request.url.replace(server.url, again.url)))  # fmt: skip
             page.click("#go")
@@ -278,13 +272,13 @@ HOSTILE = [
 
 
 def test_hostile_texts_and_names_are_only_text(
-    serve: Serve, tmp_path: Path, open_url: Callable[[str], Any]
+    tmp_path: Path, open_url: Callable[[str], Any]
 ) -> None:
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(HOSTILE) + "\n" for _ in range(300))
     name = "<img src=x onerror=hacked=1>\u202e"
     run = make_run(tmp_path, text, name="a<b onclick=hacked=1>&'\u202e.txt", run=name).run
-    with serve(run) as server:
+    with running(run) as server:
         page = open_url(f"{server.url}/{SHORT}")
         settled(page)
         prompt = "".join(HOSTILE)
@@ -296,6 +290,37 @@ def test_hostile_texts_and_names_are_only_text(
         page.reload()
         assert settled(page) == written
         page.close()
+
+
+@pytest.mark.parametrize("path", ["", "compare"])
+def test_only_this_server_may_be_asked_and_may_frame_it(server: Any, path: str) -> None:
+    headers = httpx.get(f"{server.url}/{path}").headers
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert {policy[name] for name in ("connect-src", "frame-src", "frame-ancestors")} == {"'self'"}
+    assert "unsafe" not in str(policy)
+    assert headers["X-Frame-Options"] == "SAMEORIGIN"
+
+
+SETTINGS = {"temperature": 1, "topK": 0, "topP": 1, "minP": 0, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ids": [99]}, {"ids": [-1]}, {"from": 2}, {"n": 10**9}, {"model": "x"}, {"ids": "text"},
+        {"settings": SETTINGS | {"temperature": -1}}, {"settings": SETTINGS | {"seed": 2**60}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_request_is_refused(server: Any, wrong: dict[str, Any]) -> None:
+    task = {"ids": [1], "from": 0, "n": 1, "settings": SETTINGS}
+    assert server.post(task, "/page/write").status_code == 200
+    answer = server.post(task | wrong, "/page/write")
+    assert answer.status_code in (400, 404)
+    assert answer.json()["error"]["message"]
+    answer = server.post({"ids": [1] * 17, "first": 1}, "/page/inspect")
+    assert answer.status_code == 400
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
