@@ -19,6 +19,7 @@ from typing import Annotated, NamedTuple
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from chargpt.export.web_bundle import data_text, fill, join_modules, script_text, served_policy
 from chargpt.serve.errors import ApiError
@@ -99,7 +100,7 @@ def add_playground(app: FastAPI) -> None:
         except QueueFull as error:
             message = "the server is busy: try again in a few seconds"
             raise ApiError(429, message, headers={"Retry-After": "2"}) from error
-        return StreamingResponse(_lines(text), media_type="application/jsonl")
+        return _Lines(text)
 
     @app.post("/page/inspect", include_in_schema=False)
     async def look_inside(request: Request, question: Question) -> JSONResponse:
@@ -154,16 +155,25 @@ def _check_ids(served: Served, ids: list[int]) -> None:
         raise ApiError(400, f"the text has ids out of range: give ids from 0 to {known - 1}")
 
 
-async def _lines(text: PageText) -> AsyncIterator[str]:
-    """Yield the records as lines of JSON, those of a moment together."""
+class _Lines(StreamingResponse):
+    """The records as lines of JSON, those of a moment together; its end stops the computation."""
+
+    def __init__(self, text: PageText) -> None:
+        super().__init__(_batches(text), media_type="application/jsonl")
+        self._text = text
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # the page may have closed the connection, even before the first record
+            self._text.close()
+
+
+async def _batches(text: PageText) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
     batch, sent = "", clock()
-    records = text.records()
-    try:
-        async for record in records:
-            batch += json.dumps(record, separators=(",", ":")) + "\n"
-            if clock() - sent >= _BATCH_SECONDS or "index" not in record:
-                yield batch
-                batch, sent = "", clock()
-    finally:  # the page may have closed the connection
-        text.close()
+    async for record in text.records():
+        batch += json.dumps(record, separators=(",", ":")) + "\n"
+        if clock() - sent >= _BATCH_SECONDS or "index" not in record:
+            yield batch
+            batch, sent = "", clock()

@@ -114,15 +114,15 @@ class PageText:
                     yield record
                     if not given and record["id"] == self._served.tokenizer.end_of_text_id:
                         reason = "end_of_text"
+                        break
                 if reason == "length":
                     self.start()
+            self.close()
             yield {"reason": reason}
         except QueueFull:
             yield {"error": "the server is busy: press Continue in a few seconds"}
         except UserError as error:
             yield {"error": str(error)}
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Stop the computation."""

@@ -151,7 +151,10 @@ def test_documents_follow_each_other(server: Any, open_url: Callable[[str], Any]
     settled(page)
     assert page.locator("#models").input_value() == "names"
     text = write(page, "a", temperature=1, length=60, seed=1)
-    assert text.count("∎\n") > 2
+    n_ends = text.count("∎\n")
+    assert n_ends > 2
+    status = page.locator("#status").text_content()
+    assert f"{60 - n_ends} characters written in {n_ends + 1} texts" in status
     page.locator("#pick").fill(str(text.replace("∎\n", "∎").index("∎")))
     page.get_by_text("ended the text here").wait_for()
     page.reload()
