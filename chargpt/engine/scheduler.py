@@ -8,10 +8,10 @@ and its seed, not on its neighbours. With `NativeDecoder` this holds to the bit;
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,6 +62,13 @@ class TokenSequence:
     """Tokens in the text, (V,) of bool; None: no repetition penalty."""
     counts: Tensor | None = None
     """How often each token was written, (V,); None: no presence or frequency penalty."""
+
+    def __post_init__(self) -> None:
+        config = self.config
+        numbers = (config.temperature, config.top_k, config.top_p, config.min_p)
+        penalties = (config.presence_penalty, config.frequency_penalty, config.repetition_penalty)
+        self.filters = (*numbers, *penalties, id(self.bias), self.top_logprobs)
+        """Sequences with equal ones are drawn together."""
 
 
 class Engine:
@@ -158,15 +165,17 @@ class Engine:
         """
         if not self.active:
             return []
-        drawn: list[tuple[TokenSequence, Token]] = []
         logits = self._logits()  # (B, V)
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for row, sequence in enumerate(self.active):
+            groups[sequence.filters].append(row)
+        drawn: dict[int, Token] = {}
         with _one_thread():
-            # Tuples compare their entries by identity first, so this is cheap for a shared config.
-            for _, group in groupby(self.active, lambda s: (s.config, id(s.bias), s.top_logprobs)):
-                sequences = list(group)
-                rows = logits[len(drawn) : len(drawn) + len(sequences)]  # (sequences, V)
-                drawn += zip(sequences, _draw(rows, sequences), strict=True)
-        return [(sequence, self._append(sequence, token)) for sequence, token in drawn]
+            for rows in groups.values():
+                part = logits if len(groups) == 1 else logits[rows]  # (rows, V)
+                tokens = _draw(part, [self.active[row] for row in rows])
+                drawn |= zip(rows, tokens, strict=True)
+        return [(s, self._append(s, drawn[row])) for row, s in enumerate([*self.active])]
 
     def _append(self, sequence: TokenSequence, token: Token) -> Token | None:
         """Add a token to a sequence; end-of-text and the last token end it."""

@@ -243,6 +243,8 @@ class Worker:
         longest for its turn. Long texts leave a quarter of the slots
         to short ones, so that a short text never waits for a long one.
         """
+        if not self._waiting or not self._engine.n_free:
+            return None, 0
         running = Counter(ticket.group for ticket, _ in self._running.values())
         n_long = sum(t.config.max_new_tokens > SHORT for t, _ in self._running.values())
 

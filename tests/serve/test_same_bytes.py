@@ -56,7 +56,7 @@ def check(server: Any, n_prompts: int) -> None:
 
 def test_same_seed_same_bytes(serve: Any, run: Any, kernels: Any) -> None:
     with serve(run, n_slots=N_SLOTS, kernels=kernels) as server:
-        check(server, 8)
+        check(server, 4)
 
 
 @pytest.mark.slow
