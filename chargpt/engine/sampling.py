@@ -86,8 +86,13 @@ def sample_next(logits: Tensor, uniforms: Tensor) -> Tensor:
     return (cumulative <= threshold).sum(dim=-1).clamp_(max=logits.size(-1) - 1)  # (B,)
 
 
-def uniform_stream(seed: int) -> Iterator[float]:
-    """Yield an endless stream of random numbers in [0, 1), fixed by the seed."""
-    generator = np.random.Generator(np.random.Philox(seed))
+def uniform_stream(seed: int, skip: int = 0) -> Iterator[float]:
+    """Yield an endless stream of random numbers in [0, 1), fixed by the seed.
+
+    The first `skip` ones are left out, which takes no time.
+    """
+    philox = np.random.Philox(seed).advance(skip // 4)  # four numbers at a time
+    generator = np.random.Generator(philox)
+    generator.random(skip % 4)
     while True:
         yield from generator.random(64).tolist()

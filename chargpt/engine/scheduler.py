@@ -95,6 +95,7 @@ class Engine:
         end_id: int | None = None,
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
+        skip: int = 0,
     ) -> list[TokenSequence]:
         """Read a prompt once and start one sequence per seed.
 
@@ -106,6 +107,7 @@ class Engine:
             end_id: token that ends a sequence without becoming a part of it.
             top_logprobs: alternatives to return for each token.
             prompt_logprobs: return the log-probabilities of the prompt's tokens, too.
+            skip: random numbers of each seed to leave out, those of an earlier part of the text.
 
         Raises:
             UserError: an empty prompt, a value out of range, or a model that gives NaN.
@@ -121,8 +123,9 @@ class Engine:
         if top_logprobs < 0:
             raise UserError(f"top_logprobs is {top_logprobs}: give a whole number of at least 0")
         assert 0 < len(seeds) <= self.n_free
+        options = (config, bias, end_id, top_logprobs)
         added = [
-            TokenSequence([*ids], uniform_stream(seed), slot, config, bias, end_id, top_logprobs)
+            TokenSequence([*ids], uniform_stream(seed, skip), slot, *options)
             for seed, slot in zip(seeds, self._free, strict=False)
         ]
         self._read_prompt(added, prompt_logprobs=prompt_logprobs)

@@ -89,11 +89,13 @@ def gather_facts(
     *,
     which: CheckpointName = "best",
     report: Callable[[str], None] = lambda line: None,
+    measure: bool = True,
 ) -> Facts:
     """Read the files of a run, and measure its model beside simple methods.
 
     The measurements need the training text, which is read again if it has at most
-    `MOST_CHARACTERS` characters and is still where it was; they take some seconds.
+    `MOST_CHARACTERS` characters and is still where it was; they take some seconds. Without
+    `measure`, ``note`` says why they are missing.
 
     Raises:
         UserError: not a run folder.
@@ -101,7 +103,9 @@ def gather_facts(
     config, summary = read_config(run), _summary(run)
     rows: tuple[Baseline, ...] = ()
     novelty, note = None, _not_measured(config)
-    if not note:
+    if not note and not measure:
+        note = "it takes a while" if summary else "the training has not ended"
+    elif not note:
         try:
             corpus = training_corpus(config, report)
             report("measuring simple methods, and how much the model copies")

@@ -163,6 +163,14 @@ def content_policy(script: str, style: str) -> str:
     )
 
 
+def served_policy(script: str, style: str) -> str:
+    """Return one that also allows connections to, and frames of, the server of the page."""
+    return (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+        "img-src data:; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'"
+    )
+
+
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

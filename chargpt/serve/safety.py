@@ -78,7 +78,7 @@ class Guard:
             message = "the Host header names another server: give --allow-host NAME to accept it"
             raise ApiError(403, message, code="unknown_host")
         key = self._settings.api_key
-        if key and (path.startswith("/v1") or path == "/metrics"):
+        if key and (path.startswith(("/v1", "/page/")) or path == "/metrics"):
             given = headers.get("authorization", "").removeprefix("Bearer ").strip()
             given = given or headers.get("x-api-key", "")
             if not secrets.compare_digest(given.encode(), key.encode()):

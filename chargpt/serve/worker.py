@@ -53,6 +53,8 @@ class Ticket:
     top_logprobs: int
     prompt_logprobs: bool
     on_token: OnToken
+    skip: int
+    """Random numbers of each seed to leave out, see `Engine.add`."""
     group: object
     """Tickets of one request share it; a group with fewer running texts goes first."""
     done: threading.Event = field(default_factory=threading.Event)
@@ -124,6 +126,7 @@ class Worker:
         end_id: int | None = None,
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
+        skip: int = 0,
         group: object = None,
     ) -> Ticket:
         """Put a prompt into the queue, one text per seed; thread-safe.
@@ -134,7 +137,7 @@ class Worker:
         Raises:
             QueueFull: with these texts, more than `max_waiting` would wait beside the free slots.
         """
-        options = (bias, end_id, top_logprobs, prompt_logprobs, on_token)
+        options = (bias, end_id, top_logprobs, prompt_logprobs, on_token, skip)
         ticket = Ticket([*ids], config, [*seeds], *options, group=group)
         ticket.group = group or ticket
         with self._changed:
@@ -224,6 +227,7 @@ class Worker:
                 end_id=ticket.end_id,
                 top_logprobs=ticket.top_logprobs,
                 prompt_logprobs=ticket.prompt_logprobs,
+                skip=ticket.skip,
             )
         except UserError as error:
             self._fail(ticket, str(error))

@@ -234,6 +234,8 @@ def test_a_stream_depends_on_its_seed_only() -> None:
         assert ours == list(itertools.islice(slow.uniforms(seed), 1000))
         assert all(0 <= u < 1 for u in ours)
         assert len(set(ours)) == 1000
+        for skip in (1, 4, 63, 998):
+            assert next(uniform_stream(seed, skip)) == ours[skip]
 
 
 def test_near_seeds_and_near_positions_are_unrelated() -> None:

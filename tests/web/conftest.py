@@ -8,57 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import browser as browser  # noqa: PLC0414 (a fixture)
+from browsers import watched
 
 import chargpt
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.export.web_page import make_page
 from chargpt.model import GPT2
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 WEB = Path(chargpt.__file__).parent / "web"
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """One Chromium for all tests."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no browser {CHROMIUM}")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[[Path], Any]]:
     """Return a function that opens a file; afterwards, no page has failed or used the network."""
-    context = browser.new_context(reduced_motion="reduce")
-    troubles: list[str] = []
+    with watched(browser, "file://", "blob:") as (context, _):
 
-    def note_request(request: Any) -> None:
-        if not request.url.startswith(("file://", "blob:")):
-            troubles.append(f"a request of {request.url[:200]}")
+        def open_file(path: Path) -> Any:
+            page = context.new_page()
+            page.goto(path.as_uri())
+            return page
 
-    def note_message(message: Any) -> None:
-        if message.type in ("error", "warning"):
-            troubles.append(f"{message.type}: {message.text}")
-
-    def open_file(path: Path) -> Any:
-        page = context.new_page()
-        page.on("request", note_request)
-        page.on("console", note_message)
-        page.on("pageerror", lambda error: troubles.append(f"uncaught: {error}"))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_file
-    context.close()
-    assert troubles == []
+        yield open_file
 
 
 MODULES = {

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from page_engine import CHARACTERS, DRAWN, GREEDY, INSPECT, ODD, stored, write
 from twin import shake
 
-from chargpt.config import ActivationFunction, GPT2Config, NormPlacement, SampleConfig
+from chargpt.config import ActivationFunction, NormPlacement, SampleConfig
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.decoder import PyTorchDecoder
 from chargpt.engine.scheduler import Engine
-from chargpt.export.web_weights import pack, unpack
 from chargpt.model import GPT2, attention_weights, split_heads
-
-# No width is a multiple of 4, the number that a SIMD instruction computes.
-ODD = GPT2Config(block_size=10, vocab_size=11, n_layer=2, n_head=3, d_model=18, d_ff=22)
-CHARACTERS = "\n <>&abcdé\u2028"
-GREEDY = {"temperature": 0, "topK": 0, "topP": 1, "minP": 0, "seed": 0}
-DRAWN = GREEDY | {"temperature": 1, "seed": 7}
-
-
-def stored(
-    model: GPT2, number_type: Literal["int8", "int16"] = "int16"
-) -> tuple[GPT2, dict[str, Any]]:
-    """Return the model with rounded weights, and what the page gets of it."""
-    tensors, data = pack(model, number_type)
-    listed = [tensor.to_json() for tensor in tensors]
-    config = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
-    page = {"config": config, "tensors": listed, "weights": base64.b64encode(data).decode()}
-    return unpack(model.config, listed, data), page
-
 
 LOGITS = """({config, tensors, weights, ids}) => {
   const logits = (wasm) => {
@@ -76,19 +57,6 @@ def test_weights_in_8_bits_are_decoded(open_engine: Callable[..., Any]) -> None:
 
 
 # --- writing
-
-WRITE = """async ({ids, from, n, settings, simd}) => {
-  globalThis.engine ??= await parts.LocalEngine.open({simd});
-  const records = [];
-  const onRecords = (batch) => records.push(...batch);
-  const end = await engine.write({ids, from, n, settings, onRecords});
-  return {end, records};
-}"""
-
-
-def write(page: Any, ids: list[int], n: int, settings: dict[str, Any], start: int = 0) -> Any:
-    task = {"ids": ids, "from": start, "n": n, "settings": settings, "simd": True}
-    return page.evaluate(WRITE, task)
 
 
 def ids_of(written: Any) -> list[int]:
@@ -258,13 +226,6 @@ def test_jobs_stop_and_interleave_without_mixing(open_engine: Callable[..., Any]
 
 
 # --- looking inside
-
-INSPECT = """async (question) => {
-  const engine = await parts.LocalEngine.open();
-  const inside = await engine.inspect(question);
-  const asList = (_, value) => ArrayBuffer.isView(value) ? [...value] : value;
-  return JSON.parse(JSON.stringify(inside, asList));
-}"""
 
 
 @pytest.mark.parametrize("placement", get_args(NormPlacement))

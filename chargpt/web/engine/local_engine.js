@@ -6,6 +6,11 @@ function block(id) {
 }
 
 export class LocalEngine {
+  /** Where the model computes, as a sentence for the page. */
+  get where() {
+    return "It runs in this page, on your device: nothing is sent anywhere.";
+  }
+
   /**
    * Reads the model in the page and starts the worker.
    * @param {{simd?: boolean}} options simd: use WebAssembly where it works
@@ -92,7 +97,8 @@ export class LocalEngine {
   /**
    * Compares this browser's logits with those that Python computed, and measures the speed.
    * @returns {Promise<{largestDifference: number, tolerance: number, passed: boolean,
-   *   where: string, charactersPerSecond: number, backend: "wasm simd" | "javascript"}>}
+   *   where: string, charactersPerSecond: number, backend: "wasm simd" | "javascript"} | null>}
+   *   null: the engine is the trained model itself
    */
   selfTest() {
     return this.ask("selfTest", {});

@@ -12,12 +12,37 @@ const RIGHT = 16;
 const BITS_PER_NAT = 1 / Math.log(2);
 const OVERFIT_BITS = 0.015; // a loss this far above its best is not noise, as in training/summary.py
 
-/** Show what is known about the training of `run`, which is a `Facts` of export/facts.py in JSON. */
+/**
+ * Show what is known about the training of `run`, which is a `Facts` of export/facts.py in JSON.
+ * Shown again, it keeps the place in the training that the user looked at.
+ */
 export function showLearned(run) {
+  const at = placeIn(run);
   const [left, right] = [element("div"), element("div", {}, ...comparison(run), ...novelty(run))];
   byId("learned-body").replaceChildren(...introduction(run), element("div.halves", {}, left, right));
-  if (run.validation.length > 1) left.append(...curve(run, left.clientWidth || 500));
-  else left.append(element("p.note", {}, "There is no record of the training."));
+  if (run.validation.length > 1) left.append(...curve(run, left.clientWidth || 500, at.index));
+  else left.append(element("p.note", {}, noCurve(run)));
+  if (at.focused) left.querySelector(".scrub input")?.focus({ preventScroll: true });
+}
+
+/** Return which evaluation to show: the one that is shown, or the newest if that is followed. */
+function placeIn(run) {
+  const slider = byId("learned-body").querySelector(".scrub input");
+  const last = Math.max(run.validation.length - 1, 0);
+  const follows = slider ? slider.value === slider.max : stepsSoFar(run) !== null;
+  const index = follows ? last : Math.min(Number(slider?.value ?? 0), last);
+  return { index, focused: slider !== null && slider === document.activeElement };
+}
+
+/** Return how many steps a run has trained that has not ended; null: it has ended. */
+export function stepsSoFar(run) {
+  const steps = [...run.training, ...run.validation].map((point) => point.step);
+  return run.summary.steps === undefined && steps.length ? Math.max(...steps) : null;
+}
+
+function noCurve(run) {
+  if (stepsSoFar(run) === null) return "There is no record of the training.";
+  return "The curve appears after the second evaluation.";
 }
 
 function introduction(run) {
@@ -39,6 +64,8 @@ function introduction(run) {
         `${passes.toFixed(1)} times, in ${count(summary.steps)} steps.`,
     );
   }
+  const steps = stepsSoFar(run);
+  if (steps !== null) sentences.push(`Its training has not ended: ${count(steps)} steps so far.`);
   const verdict = verdictOf(run);
   return [
     element("p", {}, sentences.join(" ")),
@@ -52,7 +79,7 @@ function verdictOf({ summary, val_loss: loss, checkpoint }) {
   const good =
     `On text that it had not seen, it needs ${(loss * BITS_PER_NAT).toFixed(2)} bits per character: like ` +
     `choosing among ${Math.exp(loss).toFixed(1)} equally likely characters each time.`;
-  if (checkpoint !== "best" || summary.final_val_loss === null) return good;
+  if (checkpoint !== "best" || typeof summary.final_val_loss !== "number") return good;
   const worse = (summary.final_val_loss - loss) * BITS_PER_NAT;
   if (worse > OVERFIT_BITS) {
     return `${good} After step ${count(summary.best_step)} it began to learn its text by heart, so this page has the model of that step. More text would help.`;
@@ -64,7 +91,7 @@ function verdictOf({ summary, val_loss: loss, checkpoint }) {
 // --- the curve
 
 /** The curves of losses over steps, in bits per character. */
-function curve(run, width) {
+function curve(run, width, index) {
   const inBits = (points) => points.map(({ step, loss }) => ({ step, bits: loss * BITS_PER_NAT }));
   const [training, validation] = [inBits(run.training), inBits(run.validation)];
   const all = [...training, ...validation];
@@ -89,14 +116,15 @@ function curve(run, width) {
     ...dots,
   );
   const [first, end] = [validation[0], validation.at(-1)];
+  const when = stepsSoFar(run) === null ? "at the end" : "now";
   const about =
     `Bits per character: the fewer, the better it predicts. Dots: on text that it does not learn from, ` +
-    `${first.bits.toFixed(2)} after ${count(first.step)} steps and ${end.bits.toFixed(2)} at the end. ` +
+    `${first.bits.toFixed(2)} after ${count(first.step)} steps and ${end.bits.toFixed(2)} ${when}. ` +
     "Thin line: on the text that it learns from.";
   return [
     element("p", { id: "curve-about" }, about),
     drawing,
-    ...scrubber({ run, validation, drawing, x, y, width }),
+    ...scrubber({ run, validation, drawing, x, y, width, index }),
   ];
 }
 
@@ -123,7 +151,7 @@ function ticks(low, high, n) {
 }
 
 /** A slider along the training, with the text that the model wrote there. */
-function scrubber({ run, validation, drawing, x, y, width }) {
+function scrubber({ run, validation, drawing, x, y, width, index }) {
   const texts = new Map(run.samples.map((sample) => [sample.step, sample.text]));
   const label = element("p.at");
   const sample = element("blockquote.sample", { dir: "auto" });
@@ -158,7 +186,7 @@ function scrubber({ run, validation, drawing, x, y, width }) {
   });
   drawing.addEventListener("pointerdown", showNearest);
   slider.addEventListener("input", () => show(Number(slider.value)));
-  show(0);
+  show(index);
   return [element("label.scrub", {}, "Move through the training ", slider), label, sample];
 }
 

@@ -1,21 +1,28 @@
 /** The model: its parts with their real sizes, and its vocabulary. */
 
 import { drawModel } from "./diagram.js";
+import { stepsSoFar } from "./learned_view.js";
 import { byId, codePoint, count, element, nameOf, percent, rounded, scroller, sign } from "./dom.js";
 
 const MOST_CHARACTERS = 2000; // of the vocabulary, to show
 const GPT2_PAPER =
   "https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf";
 
-/** Return what the model is, for the top of the page. */
-export function lead({ run }) {
+/**
+ * Return what the model is, for the top of the page.
+ * @param {{run: object}} facts
+ * @param {string} where - a sentence about where it computes
+ */
+export function lead({ run }, where) {
+  const steps = stepsSoFar(run);
   const documents = run.n_documents > 1 ? ` in ${count(run.n_documents)} documents` : "";
   const read = run.texts.length
     ? ` that learned from ${run.texts.join(", ")} (${rounded(run.n_characters)} characters${documents})`
     : "";
   return (
     `A GPT-2 with ${rounded(run.n_params)} parameters${read} and predicts the next character. ` +
-    "It runs in this page, on your device: nothing is sent anywhere."
+    (steps === null ? "" : `It has trained ${count(steps)} steps so far. `) +
+    where
   );
 }
 

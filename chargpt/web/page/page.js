@@ -16,7 +16,7 @@ const MOST_EARLIER = 20; // texts to keep links to
 
 /** The same state (see `state.js`) gives the same text, so the address of the page holds it. */
 export class Page {
-  /** @param {LocalEngine} engine - see `engine/local_engine.js` */
+  /** @param {LocalEngine|RemoteEngine} engine - see `engine/local_engine.js` */
   constructor(engine) {
     const { facts } = engine;
     this.engine = engine;
@@ -40,7 +40,7 @@ export class Page {
   /** Fill the page, and write the text that the address names, or a first one. */
   async start() {
     const { facts } = this.engine;
-    byId("lead").textContent = lead(facts);
+    byId("lead").textContent = lead(facts, this.engine.where);
     const starts = this.endId === null ? "" : " Every text starts as a document starts.";
     byId("prompt-about").textContent =
       `The text to continue. The model reads at most its last ${count(facts.config.block_size)} characters.${starts}`;
@@ -52,6 +52,13 @@ export class Page {
     const state = fromHash(location.hash, facts.config.vocab_size);
     await this.restore(state ?? { ...this.newState(), prompt: "", colour: false });
     await checkArithmetic(this.engine);
+  }
+
+  /** Show the facts again, because the run has trained more. */
+  refresh() {
+    const { facts } = this.engine;
+    byId("lead").textContent = lead(facts, this.engine.where);
+    showLearned(facts.run);
   }
 
   listen() {
