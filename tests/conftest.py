@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from browsers import browser as browser  # noqa: PLC0414 (a fixture; one Chromium for all tests)
 from variants import kernels_of
 
 import chargpt

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from browsers import browser as browser  # noqa: PLC0414 (a fixture)
 from browsers import watched
 from conftest import QUICK, SMALL
 from serving import running, wait_until

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import browser as browser  # noqa: PLC0414 (a fixture)
 from browsers import watched
 
 import chargpt

@@ -15,7 +15,8 @@ const PAGE_BYTES = 2 ** 16; // the unit of WebAssembly's memory
 export function openProducts(n, wasm) {
   try {
     if (wasm) return openWasm(n, wasm);
-  } catch { // this browser has no WebAssembly SIMD, or forbids WebAssembly
+  } catch {
+    // this browser has no WebAssembly SIMD, or forbids WebAssembly
   }
   return { buffer: new ArrayBuffer(n), multiply, backend: "javascript" };
 }

@@ -67,7 +67,12 @@ export class RemoteEngine {
 
   /** See `LocalEngine.inspect`. */
   async inspect({ ids, index, first }) {
-    const answer = await this.ask("inspect", { model: this.model, ids: ids.slice(first, index), index, first });
+    const answer = await this.ask("inspect", {
+      model: this.model,
+      ids: ids.slice(first, index),
+      index,
+      first,
+    });
     return answer.json();
   }
 
@@ -97,7 +102,7 @@ export class RemoteEngine {
    * @param {(error: Error|null) => void} onTrouble null: it is over
    */
   async watch(onChange, onTrouble) {
-    for (let failed = false; ; ) {
+    for (let failed = false; ;) {
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
       if (document.hidden) continue;
       try {

@@ -41,7 +41,8 @@ async function speed(writer) {
   const start = performance.now();
   const elapsed = () => performance.now() - start;
   let characters = 0;
-  for (let seed = 0; elapsed() < SPEED_MS; seed++) { // a text may end: then the next one starts
+  for (let seed = 0; elapsed() < SPEED_MS; seed++) {
+    // a text may end: then the next one starts
     const text = writer.write({ ids: [], from: 0, n: 1000, settings: { ...SETTINGS, seed } });
     for await (const _ of text) {
       characters++;
