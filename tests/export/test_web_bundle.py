@@ -83,9 +83,10 @@ def test_what_the_joiner_does_not_understand_is_refused(
         join_modules(tmp_path, "main.js")
 
 
-def test_the_two_scripts_of_the_page_use_every_module() -> None:
+def test_the_scripts_of_the_pages_use_every_module() -> None:
     web = Path(chargpt.__file__).parent / "web"
-    scripts = join_modules(web, "page/main.js") + join_modules(web, "engine/worker.js")
+    entries = "page/main.js", "engine/worker.js", "page/remote.js", "page/compare.js"
+    scripts = "\n".join(join_modules(web, entry) for entry in entries)
     joined = set(re.findall(r"^// --- (\S+\.js)$", scripts, re.MULTILINE))
     assert joined == {path.relative_to(web).as_posix() for path in web.rglob("*.js")}
 
