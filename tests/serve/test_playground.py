@@ -233,6 +233,9 @@ def test_an_api_key_is_asked_for_once(result: TrainResult, browser: Any) -> None
         assert server.post({}, "/page/inspect").status_code == 401
         page = context.new_page()
         page.goto(f"{server.url}/{SHORT}")
+        page.locator("#key").wait_for()
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+        assert axe.Axe().run(page).violations_count == 0
         for key in ("wrong", "open sesame"):
             page.fill("#key", key)
             page.get_by_role("button", name="Open").click()

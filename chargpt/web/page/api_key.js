@@ -33,7 +33,7 @@ function askForKey(again) {
   return new Promise((resolve) => {
     const submit = (event) => {
       event.preventDefault();
-      form.replaceWith(main);
+      door.replaceWith(main);
       document.documentElement.classList.remove("locked");
       resolve(input.value.trim());
     };
@@ -44,7 +44,8 @@ function askForKey(again) {
       element("div.actions", {}, input, element("button.main", { type: "submit" }, "Open")),
       trouble,
     );
-    main.replaceWith(form);
+    const door = element("main", {}, form);
+    main.replaceWith(door);
     document.documentElement.classList.add("locked");
     input.focus();
   });
