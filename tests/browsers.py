@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+WRITTEN = re.compile(r"characters? written")
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
@@ -56,3 +58,20 @@ def watched(browser: Any, *allowed: str) -> Iterator[tuple[Any, list[str]]]:
     yield context, troubles
     context.close()
     assert not troubles, troubles
+
+
+def write(page: Any, prompt: str, **settings: object) -> str:
+    """Write from a prompt, as a user does; return the whole text."""
+    page.fill("#prompt", prompt)
+    page.locator("#settings").evaluate("details => { details.open = true; }")
+    for name, value in settings.items():
+        page.fill(f"#{name}", str(value))
+    page.click("#go")
+    return settled(page)
+
+
+def settled(page: Any) -> str:
+    """Wait until a text is finished, and return it."""
+    page.locator("#text[aria-busy=false]").wait_for()
+    page.locator("#status", has_text=WRITTEN).wait_for()
+    return str(page.locator("#text").text_content())

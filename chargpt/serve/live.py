@@ -116,12 +116,15 @@ async def reload(served: Served) -> None:
     """Replace a served model by the newest checkpoint of its run.
 
     Raises:
-        UserError: the checkpoint is missing or damaged; nothing has changed.
+        UserError: the checkpoint is missing or damaged, or the run is another one now; nothing has
+            changed.
     """
     old = served.worker
     device = served.model.token_embedding.weight.device
-    model, _ = await asyncio.to_thread(load, served.run, which=served.which, device=device)
-    decoder = await asyncio.to_thread(exact_decoder, model, old.n_slots)
+    model, tokenizer = await asyncio.to_thread(load, served.run, which=served.which, device=device)
+    if (tokenizer, model.config) != (served.tokenizer, served.model.config):
+        raise UserError(f"{served.run} has another model now: start the server again")
+    decoder = await asyncio.to_thread(exact_decoder, model, old.n_slots, served.kernels)
     worker = Worker(decoder, max_waiting=old.max_waiting, name=f"worker of {served.name}")
     worker.pace = Bridge(asyncio.get_running_loop())
     served.model, served.worker = model, worker

@@ -29,6 +29,7 @@ class Served:
     tokenizer: CharTokenizer
     worker: Worker
     which: CheckpointName
+    kernels: OnOffAuto = "auto"
 
 
 class OneByOne:
@@ -70,4 +71,4 @@ def load_served(
     name = name or run.resolve().name
     decoder = exact_decoder(model, n_slots, kernels)
     worker = Worker(decoder, max_waiting=max_waiting, name=f"worker of {name}")
-    return Served(name, run, model, tokenizer, worker, which)
+    return Served(name, run, model, tokenizer, worker, which, kernels)

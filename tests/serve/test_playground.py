@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,17 +12,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from browsers import watched
+from browsers import settled, watched, write
 from conftest import QUICK, SMALL
 from serving import running, wait_until
 
+from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
+from chargpt.serve.live import reload
+from chargpt.serve.models import load_served
 from chargpt.serve.settings import ServeSettings
 from chargpt.serve.writing import PageText
 from chargpt.train import TrainResult, train
 
 SHORT = "#prompt=the+king&length=40"  # a first text that is written quickly
-WRITTEN = re.compile(r"characters? written")
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +69,6 @@ def page(server: Any, open_url: Callable[[str], Any]) -> Any:
     opened = open_url(f"{server.url}/{SHORT}")
     settled(opened)
     return opened
-
-
-def settled(page: Any) -> str:
-    page.locator("#text[aria-busy=false]").wait_for()
-    page.locator("#status", has_text=WRITTEN).wait_for()
-    return str(page.locator("#text").text_content())
-
-
-def write(page: Any, prompt: str, **settings: object) -> str:
-    page.fill("#prompt", prompt)
-    page.locator("#settings").evaluate("details => { details.open = true; }")
-    for name, value in settings.items():
-        page.fill(f"#{name}", str(value))
-    page.click("#go")
-    return settled(page)
 
 
 def test_the_same_seed_writes_the_same_and_branches_survive_a_refresh(page: Any) -> None:
@@ -347,3 +335,15 @@ def test_nothing_is_wider_than_a_phone(server: Any, page: Any, path: str) -> Non
     page.goto(f"{server.url}/{path}{SHORT}")
     settled(page.frame_locator("iframe").nth(1) if path else page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+def test_a_run_that_was_trained_again_otherwise_is_not_swapped_in(
+    result: TrainResult, names: Path
+) -> None:
+    served = load_served(result.run)
+    model, worker = served.model, served.worker
+    served.run = names
+    with pytest.raises(UserError, match="start the server again"):
+        asyncio.run(reload(served))
+    assert (served.model, served.worker) == (model, worker)
+    worker.stop()

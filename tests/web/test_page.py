@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsers import settled, write
 from conftest import QUICK, SMALL
 
 import chargpt
@@ -21,7 +22,6 @@ from chargpt.train import TrainResult, train
 
 OpenPage = Callable[..., Any]
 CHECKED = re.compile("This device computes")
-WRITTEN = re.compile(r"characters? written")
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +49,6 @@ def text_of(page: Any) -> str:
 
 def status_of(page: Any) -> str:
     return str(page.locator("#status").text_content())
-
-
-def write(page: Any, prompt: str, **settings: object) -> str:
-    page.fill("#prompt", prompt)
-    page.locator("#settings").evaluate("details => { details.open = true; }")
-    for name, value in settings.items():
-        page.fill(f"#{name}", str(value))
-    page.click("#go")
-    return settled(page)
-
-
-def settled(page: Any) -> str:
-    page.locator("#text[aria-busy=false]").wait_for()
-    page.locator("#status", has_text=WRITTEN).wait_for()
-    return text_of(page)
 
 
 def test_it_continues_a_prompt_and_the_same_seed_writes_the_same(page: Any) -> None:

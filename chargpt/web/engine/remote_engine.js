@@ -70,7 +70,6 @@ export class RemoteEngine {
     const answer = await this.ask("inspect", {
       model: this.model,
       ids: ids.slice(first, index),
-      index,
       first,
     });
     return answer.json();

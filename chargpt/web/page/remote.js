@@ -48,6 +48,6 @@ function fitFrame() {
   }).observe(document.body);
 }
 
-byId("self-test").textContent = ""; // there is none, see `selfTest`
+byId("self-test").textContent = ""; // the page has nothing to check: the server computes
 if (window.frameElement) fitFrame();
 openModel().catch(showTrouble);
