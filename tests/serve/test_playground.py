@@ -6,6 +6,7 @@ import asyncio
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +344,11 @@ def test_a_run_that_was_trained_again_otherwise_is_not_swapped_in(
     served = load_served(result.run)
     model, worker = served.model, served.worker
     served.run = names
-    with pytest.raises(UserError, match="start the server again"):
-        asyncio.run(reload(served))
+    # A thread of its own: the browser's driver has an event loop in this one.
+    with (
+        ThreadPoolExecutor() as pool,
+        pytest.raises(UserError, match="start the server again"),
+    ):
+        pool.submit(asyncio.run, reload(served)).result()
     assert (served.model, served.worker) == (model, worker)
     worker.stop()
