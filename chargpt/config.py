@@ -26,7 +26,7 @@ OptimizerName = Literal["adamw", "muon"]
 Cooldown = Literal["cosine", "linear"]
 OnOffAuto = Literal["auto", "on", "off"]
 Attention = Literal["auto", "native", "matmul", "sdpa"]
-Parallel = Literal["auto", "none", "dp"]
+Parallel = Literal["auto", "none", "dp", "ddp", "fsdp"]
 CheckpointName = Literal["best", "last"]  # the lowest validation loss, or the latest
 Tracker = Literal["none", "tensorboard", "wandb"]
 Unknown = Literal["error", "skip", "replace"]
@@ -192,7 +192,9 @@ class TrainConfig(_Config):
     compile: OnOffAuto = "auto"
     """torch.compile; auto: on for CUDA, off elsewhere. Falls back to eager mode."""
     parallel: Parallel = "auto"
-    """dp splits each batch over all GPUs (torch.nn.DataParallel, one process); auto: one GPU."""
+    """How several devices share each batch. Under torchrun: ddp (DistributedDataParallel), or fsdp
+    (FSDP2), which also shares the weights, for a model that does not fit. In one process: dp
+    (DataParallel). auto: ddp under torchrun; dp where GPUs have enough to do; else one device."""
     deterministic: bool = False
     """Give the same bits every time, or fail. A CPU always gives them; a GPU becomes slower."""
     track: Tracker = "none"

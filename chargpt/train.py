@@ -13,7 +13,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,9 @@ from chargpt.base.interrupts import StopRequested, StopSignals
 from chargpt.base.seeding import own_random_state
 from chargpt.compute.device import describe_device, deterministic_algorithms
 from chargpt.compute.optimizers import schedule
+from chargpt.compute.parallel import accumulating
 from chargpt.compute.step import clip_gradient, gradient_norm
+from chargpt.compute.world import joined_world, recall, remember
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import evaluate
@@ -37,8 +39,9 @@ from chargpt.model import GPT2
 from chargpt.runs.checkpoint import has_checkpoint
 from chargpt.runs.folder import load, write_config, write_tokenizer
 from chargpt.runs.plot import plot_loss
-from chargpt.runs.report import Reporter
+from chargpt.runs.report import Reporter, SilentReporter
 from chargpt.runs.reserve import Resume, free_folder, reserved
+from chargpt.runs.weights import load_model_tensors, model_tensors
 from chargpt.training.plan import Plan, make_plan
 from chargpt.training.saving import save_best, save_last
 from chargpt.training.summary import SUMMARY, StopReason, Summary, summarize
@@ -87,57 +90,57 @@ def train(
         TrainingError: training cannot continue; what was learned is in the run folder.
     """
     sources = (texts,) if isinstance(texts, str) else tuple(texts)
-    folder = Path(out) if out is not None else free_folder(sources)
     preset = tiny()
     model_config = model_config or preset.model_config
     train_config = train_config or preset.train_config
-    report = Reporter(folder, quiet=quiet).note
-    with (
-        reserved(folder, resume) as resuming,
-        own_random_state(),
-        deterministic_algorithms(train_config.deterministic),
-    ):
-        try:
-            plan = make_plan(
-                sources,
-                model_config=model_config,
-                train_config=train_config,
-                data_config=data_config or DataConfig(),
-                out=folder,
-                resuming=resuming,
-                report=report,
-            )
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise _model_too_large(model_config) from error
-            raise
-        if resume and not resuming:
-            report(f"resuming   nothing yet in {folder}: starting from step 0")
-        report(f"run        {folder}")
-        return _carry_out(plan, quiet=quiet)
+    with joined_world() as world:
+        folder, resume = world.on_first(lambda: _folder(sources, out, resume))
+        report = Reporter(folder, quiet=quiet or not world.is_first).note
+        with (
+            world.entered_on_first(reserved(folder, resume)) as resuming,
+            own_random_state(),
+            deterministic_algorithms(train_config.deterministic),
+        ):
+            try:
+                plan = make_plan(
+                    sources,
+                    model_config=model_config,
+                    train_config=train_config,
+                    data_config=data_config or DataConfig(),
+                    out=folder,
+                    resuming=resuming,
+                    report=report,
+                    world=world,
+                )
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise _model_too_large(model_config) from error
+                raise
+            if resume and not resuming:
+                report(f"resuming   nothing yet in {folder}: starting from step 0")
+            report(f"run        {folder}")
+            return _carry_out(plan, quiet=quiet)
+
+
+def _folder(sources: Sequence[str], out: str | Path | None, resume: Resume) -> tuple[Path, Resume]:
+    """Return the run folder, and whether to resume.
+
+    The processes that torchrun starts in place of failed ones resume the run of those.
+    """
+    if started := recall("run"):
+        return Path(started), "auto"
+    return Path(out) if out is not None else free_folder(sources), resume
 
 
 def _carry_out(plan: Plan, *, quiet: bool) -> TrainResult:
     """Train as planned, and write what came of it."""
-    trainer, tokenizer = plan.trainer, plan.corpus.tokenizer
-    reporter = Reporter(
-        trainer.out,
-        quiet=quiet,
-        track=trainer.train_config.track,
-        write_sample=_sampler(plan) if trainer.train_config.sample_length else None,
-        resumed_step=trainer.state.step,
-        evaluated_step=trainer.state.evaluated_step,
-    )
+    trainer, world = plan.trainer, plan.trainer.world
     try:
-        write_config(trainer.out, plan.run_config)
-        write_tokenizer(trainer.out, tokenizer)
-        with reporter:
+        files = _run_files(plan, quiet=quiet) if world.is_first else nullcontext(SilentReporter())
+        with files as reporter:
             stop_reason = fit(trainer, reporter)
-        summary = summarize(trainer, plan.corpus, stop_reason)
-        write_json(trainer.out / SUMMARY, asdict(summary))
-        plot_loss(trainer.out)
-        best = load(trainer.out, device=trainer.device)
-        return TrainResult(best.model, best.tokenizer, summary, trainer.out)
+        summary = world.on_first(lambda: _finish(plan, stop_reason))
+        return TrainResult(_best_model(trainer), plan.corpus.tokenizer, summary, trainer.out)
     except OSError as error:
         raise TrainingError(
             f"{error.filename or trainer.out}: {error.strerror or error}; the checkpoints in "
@@ -150,14 +153,57 @@ def _carry_out(plan: Plan, *, quiet: bool) -> TrainResult:
         raise
 
 
+@contextmanager
+def _run_files(plan: Plan, *, quiet: bool) -> Iterator[Reporter]:
+    """Write what the run begins with, and yield what reports its progress."""
+    trainer = plan.trainer
+    reporter = Reporter(
+        trainer.out,
+        quiet=quiet,
+        track=trainer.train_config.track,
+        write_sample=_sampler(plan) if trainer.train_config.sample_length else None,
+        resumed_step=trainer.state.step,
+        evaluated_step=trainer.state.evaluated_step,
+    )
+    write_config(trainer.out, plan.run_config)
+    write_tokenizer(trainer.out, plan.corpus.tokenizer)
+    remember("run", str(trainer.out))
+    with reporter:
+        yield reporter
+
+
 def _sampler(plan: Plan) -> Callable[[], str]:
     """Return a function that writes a sample with the model as it is now."""
     trainer, train_config = plan.trainer, plan.trainer.train_config
     config = SampleConfig(max_new_tokens=train_config.sample_length, seed=train_config.seed)
-    models = (trainer.model, plan.corpus.tokenizer)
-    return lambda: "".join(
-        text for _, text in generate(*models, [""], config, kernels=train_config.kernels)
-    )
+
+    def sample() -> str:
+        # A model that processes share is whole in its checkpoint only, which was just written.
+        shared = trainer.parallel.kind == "fsdp"
+        model = load(trainer.out, which="last").model if shared else trainer.model
+        texts = generate(model, plan.corpus.tokenizer, [""], config, kernels=train_config.kernels)
+        return "".join(text for _, text in texts)
+
+    return sample
+
+
+def _finish(plan: Plan, stop_reason: StopReason) -> Summary:
+    """Write what a run that has ended leaves, and return its summary."""
+    trainer = plan.trainer
+    summary = summarize(trainer, plan.corpus, stop_reason)
+    write_json(trainer.out / SUMMARY, asdict(summary))
+    plot_loss(trainer.out)
+    return summary
+
+
+def _best_model(trainer: Trainer) -> GPT2:
+    """Return the best model, which rank 0 reads and sends to the others."""
+    first, size = trainer.world.is_first, trainer.world.size
+    model = load(trainer.out).model if first else GPT2(trainer.model.config).eval()
+    if size > 1:
+        sent = trainer.world.send_tensors(model_tensors(model) if first else None)
+        load_model_tensors(model, sent)
+    return model.to(trainer.device)
 
 
 def _model_too_large(model_config: GPT2Config) -> UserError:
@@ -185,7 +231,7 @@ def _out_of_memory(trainer: Trainer) -> TrainingError:
 # --- the loop
 
 
-def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
+def fit(trainer: Trainer, reporter: SilentReporter) -> StopReason:
     """Train until the budget is spent, nothing improves any more, or the user stops it.
 
     Return why it ended; the best and the last state are then in the run folder.
@@ -203,7 +249,7 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
                 if _patience_is_over(trainer):  # possibly before this process started
                     return "patience"
                 _step(trainer, reporter)
-                signals.check()
+                _agree(trainer, signals)
                 if save_interval and state.step % save_interval == 0:
                     save_last(trainer)
             _evaluate_and_save(trainer, reporter, signals)
@@ -211,6 +257,21 @@ def fit(trainer: Trainer, reporter: Reporter) -> StopReason:
             save_last(trainer)
             return request.reason
     return "budget"
+
+
+def _agree(trainer: Trainer, signals: StopSignals) -> None:
+    """Raise `StopRequested` if any process was asked to stop; take rank 0's clock."""
+    world, state = trainer.world, trainer.state
+    if world.size > 1:
+        clock = state.train_seconds if world.is_first else 0.0
+        state.train_seconds, request = world.highest(clock, signals.received)
+        signals.received = int(request)
+    signals.check()
+
+
+def _interruptible(trainer: Trainer, signals: StopSignals) -> AbstractContextManager[None]:
+    """Return a context that a signal may end, unless other processes wait for its end."""
+    return signals.interruptible() if trainer.world.size == 1 else nullcontext()
 
 
 @contextmanager
@@ -228,7 +289,7 @@ def _patience_is_over(trainer: Trainer) -> bool:
     return state.evaluated_step == state.step and 0 < patience <= state.evaluations_since_best
 
 
-def _evaluate_and_save(trainer: Trainer, reporter: Reporter, signals: StopSignals) -> None:
+def _evaluate_and_save(trainer: Trainer, reporter: SilentReporter, signals: StopSignals) -> None:
     """Evaluate the model, unless that was done before a resume, and save it."""
     state = trainer.state
     if state.evaluated_step == state.step:
@@ -236,7 +297,7 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, signals: StopSignal
     if not has_checkpoint(trainer.out, "last"):
         save_last(trainer)  # a folder with best/ alone has therefore lost its last/
     start = time.perf_counter()
-    with signals.interruptible():
+    with _interruptible(trainer, signals):
         val_loss = evaluate(
             trainer.model,
             trainer.validation,
@@ -260,11 +321,11 @@ def _evaluate_and_save(trainer: Trainer, reporter: Reporter, signals: StopSignal
     if is_best:
         save_best(trainer)
     save_last(trainer)
-    with signals.interruptible():
+    with _interruptible(trainer, signals):
         reporter.sample(step=state.step, val_loss=val_loss)
 
 
-def _step(trainer: Trainer, reporter: Reporter) -> None:
+def _step(trainer: Trainer, reporter: SilentReporter) -> None:
     """Make a step, count it, and report it."""
     state = trainer.state
     start = time.perf_counter()
@@ -313,7 +374,7 @@ def _count_skipped(trainer: Trainer, result: StepResult) -> None:
         )
 
 
-def _report_spike(trainer: Trainer, norm: float, reporter: Reporter) -> None:
+def _report_spike(trainer: Trainer, norm: float, reporter: SilentReporter) -> None:
     """Report a gradient far longer than usual, which the mean loss does not show."""
     state = trainer.state
     usual = state.usual_grad_norm
@@ -358,11 +419,15 @@ def train_step(trainer: Trainer, lap: Callable[[str], None] = lambda part: None)
     for micro_step in range(n_batches):
         batch = trainer.batch(micro_step)
         lap("data")
-        micro_loss = trainer.loss(batch, micro_step) / n_batches
-        lap("forward")
-        scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
+        is_last = micro_step == n_batches - 1
+        with accumulating(trainer.forward, trainer.parallel, is_last=is_last):
+            micro_loss = trainer.loss(batch, micro_step) / n_batches
+            lap("forward")
+            scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
         lap("backward")
         loss += micro_loss.detach()
+    if trainer.world.size > 1:
+        loss.fill_(trainer.world.total(float(loss))[0] / trainer.world.size)
     scaler.unscale_(optimizer)
     grad_norm = _clip_gradient(trainer, loss)
     lap("clip")

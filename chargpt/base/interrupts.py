@@ -27,7 +27,7 @@ class StopSignals:
     """Records the first Ctrl-C or SIGTERM as a request; a second one ends the program at once."""
 
     def __init__(self) -> None:
-        self._received: Interruption | None = None
+        self.received = 0  # the signal's number; 0: none yet
         self._interruptible = False
         self._old_handlers: dict[int, Any] = {}
 
@@ -42,8 +42,8 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise `StopRequested` if a signal has come."""
-        if self._received:
-            raise StopRequested(self._received)
+        if self.received:
+            raise StopRequested(_REASONS[self.received])
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -56,7 +56,7 @@ class StopSignals:
             self._interruptible = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = _REASONS[number]
+        self.received = number
         self._restore()
         if self._interruptible:
             self.check()

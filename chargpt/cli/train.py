@@ -40,16 +40,20 @@ def run(command: Any) -> int:
     start, texts = _start(command, chosen)
     configs = flags.merge_settings(start, file, given)
 
+    from chargpt.compute.world import is_first_process
     from chargpt.train import train
 
     resume: Any = {"no": False, "yes": True, "auto": "auto"}[command.resume]
     result = train(texts, **configs, out=command.out, resume=resume)
+    codes = {"interrupted": shared.EXIT_INTERRUPTED, "terminated": shared.EXIT_TERMINATED}
+    code = codes.get(result.summary.stop_reason, 0)
+    if not is_first_process():
+        return code
     print(result.summary.verdict)
     folder = shlex.quote(str(result.run))
-    codes = {"interrupted": shared.EXIT_INTERRUPTED, "terminated": shared.EXIT_TERMINATED}
-    if result.summary.stop_reason in codes:
+    if code:
         shared.print_progress(f"saved in {folder}; resume with --out {folder} --resume")
-        return codes[result.summary.stop_reason]
+        return code
     print()
     print_samples(result.model, result.tokenizer, SampleConfig(), "auto", sys.stdout)
     shared.print_progress(f"more: chargpt sample {folder} --prompt '…'")

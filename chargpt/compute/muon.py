@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from chargpt.compute.sharding import is_shared, own, shared_like, whole
+
 # (a, b, c) of each step x -> a x + b x³ + c x⁵, which moves singular values in (0, 1] to about 1.
 Steps = tuple[tuple[float, float, float], ...]
 # Jordan et al. 2024 and torch.optim.Muon: one quintic, 5 times. Values above 0.015 reach 0.7 to 1.2
@@ -184,17 +186,21 @@ class MuonAdamW(torch.optim.Optimizer):
         counts = [self.parts.get(p, 1) for p in params]
         # The whole parameter sets the factor, even if it stacks several matrices.
         lengths = [group["lr"] * math.sqrt(max(1, _ratio(p))) for p in params]
+        settings = MuonSettings(
+            momentum=group["momentum"],
+            decay=1 - group["lr"] * group["weight_decay"],
+            dtype=group["dtype"],
+            steps=self.steps,
+        )
+        if is_shared(params[0]):
+            _update_shares(params, grads, buffers, lengths, counts=counts, settings=settings)
+            return
         self.muon_update(
             _cut(params, counts),
             _cut(grads, counts),
             _cut(buffers, counts),
             [length for length, n in zip(lengths, counts, strict=True) for _ in range(n)],
-            MuonSettings(
-                momentum=group["momentum"],
-                decay=1 - group["lr"] * group["weight_decay"],
-                dtype=group["dtype"],
-                steps=self.steps,
-            ),
+            settings,
         )
 
     def _adamw(self, group: dict[str, Any], params: Tensors, grads: Tensors) -> None:
@@ -226,6 +232,31 @@ class MuonAdamW(torch.optim.Optimizer):
 def _cut(matrices: Tensors, counts: Sequence[int]) -> Tensors:
     """Return views of the equal parts of each matrix."""
     return [part for m, count in zip(matrices, counts, strict=True) for part in m.chunk(count)]
+
+
+def _update_shares(
+    weights: Tensors,
+    gradients: Tensors,
+    momenta: Tensors,
+    lengths: Sequence[float],
+    *,
+    counts: Sequence[int],
+    settings: MuonSettings,
+) -> None:
+    """Compute `muon_update` for matrices that processes share; each stacks a number of them.
+
+    Orthogonalisation needs whole matrices: every process gathers the updates, orthogonalises all of
+    them, and applies its share. The momentum stays shared.
+    """
+    own_gradients, own_momenta = ([own(t) for t in tensors] for tensors in (gradients, momenta))
+    torch._foreach_lerp_(own_momenta, own_gradients, 1 - settings.momentum)
+    torch._foreach_lerp_(own_gradients, own_momenta, settings.momentum)
+    wholes = _cut([whole(gradient) for gradient in gradients], counts)
+    updates = iter(orthogonalize(wholes, settings.dtype, settings.steps))
+    for weight, length, count in zip(weights, lengths, counts, strict=True):
+        update = torch.cat([next(updates) for _ in range(count)])
+        share = own(shared_like(update, weight))
+        own(weight).mul_(settings.decay).sub_(share, alpha=length)
 
 
 def orthogonalize(

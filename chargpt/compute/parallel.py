@@ -1,35 +1,107 @@
-"""Several GPUs: the rest of the package does not need to know how many there are."""
+"""Several devices: how they share each batch. The rest of the package need not know.
+
+=====  ==================================================================  ==================
+none   one device
+dp     `torch.nn.DataParallel`: the GPUs of one process                    the original's way
+ddp    `DistributedDataParallel`: a process per device, all weights each   under torchrun
+fsdp   `fully_shard` (FSDP2): a process per device, a share of the weights under torchrun
+=====  ==================================================================  ==================
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from chargpt.base.errors import UserError
-from chargpt.base.seeding import derive_seed
-from chargpt.compute.device import PrecisionChoice
-from chargpt.config import Parallel
+from chargpt.base.seeding import DROPOUT, derive_seed
+from chargpt.compute.counts import training_flops_per_token
+from chargpt.compute.device import DTYPES, PrecisionChoice
+from chargpt.compute.world import World
+from chargpt.config import GPT2Config, Parallel
+from chargpt.model import GPT2
+
+Forward = Callable[[Tensor], Tensor]
+
+DP_MIN_FLOPS = 10**12  # per GPU and pass: copying the model to each GPU takes some milliseconds
 
 
 class ParallelChoice(NamedTuple):
-    """The GPUs that share each batch; an empty list means the model's own device."""
+    """How devices share each batch."""
 
-    device_ids: list[int]
+    kind: Literal["none", "dp", "ddp", "fsdp"]
     reason: str
+    n_gpus: int = 1  # in this process
 
 
-def choose_parallel(requested: Parallel, device: torch.device, batch_size: int) -> ParallelChoice:
-    """Return which GPUs to use, in one process: all for ``dp``, else the model's device alone.
+# --- the choice
+
+
+def choose_parallel(
+    requested: Parallel,
+    device: torch.device,
+    world: World,
+    model_config: GPT2Config,
+    batch_size: int,
+) -> ParallelChoice:
+    """Return how the devices share each batch.
 
     Raises:
-        UserError: ``dp`` with fewer than two GPUs, or with more GPUs than sequences.
+        UserError: what was requested cannot work, or there are fewer sequences than devices.
     """
+    if world.size > 1:
+        return _among_processes(requested, device, world, batch_size)
+    if requested == "fsdp":
+        raise UserError(
+            "parallel is 'fsdp', which shares the weights among several processes: start them with "
+            "torchrun --nproc-per-node N -m chargpt train …, or give --parallel auto"
+        )
     n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if requested != "dp":
-        more = f"; --parallel dp shares each batch among {n_gpus}" if n_gpus > 1 else ""
-        return ParallelChoice([], f"one device{more}")
+    if requested == "dp":
+        return _data_parallel(n_gpus, batch_size)
+    line = f"torchrun --nproc-per-node {n_gpus} -m chargpt train …"
+    if n_gpus < 2 or requested == "none":
+        return ParallelChoice("none", "one device")
+    tokens = batch_size // n_gpus * model_config.block_size
+    pays = tokens * training_flops_per_token(model_config) >= DP_MIN_FLOPS
+    if requested == "auto" and batch_size >= n_gpus and pays:
+        reason = f"each batch is shared by {n_gpus} GPUs; faster: {line}"
+        return ParallelChoice("dp", reason, n_gpus)
+    return ParallelChoice("none", f"one device; {line} shares each batch among {n_gpus} GPUs")
+
+
+def _among_processes(
+    requested: Parallel, device: torch.device, world: World, batch_size: int
+) -> ParallelChoice:
+    if requested in ("none", "dp"):
+        raise UserError(
+            f"parallel is {requested!r}, which is for one process, but torchrun started "
+            f"{world.size}: give --parallel auto, or start chargpt without torchrun"
+        )
+    if device.type == "mps":
+        raise UserError("PyTorch cannot join several processes on Apple GPUs: give --device cpu")
+    n_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and world.local_size > n_gpus:
+        raise UserError(
+            f"torchrun started {world.local_size} processes here, and there are {n_gpus} GPUs: "
+            f"give --nproc-per-node {n_gpus}"
+        )
+    if batch_size < world.size:
+        raise UserError(
+            f"batch_size is {batch_size}, less than the {world.size} processes that share it: "
+            f"give --batch-size {world.size} or more, or fewer processes"
+        )
+    if requested == "fsdp":
+        return ParallelChoice("fsdp", f"{world.size} processes share each batch and the weights")
+    return ParallelChoice("ddp", f"{world.size} processes share each batch")
+
+
+def _data_parallel(n_gpus: int, batch_size: int) -> ParallelChoice:
     if n_gpus < 2:
         raise UserError(
             f"parallel is 'dp', which needs at least two GPUs, but {n_gpus} can be used: "
@@ -40,7 +112,39 @@ def choose_parallel(requested: Parallel, device: torch.device, batch_size: int) 
             f"batch_size is {batch_size}, less than the {n_gpus} GPUs that share it: "
             f"give --batch-size {n_gpus} or more, or --parallel none"
         )
-    return ParallelChoice(list(range(n_gpus)), f"each batch is shared by {n_gpus} GPUs")
+    faster = f"torchrun --nproc-per-node {n_gpus} -m chargpt train …"
+    return ParallelChoice("dp", f"each batch is shared by {n_gpus} GPUs; faster: {faster}", n_gpus)
+
+
+# --- the model
+
+
+def shard(model: GPT2, choice: ParallelChoice, precision: PrecisionChoice) -> None:
+    """With ``fsdp``, leave this rank a share of each parameter, in place; before the optimizer.
+
+    The blocks compute in the precision of matrix products, and so do their weights travel;
+    gradients are averaged in fp32. The embeddings and the last norm stay in fp32.
+
+    Raises:
+        UserError: fp16, whose overflows each rank would see in its own share only.
+    """
+    if choice.kind != "fsdp":
+        return
+    from torch.distributed.device_mesh import init_device_mesh  # here: they take half a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if precision.name == "fp16":
+        raise UserError("precision is 'fp16', which FSDP cannot scale: give --precision bf16")
+    device = model.token_embedding.weight.device.type
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if precision.name == "bf16":
+        policy = MixedPrecisionPolicy(
+            param_dtype=DTYPES["bf16"], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
 
 
 class _Replica(nn.Module):
@@ -56,16 +160,44 @@ class _Replica(nn.Module):
         return logits
 
 
-def parallelize(model: nn.Module, choice: ParallelChoice, precision: PrecisionChoice) -> nn.Module:
-    """Return a module that maps ids (B, T) to the logits of `model`; each GPU gets a share of B."""
-    if not choice.device_ids:
-        return model
-    return nn.DataParallel(_Replica(model, precision), device_ids=choice.device_ids)
+def parallelize(forward: Forward, choice: ParallelChoice, precision: PrecisionChoice) -> Forward:
+    """Return a function that maps ids (B, T) to logits, and whose backward pass averages gradients.
+
+    `forward` is the model, perhaps compiled.
+    """
+    if choice.kind == "dp":
+        replica = _Replica(cast(nn.Module, forward), precision)
+        return cast(Forward, nn.DataParallel(replica, device_ids=list(range(choice.n_gpus))))
+    if choice.kind == "ddp":
+        return cast(Forward, DistributedDataParallel(cast(nn.Module, forward)))
+    return forward
 
 
-def seed_dropout(seed: int, choice: ParallelChoice) -> None:
-    """Seed torch's default generators; each GPU that shares a batch gets a different seed."""
-    torch.manual_seed(seed)
-    for number in choice.device_ids[1:]:
+def accumulating(
+    forward: Forward, choice: ParallelChoice, *, is_last: bool
+) -> AbstractContextManager[Any]:
+    """Return the context of a forward and backward pass; only the last one averages gradients."""
+    if choice.kind == "fsdp":
+        cast(Any, forward).set_requires_gradient_sync(is_last)
+    if isinstance(forward, DistributedDataParallel) and not is_last:
+        return forward.no_sync()
+    return nullcontext()
+
+
+# --- randomness
+
+
+def seed_dropout(
+    seed: int, step: int, micro_step: int, world: World, choice: ParallelChoice
+) -> None:
+    """Seed torch's default generators for one batch; each device gets a different seed.
+
+    Rank 0 drops what one process alone would. The seed of rank r > 0 is a function of (seed, step,
+    micro-step, r), and in one process so is that of GPU r.
+    """
+    key = (seed, DROPOUT, step, micro_step)
+    first = derive_seed(*key, *([world.rank] if world.rank else []))
+    torch.manual_seed(first)
+    for number in range(1, choice.n_gpus):
         with torch.cuda.device(number):
-            torch.cuda.manual_seed(derive_seed(seed, number))
+            torch.cuda.manual_seed(derive_seed(first, number))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from chargpt.compute import native
 from chargpt.compute.fast_layers import FastGPT2, fast_muon_update
 from chargpt.compute.muon import AdamWSettings, AdamWTensors, MuonAdamW, Tensors, adamw_update
+from chargpt.compute.sharding import is_shared, own, whole
 
 # --- loss
 
@@ -44,7 +45,7 @@ def gradient_norm(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Tenso
     gradients = _gradients(parameters)
     if isinstance(model, FastGPT2) and native.in_kernels_memory(*gradients):
         return native.norm(gradients)
-    return nn.utils.get_total_norm(gradients, foreach=_foreach(parameters))
+    return whole(nn.utils.get_total_norm(gradients, foreach=_foreach(parameters)))
 
 
 def clip_gradient(
@@ -52,10 +53,12 @@ def clip_gradient(
 ) -> None:
     """Shorten gradients of norm `norm` to `max_norm`, in place, if they are longer."""
     gradients = _gradients(parameters)
-    if isinstance(model, FastGPT2) and native.in_kernels_memory(*gradients):
+    on_kernels = isinstance(model, FastGPT2) and native.in_kernels_memory(*gradients)
+    if on_kernels or any(map(is_shared, gradients)):
         factor = max_norm / (float(norm) + 1e-6)  # as in clip_grads_with_norm_
         if factor < 1:
-            native.scale_(gradients, factor)
+            scale = native.scale_ if on_kernels else torch._foreach_mul_
+            scale([own(gradient) for gradient in gradients], factor)
     else:
         foreach = _foreach(parameters)
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=foreach)

@@ -53,7 +53,23 @@ class _Terminal(Console):
             self.quiet = True
 
 
-class Reporter:
+class SilentReporter:
+    """Reports nothing: rank 0 speaks for the other processes of a run."""
+
+    def note(self, text: str) -> None:
+        """Print nothing."""
+
+    def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
+        """Print and write nothing."""
+
+    def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
+        """Print and write nothing."""
+
+    def sample(self, *, step: int, val_loss: float) -> None:
+        """Write no sample."""
+
+
+class Reporter(SilentReporter):
     """Prints the progress of training and, within ``with``, writes it to the run folder.
 
     Args:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from chargpt.base.errors import UserError, is_out_of_memory
 from chargpt.compute.counts import parameters_of
 from chargpt.compute.muon import MuonAdamW
+from chargpt.compute.sharding import gathered, is_shared, own, shared_like
 from chargpt.config import GPT2Config
 from chargpt.model import GPT2
 
@@ -33,21 +34,27 @@ _DAMAGED = "the run is damaged"
 
 
 def model_tensors(model: nn.Module) -> Tensors:
-    """Return the parameters of an uncompiled model by name; the tied head is left out."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Return the parameters of an uncompiled model by name; the tied head is left out.
+
+    If processes share the tensors, all must call this, and rank 0 gets the values on its CPU.
+    """
+    return {name: gathered(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
 def load_model_tensors(model: nn.Module, tensors: Tensors) -> None:
     """Copy the result of `model_tensors` into a model that `check_model_file` found to fit."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+            value = tensors[name]
+            own(parameter).copy_(
+                own(shared_like(value, parameter)) if is_shared(parameter) else value
+            )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
-    """Return an optimizer's state as tensors named ``parameter/entry``."""
+    """Return an optimizer's state as tensors named ``parameter/entry``; see `model_tensors`."""
     return {
-        f"{name}/{entry}": value
+        f"{name}/{entry}": gathered(value)
         for name, parameter in model.named_parameters()
         for entry, value in optimizer.state[parameter].items()
     }
@@ -68,7 +75,10 @@ def load_optimizer_tensors(
         # AdamW keeps its step counter on the CPU, unless it is fused.
         scalar_on_cpu = value.dim() == 0 and not optimizer.defaults.get("fused")
         device = torch.device("cpu") if scalar_on_cpu else parameter.device
-        optimizer.state[parameter][entry] = value.to(device, copy=True)  # not a view of the file
+        state = value.to(device, copy=True)  # not a view of the file
+        if is_shared(parameter) and value.shape == parameter.shape:
+            state = shared_like(value, parameter).clone()
+        optimizer.state[parameter][entry] = state
 
 
 def _optimizer_forms(

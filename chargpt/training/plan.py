@@ -25,7 +25,8 @@ from chargpt.compute.device import (
     describe_device,
 )
 from chargpt.compute.optimizers import make_optimizer
-from chargpt.compute.parallel import ParallelChoice, choose_parallel, parallelize
+from chargpt.compute.parallel import ParallelChoice, choose_parallel, shard
+from chargpt.compute.world import ALONE, World
 from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import Corpus, load_corpus
 from chargpt.data.windows import Windows
@@ -65,32 +66,39 @@ def make_plan(
     out: Path,
     resuming: bool,
     report: Callable[[str], None] = lambda line: None,
+    world: World = ALONE,
 ) -> Plan:
     """Read the text, choose the hardware, build the trainer; report each choice and its reason.
 
     A ``vocab_size`` of 0 follows the text. With `resuming`, the trainer is put where the run in
-    `out` stopped; its ``last/`` must be whole.
+    `out` stopped; its ``last/`` must be whole. The processes of `world` plan together; rank 0 reads
+    the run.
 
     Raises:
         UserError: anything that cannot work.
     """
     device, device_reason = choose_device(train_config.device)
-    before = read_config(out) if resuming else None
-    gain = None
-    if train_config.precision == "auto":
-        gain = bf16_gain(train_config, model_config, device)
-    precision = choose_precision(train_config.precision, device, gain)
-    if before and train_config.precision == "auto":
-        precision = _same_precision(before.environment, device) or precision
-    parallel = choose_parallel(train_config.parallel, device, train_config.batch_size)
+    before = world.on_first(lambda: read_config(out)) if resuming else None
+    parallel = choose_parallel(
+        train_config.parallel, device, world, model_config, train_config.batch_size
+    )
+    if device.type == "cuda" and world.size > 1:
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    precision = world.on_first(  # which may measure this machine
+        lambda: _choose_precision(train_config, model_config, device, before)
+    )
     corpus = load_corpus(sources, data_config)
+    _refuse_another_text(corpus, world)
     model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     if before:  # before memory is taken for what a file asks for
-        check_model_file(out / "last" / MODEL, before.model_config)
+        was = before.model_config
+        world.on_first(lambda: check_model_file(out / "last" / MODEL, was))
     torch.manual_seed(derive_seed(train_config.seed, INIT))
     model = GPT2(model_config).to(device)
+    shard(model, parallel, precision)
     trainer = _make_trainer(
-        model, train_config, corpus, precision=precision, parallel=parallel, out=out
+        model, train_config, corpus, precision=precision, parallel=parallel, out=out, world=world
     )
     if before:
         _refuse_changes(before, trainer, data_config, corpus)
@@ -125,6 +133,7 @@ def _make_trainer(
     precision: PrecisionChoice,
     parallel: ParallelChoice,
     out: Path,
+    world: World,
 ) -> Trainer:
     device = model.token_embedding.weight.device
     # bf16 is precise enough for Muon's orthogonalisation, where it is not slower.
@@ -132,7 +141,7 @@ def _make_trainer(
     muon_dtype = torch.bfloat16 if fast_bf16 else torch.float32
     return Trainer(
         model=model,
-        forward=parallelize(model, parallel, precision),
+        forward=model,
         optimizer=make_optimizer(model, train_config, muon_dtype=muon_dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
         windows=Windows(corpus.train, model.config.block_size, train_config.seed),
@@ -141,7 +150,29 @@ def _make_trainer(
         precision=precision,
         parallel=parallel,
         out=out,
+        world=world,
     )
+
+
+def _choose_precision(
+    train_config: TrainConfig,
+    model_config: GPT2Config,
+    device: torch.device,
+    before: RunConfig | None,
+) -> PrecisionChoice:
+    if train_config.precision != "auto":
+        return choose_precision(train_config.precision, device)
+    same = _same_precision(before.environment, device) if before else None
+    return same or choose_precision("auto", device, bf16_gain(train_config, model_config, device))
+
+
+def _refuse_another_text(corpus: Corpus, world: World) -> None:
+    """Refuse a text on this machine that differs from that of rank 0."""
+    if corpus.facts != world.on_first(lambda: corpus.facts):
+        raise UserError(
+            f"{', '.join(corpus.sources)}: not the text that rank 0 trains on (its SHA-256 "
+            "differs): give every machine the same files"
+        )
 
 
 def _with_vocabulary(model_config: GPT2Config, vocab_size: int) -> GPT2Config:
@@ -212,7 +243,7 @@ def _environment(trainer: Trainer, speed: SpeedChoices) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": cpu_name(),
         "device": _device_name(trainer.device),
-        "devices": max(1, len(trainer.parallel.device_ids)),
+        "devices": trainer.world.size * trainer.parallel.n_gpus,
         "precision": trainer.precision.name,
         "threads": torch.get_num_threads(),
         **speed._asdict(),
@@ -235,7 +266,7 @@ def _describe(
         f"precision  {precision.name} ({precision.reason})",
         f"budget     {_describe_budget(trainer)}",
     ]
-    if trainer.device.type == "cuda":
+    if trainer.device.type == "cuda" or trainer.world.size > 1:
         lines.append(f"parallel   {trainer.parallel.reason}")
     return lines
 

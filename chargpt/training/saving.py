@@ -51,7 +51,8 @@ def save_best(trainer: Trainer) -> None:
     Raises:
         TrainingError: it cannot be written, or contains NaN or infinity.
     """
-    state, saved = trainer.state, saved_best(trainer.out)
+    state = trainer.state
+    saved = trainer.world.on_first(lambda: saved_best(trainer.out))
     if saved is None or state.val_loss is None or saved.val_loss >= state.val_loss:
         weights = {MODEL: model_tensors(trainer.model)}
         _save(trainer, "best", weights, {"step": state.step, "val_loss": state.val_loss})
@@ -76,6 +77,8 @@ def _save(
     trainer: Trainer, checkpoint: CheckpointName, parts: Mapping[str, Tensors], state: Any
 ) -> None:
     out, step = trainer.out, trainer.state.step
+    if not trainer.world.is_first:
+        return
     for name, tensor in (item for tensors in parts.values() for item in tensors.items()):
         # A sum takes a tenth of the time, and a NaN or an infinity always shows in it.
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
@@ -107,10 +110,15 @@ def restore_last(trainer: Trainer) -> None:
     Raises:
         UserError: the checkpoint does not fit the model.
     """
-    folder, scaler = trainer.out / "last", trainer.scaler
-    load_model_tensors(trainer.model, read_tensors(folder / MODEL))
-    load_optimizer_tensors(trainer.optimizer, trainer.model, read_tensors(folder / OPTIMIZER))
-    trainer.state = state = from_dict(TrainState, read_state(folder))
+    folder, scaler, world = trainer.out / "last", trainer.scaler, trainer.world
+
+    def read(file: str) -> Tensors:
+        """Return the tensors that rank 0 reads: other machines may not have the folder."""
+        return world.send_tensors(read_tensors(folder / file) if world.is_first else None)
+
+    load_model_tensors(trainer.model, read(MODEL))
+    load_optimizer_tensors(trainer.optimizer, trainer.model, read(OPTIMIZER))
+    trainer.state = state = world.on_first(lambda: from_dict(TrainState, read_state(folder)))
     trainer.saved_step = state.step
     if not trainer.optimizer.state and state.step > state.skipped_steps:
         raise UserError(f"{folder / OPTIMIZER} is empty: the run is damaged")

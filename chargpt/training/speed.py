@@ -27,6 +27,7 @@ from chargpt.compute.fast_layers import (
 )
 from chargpt.compute.library import KernelsError, get_library, why_not_tried
 from chargpt.compute.native import LANES, load_kernels
+from chargpt.compute.parallel import parallelize
 from chargpt.compute.step import use_fast_updates
 from chargpt.config import Attention, GPT2Config, OnOffAuto, TrainConfig
 from chargpt.training.trainer import Trainer
@@ -68,13 +69,15 @@ def accelerate(trainer: Trainer, report: Report) -> SpeedChoices:
     start = time.perf_counter()
     if trainer.device.type == "cpu":
         keep_memory()
-    compiling = choose_compile(trainer.train_config.compile, trainer.device)
-    if trainer.parallel.device_ids:
+    setting = trainer.train_config.compile
+    compiling = trainer.world.on_first(lambda: choose_compile(setting, trainer.device))
+    if trainer.parallel.kind == "dp":
         compiling = CompileChoice(False, "not over several GPUs in one process")
     kernels, attention = _choose_layers(trainer, report, compiling=compiling.on)
     compiled = _compile(trainer, compiling, report)
     if compiling.on and not compiled:
         kernels, attention = _choose_layers(trainer, report, compiling=False)
+    trainer.forward = parallelize(trainer.forward, trainer.parallel, trainer.precision)
     seconds = time.perf_counter() - start
     trainer.state.compile_seconds += seconds
     trainer.state.train_seconds += seconds
@@ -88,7 +91,14 @@ def _choose_layers(
     train_config, model, device = trainer.train_config, trainer.model, trainer.device
     use_fast_dropout(model)
     dtype = DTYPES[trainer.precision.name]
-    kernels = choose_kernels(train_config.kernels, model.config, dtype, device, compiling=compiling)
+    kernels = choose_kernels(
+        train_config.kernels,
+        model.config,
+        dtype,
+        device,
+        compiling=compiling,
+        sharded=trainer.parallel.kind == "fsdp",
+    )
     if kernels.on:
         use_kernels(model)
         use_fast_updates(trainer.optimizer)
@@ -129,10 +139,11 @@ def choose_kernels(
     device: torch.device,
     *,
     compiling: bool,
+    sharded: bool = False,
 ) -> KernelsChoice:
     """Return whether to use the kernels; they are loaded, or first compiled, to find out.
 
-    `dtype` is the type of matrix products.
+    `dtype` is the type of matrix products; `sharded`: processes share the weights.
 
     Raises:
         UserError: they were requested and do not work here.
@@ -140,7 +151,8 @@ def choose_kernels(
     if setting == "off":
         return KernelsChoice(False, "asked for")
     try:
-        reason = _why_not(setting, model_config, dtype, device, compiling)
+        reason = "FSDP shares the weights among processes" if sharded else ""
+        reason = reason or _why_not(setting, model_config, dtype, device, compiling)
     except KernelsError as error:
         reason = f"they do not work here: {error}"
     if not reason:

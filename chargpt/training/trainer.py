@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from chargpt.base.checks import check, check_fields
-from chargpt.base.seeding import DROPOUT, derive_seed
 from chargpt.compute.device import PrecisionChoice
 from chargpt.compute.parallel import ParallelChoice, seed_dropout
 from chargpt.compute.step import cross_entropy
+from chargpt.compute.world import ALONE, World
 from chargpt.config import TrainConfig
 from chargpt.data.windows import Batch, Windows
 from chargpt.model import GPT2
@@ -56,7 +56,7 @@ class Trainer:
 
     model: GPT2
     forward: Callable[[Tensor], Tensor]
-    """The model as it is called: it may be compiled, or spread over several GPUs."""
+    """The model as it is called: it may be compiled, or share a batch with other devices."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     windows: Windows
@@ -65,6 +65,7 @@ class Trainer:
     precision: PrecisionChoice
     parallel: ParallelChoice
     out: Path  # the run folder
+    world: World = ALONE  # the processes that train together
     state: TrainState = field(default_factory=TrainState)
     saved_step: int | None = None  # of the last checkpoint written or read
 
@@ -73,23 +74,28 @@ class Trainer:
     def batch(self, micro_step: int) -> Batch:
         """Return one of the ``gradient_accumulation_steps`` batches of the next step, from 0.
 
-        Its inputs and targets are on the device, (B, T) each.
+        Its inputs and targets are on the device, (B, T) each. Of several processes, each gets its
+        share of the ``batch_size`` sequences, whose numbers do not depend on how many there are.
         """
         batch_size = self.train_config.batch_size
         first = self.state.step * self.sequences_per_step + micro_step * batch_size
-        inputs, targets = self.windows.batch(first, batch_size)
+        share = self.world.share(batch_size)
+        inputs, targets = self.windows.batch(first + share.start, len(share))
         return Batch(inputs.to(self.device), targets.to(self.device))
 
     def loss(self, batch: Batch, micro_step: int) -> Tensor:
         """Return the mean loss of a batch in nats a token, a scalar.
 
-        The step and `micro_step`, the batch's number in it, seed dropout.
+        The step and `micro_step`, the batch's number in it, seed dropout. Of several processes,
+        each weights its share, so that the mean over them is the mean over the whole batch.
         """
-        seed = derive_seed(self.train_config.seed, DROPOUT, self.state.step, micro_step)
-        seed_dropout(seed, self.parallel)
+        seed = self.train_config.seed
+        seed_dropout(seed, self.state.step, micro_step, self.world, self.parallel)
         with self.precision.autocast(self.device):
             logits = self.forward(batch.inputs)  # (B, T, V)
-        return cross_entropy(self.model, logits, batch.targets)
+        loss = cross_entropy(self.model, logits, batch.targets)
+        weight = len(batch.inputs) * self.world.size / self.train_config.batch_size
+        return loss if weight == 1 else loss * weight
 
     def trial_step(self) -> None:
         """Run a forward and a backward pass that change nothing, so that the model compiles."""

@@ -1,0 +1,230 @@
+"""The processes that train one model together, started by torchrun; or this process alone.
+
+Each process, a *rank*, runs the same program. Rank 0 decides, writes and prints. What it decides
+reaches the others through `World.on_first`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from chargpt.base.errors import TrainingError, UserError
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+_SIOCGIFADDR = {"linux": 0x8915, "darwin": 0xC0206921}  # ioctl(2): the address of an interface
+_ANOTHER_NETWORK = "192.0.2.1"  # reserved for documentation (RFC 5737): the default route
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The processes that train together. The default is this process alone."""
+
+    rank: int = 0
+    size: int = 1  # processes on all machines
+    local_rank: int = 0
+    local_size: int = 1  # processes on this machine
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that decides, writes and prints."""
+        return self.rank == 0
+
+    # --- rank 0 decides
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """Call on rank 0, and return the result on every rank."""
+        if self.size == 1:
+            return call()
+        result: list[Any] = [call() if self.is_first else None]
+        dist.broadcast_object_list(result, src=0, device=CPU)
+        value: T = result[0]
+        return value
+
+    @contextmanager
+    def entered_on_first(self, context: AbstractContextManager[T]) -> Iterator[T]:
+        """Enter a context on rank 0 alone, and yield its value on every rank."""
+        with ExitStack() as stack:
+            yield self.on_first(lambda: stack.enter_context(context))
+
+    def send_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return rank 0's named tensors on every rank, on the CPU; the others give None."""
+        if self.size == 1:
+            return dict(tensors or {})
+        forms = self.on_first(
+            lambda: {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()}
+        )
+        received = {}
+        for name, (shape, dtype) in forms.items():
+            own = tensors[name].cpu().contiguous() if tensors else torch.empty(shape, dtype=dtype)
+            dist.broadcast(own, src=0)
+            received[name] = own
+        return received
+
+    # --- all ranks together
+
+    def total(self, *numbers: float) -> list[float]:
+        """Return the sum of each number over all ranks, the same bits on every rank."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def highest(self, *numbers: float) -> list[float]:
+        """Return the highest value of each number among all ranks."""
+        return self._reduce(numbers, dist.ReduceOp.MAX)
+
+    def _reduce(self, numbers: tuple[float, ...], operation: Any) -> list[float]:
+        values = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(values, operation)
+        return [float(value) for value in values]
+
+    def share(self, count: int) -> range:
+        """Return this rank's part of 0 … count - 1; the parts differ by at most one in length."""
+        length, more = divmod(count, self.size)
+        start = self.rank * length + min(self.rank, more)
+        return range(start, start + length + (self.rank < more))
+
+
+ALONE = World()
+
+# --- torchrun
+
+
+def is_first_process() -> bool:
+    """Return whether this process may print: rank 0 of torchrun's processes, or the only one."""
+    return not dist.is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """Join the processes that torchrun started; without torchrun, yield this one alone.
+
+    If the block fails on one rank, the others end with its exit code and print nothing.
+
+    Raises:
+        TrainingError: another process has ended without a word, or cannot be reached.
+    """
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    world = _join()
+    attempt = world.on_first(lambda: _store().add("chargpt/attempts", 1))
+    try:
+        yield world
+    except Exception as error:
+        _end_together(error, f"chargpt/{attempt}")
+        raise
+    dist.destroy_process_group()
+
+
+def _join() -> World:
+    environment = os.environ
+    size, local_size = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+    if sys.platform == "win32":
+        environment.setdefault("USE_LIBUV", "0")  # PyTorch's wheels for Windows lack it
+    if "GLOO_SOCKET_IFNAME" not in environment and (name := _interface()):
+        environment["GLOO_SOCKET_IFNAME"] = name
+    if environment.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+        torch.set_num_threads(max(1, _usable_cores() // local_size))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"the processes of torchrun cannot reach each other ({error!s:.200}): check "
+            "--rdzv-endpoint, the firewall, and GLOO_SOCKET_IFNAME, the network interface to use "
+            f"({environment.get('GLOO_SOCKET_IFNAME', 'not set')})"
+        ) from error
+    return World(
+        rank=int(environment["RANK"]),
+        size=size,
+        local_rank=int(environment["LOCAL_RANK"]),
+        local_size=local_size,
+    )
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _store() -> Any:
+    """Return the store of torchrun's agent, which outlives restarts of its processes."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return cast(Any, dist).TCPStore(host, port, is_master=False, wait_for_workers=False)
+
+
+def remember(key: str, value: str) -> None:
+    """Keep a value for the processes that torchrun starts in place of failed ones."""
+    if dist.is_torchelastic_launched():
+        _store().set(f"chargpt/{key}", value)
+
+
+def recall(key: str) -> str | None:
+    """Return what `remember` kept since torchrun was started, on rank 0; None: nothing."""
+    if not dist.is_torchelastic_launched():
+        return None
+    store, name = _store(), f"chargpt/{key}"
+    return store.get(name).decode() if store.check([name]) else None
+
+
+def _end_together(error: Exception, key: str) -> None:
+    """Return on the rank whose error is to be shown; end the others with its exit code."""
+    lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    code = 2 if isinstance(error, UserError) else 1
+    with suppress(dist.DistError, RuntimeError):  # the store may be lost, too
+        store = _store()
+        if store.add(f"{key}/failed", 1) > 1:
+            sys.exit(int(store.get(f"{key}/exit_code")))
+        store.set(f"{key}/exit_code", str(code))
+    if lost:
+        first_line = str(error).partition("\n")[0]
+        raise TrainingError(
+            f"another process of this run ended, or cannot be reached ({first_line:.200}); "
+            "torchrun --max-restarts continues from the last checkpoint"
+        ) from error
+
+
+# --- network
+
+
+def _interface() -> str | None:
+    """Return the network interface that leads to the other machines; None: gloo chooses.
+
+    It takes the address of the host's name, often that of loopback, which others cannot reach.
+    """
+    name = interface_to(os.environ["MASTER_ADDR"])
+    several_machines = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if several_machines and (name or "lo").startswith("lo"):  # this host is the master
+        return interface_to(_ANOTHER_NETWORK)
+    return name
+
+
+def interface_to(host: str) -> str | None:
+    """Return the network interface whose route leads to a host (IPv4); None: not known."""
+    try:
+        import fcntl  # not on Windows
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((socket.gethostbyname(host), 9))  # sends nothing
+            own = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                with suppress(OSError):  # it has no address
+                    answer = fcntl.ioctl(probe, _SIOCGIFADDR[sys.platform], request)
+                    if socket.inet_ntoa(answer[20:24]) == own:
+                        return name
+    except (ImportError, OSError, KeyError):
+        pass
+    return None
