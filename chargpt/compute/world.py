@@ -10,10 +10,12 @@ import os
 import socket
 import struct
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from torch import Tensor
 from chargpt.base.errors import TrainingError, UserError
 
 T = TypeVar("T")
+JOIN_SECONDS = 300
+c10d: Any = dist  # whose stores have no types
 CPU = torch.device("cpu")
 _SIOCGIFADDR = {"linux": 0x8915, "darwin": 0xC0206921}  # ioctl(2): the address of an interface
 _ANOTHER_NETWORK = "192.0.2.1"  # reserved for documentation (RFC 5737): the default route
@@ -117,40 +121,41 @@ def joined_world() -> Iterator[World]:
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    world = _join()
-    attempt = world.on_first(lambda: _store().add("chargpt/attempts", 1))
+    world, store = _join()
     try:
         yield world
     except Exception as error:
-        _end_together(error, f"chargpt/{attempt}")
+        _end_together(error, store)
         raise
     dist.destroy_process_group()
 
 
-def _join() -> World:
+def _join() -> tuple[World, Any]:
+    """Return the world, and a store of keys and values for its processes only."""
     environment = os.environ
-    size, local_size = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+    world = World(
+        rank=int(environment["RANK"]),
+        size=int(environment["WORLD_SIZE"]),
+        local_rank=int(environment["LOCAL_RANK"]),
+        local_size=int(environment["LOCAL_WORLD_SIZE"]),
+    )
     if sys.platform == "win32":
         environment.setdefault("USE_LIBUV", "0")  # PyTorch's wheels for Windows lack it
     if "GLOO_SOCKET_IFNAME" not in environment and (name := _interface()):
         environment["GLOO_SOCKET_IFNAME"] = name
     if environment.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-        torch.set_num_threads(max(1, _usable_cores() // local_size))
+        torch.set_num_threads(max(1, _usable_cores() // world.local_size))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend)
+        store = _own_store(world)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+        return world, store
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"the processes of torchrun cannot reach each other ({error!s:.200}): check "
             "--rdzv-endpoint, the firewall, and GLOO_SOCKET_IFNAME, the network interface to use "
             f"({environment.get('GLOO_SOCKET_IFNAME', 'not set')})"
         ) from error
-    return World(
-        rank=int(environment["RANK"]),
-        size=size,
-        local_rank=int(environment["LOCAL_RANK"]),
-        local_size=local_size,
-    )
 
 
 def _usable_cores() -> int:
@@ -159,35 +164,60 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _store() -> Any:
-    """Return the store of torchrun's agent, which outlives restarts of its processes."""
+def _torchrun_store() -> Any:
+    """Return the store of torchrun, which outlives the processes that it starts."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return cast(Any, dist).TCPStore(host, port, is_master=False, wait_for_workers=False)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = not hosted and os.environ["RANK"] == "0"
+    return c10d.TCPStore(host, port, is_master=is_master, wait_for_workers=False, multi_tenant=True)
+
+
+def _own_store(world: World) -> Any:
+    """Return a store for these processes, apart from that of the ones they may be in place of.
+
+    PyTorch would use the keys of those again, and connect to addresses that are gone. So rank 0
+    names the group. It is sure to be alive when it has listed a process by the number that this
+    process has just drawn.
+    """
+    store, me = _torchrun_store(), uuid.uuid4().hex
+    if world.is_first:
+        store.set("chargpt/group", me)
+        numbers = [store.get(f"chargpt/{me}/{rank}").decode() for rank in range(1, world.size)]
+        store.set(f"chargpt/{me}/members", " ".join(numbers))
+        return c10d.PrefixStore(me, store)
+    end = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < end:
+        group = store.get("chargpt/group").decode()
+        store.set(f"chargpt/{group}/{world.rank}", me)
+        members = f"chargpt/{group}/members"
+        if store.check([members]) and me in store.get(members).decode():
+            return c10d.PrefixStore(group, store)
+        time.sleep(0.05)
+    raise RuntimeError(f"rank 0 did not answer for {JOIN_SECONDS} s")
 
 
 def remember(key: str, value: str) -> None:
     """Keep a value for the processes that torchrun starts in place of failed ones."""
     if dist.is_torchelastic_launched():
-        _store().set(f"chargpt/{key}", value)
+        _torchrun_store().set(f"chargpt/{key}", value)
 
 
 def recall(key: str) -> str | None:
-    """Return what `remember` kept since torchrun was started, on rank 0; None: nothing."""
+    """Return what `remember` kept since torchrun was started; None: nothing."""
     if not dist.is_torchelastic_launched():
         return None
-    store, name = _store(), f"chargpt/{key}"
+    store, name = _torchrun_store(), f"chargpt/{key}"
     return store.get(name).decode() if store.check([name]) else None
 
 
-def _end_together(error: Exception, key: str) -> None:
+def _end_together(error: Exception, store: Any) -> None:
     """Return on the rank whose error is to be shown; end the others with its exit code."""
     lost = isinstance(error, dist.DistError) or "gloo" in str(error)
     code = 2 if isinstance(error, UserError) else 1
     with suppress(dist.DistError, RuntimeError):  # the store may be lost, too
-        store = _store()
-        if store.add(f"{key}/failed", 1) > 1:
-            sys.exit(int(store.get(f"{key}/exit_code")))
-        store.set(f"{key}/exit_code", str(code))
+        if store.add("failed", 1) > 1:
+            sys.exit(int(store.get("exit_code")))
+        store.set("exit_code", str(code))
     if lost:
         first_line = str(error).partition("\n")[0]
         raise TrainingError(
