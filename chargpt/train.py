@@ -30,14 +30,14 @@ from chargpt.compute.device import describe_device, deterministic_algorithms
 from chargpt.compute.optimizers import schedule
 from chargpt.compute.parallel import accumulating
 from chargpt.compute.step import clip_gradient, gradient_norm
-from chargpt.compute.world import joined_world, recall, remember
+from chargpt.compute.world import joined_world, launch_id, recall, remember
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import evaluate
 from chargpt.generate import generate
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import has_checkpoint
-from chargpt.runs.folder import load, write_config, write_tokenizer
+from chargpt.runs.folder import CONFIG, load, read_config, write_config, write_tokenizer
 from chargpt.runs.plot import plot_loss
 from chargpt.runs.report import Reporter, SilentReporter
 from chargpt.runs.reserve import Resume, free_folder, reserved
@@ -125,11 +125,16 @@ def train(
 def _folder(sources: Sequence[str], out: str | Path | None, resume: Resume) -> tuple[Path, Resume]:
     """Return the run folder, and whether to resume.
 
-    The processes that torchrun starts in place of failed ones resume the run of those.
+    The processes that torchrun starts in place of failed ones resume the run of those. It may have
+    lost what they remembered with the machine that they ran on; then the folder says it.
     """
     if started := recall("run"):
         return Path(started), "auto"
-    return Path(out) if out is not None else free_folder(sources), resume
+    folder = Path(out) if out is not None else free_folder(sources)
+    has_run = launch_id() is not None and (folder / CONFIG).is_file()
+    if has_run and read_config(folder).environment.get("launch") == launch_id():
+        return folder, "auto"
+    return folder, resume
 
 
 def _carry_out(plan: Plan, *, quiet: bool) -> TrainResult:

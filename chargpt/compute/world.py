@@ -196,6 +196,12 @@ def _own_store(world: World) -> Any:
     raise RuntimeError(f"rank 0 did not answer for {JOIN_SECONDS} s")
 
 
+def launch_id() -> str | None:
+    """Return the ``--rdzv-id`` of torchrun, or the one it made up; None: it has none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
 def remember(key: str, value: str) -> None:
     """Keep a value for the processes that torchrun starts in place of failed ones."""
     if dist.is_torchelastic_launched():

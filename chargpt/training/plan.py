@@ -26,7 +26,7 @@ from chargpt.compute.device import (
 )
 from chargpt.compute.optimizers import make_optimizer
 from chargpt.compute.parallel import ParallelChoice, choose_parallel, shard
-from chargpt.compute.world import ALONE, World
+from chargpt.compute.world import ALONE, World, launch_id
 from chargpt.config import BUDGETS, DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import Corpus, load_corpus
 from chargpt.data.windows import Windows
@@ -227,7 +227,7 @@ def _refuse_change(before: AnyConfig, now: AnyConfig) -> None:
 
 def _changes(was: dict[str, Any], now: dict[str, Any], *, same_bits: bool) -> list[str]:
     """Return the names of what changed and may round differently; see `has_same_bits`."""
-    names = [name for name in was if was[name] != now.get(name)]
+    names = [name for name in was if was[name] != now.get(name) and name != "launch"]
     if same_bits and is_library_name(was.get("kernels", "")):
         return [name for name in names if name not in ("threads", "kernels")]
     return names
@@ -247,6 +247,7 @@ def _environment(trainer: Trainer, speed: SpeedChoices) -> dict[str, Any]:
         "precision": trainer.precision.name,
         "threads": torch.get_num_threads(),
         **speed._asdict(),
+        **({"launch": launch_id()} if launch_id() else {}),
     }
 
 
