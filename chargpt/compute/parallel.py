@@ -144,7 +144,8 @@ def shard(model: GPT2, choice: ParallelChoice, precision: PrecisionChoice) -> No
         )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+    # By default, the outermost parameters stay whole after an evaluation: not those of the optimizer.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 class _Replica(nn.Module):

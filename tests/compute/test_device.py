@@ -1,9 +1,6 @@
 """Automatic choices of device and precision, and several GPUs; only the CUDA calls are faked."""
 
 import platform
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,7 @@ from torch import nn
 
 from chargpt.base.errors import UserError
 from chargpt.compute import device as hardware
-from chargpt.compute import parallel as distributed
 from chargpt.compute.device import (
-    PrecisionChoice,
     choose_compile,
     choose_device,
     choose_precision,
@@ -23,7 +18,6 @@ from chargpt.compute.device import (
     cpu_name,
     matmul_flops,
 )
-from chargpt.compute.parallel import ParallelChoice, choose_parallel, parallelize, seed_dropout
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -120,57 +114,3 @@ def test_auto_compiles_on_a_gpu_with_a_c_compiler(monkeypatch: pytest.MonkeyPatc
     assert not choose_compile("off", CUDA).on
     monkeypatch.setattr(hardware.shutil, "which", lambda _: None)
     assert not choose_compile("auto", CUDA).on
-
-
-# --- several GPUs
-
-
-def test_dp_shares_a_batch_among_gpus_if_it_is_large_enough(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert "--parallel dp shares each batch among 4" in choose_parallel("auto", CUDA, 32).reason
-    assert choose_parallel("dp", CUDA, 4).device_ids == [0, 1, 2, 3]
-    for requested, device in (("auto", CUDA), ("none", CUDA), ("auto", CPU)):
-        assert choose_parallel(requested, device, 32).device_ids == []
-    with pytest.raises(UserError, match="batch_size is 3, less than the 4 GPUs .* --batch-size 4"):
-        choose_parallel("dp", CUDA, 3)
-    with pytest.raises(UserError, match="parallel is 'dp', which needs at least two GPUs, but 0"):
-        choose_parallel("dp", CPU, 32)
-
-
-def test_only_several_gpus_wrap_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped: list[Any] = []
-
-    def data_parallel(module: nn.Module, device_ids: list[int]) -> nn.Module:
-        wrapped.append((module, device_ids))
-        return nn.Identity()
-
-    monkeypatch.setattr(distributed.nn, "DataParallel", data_parallel)
-    model = nn.Linear(2, 2)
-    bf16 = PrecisionChoice("bf16", "")
-    assert parallelize(model, ParallelChoice([], ""), bf16) is model
-    parallelize(model, ParallelChoice([0, 1], ""), bf16)
-    replica, device_ids = wrapped[0]
-    assert device_ids == [0, 1]
-    assert all(p is q for p, q in zip(replica.parameters(), model.parameters(), strict=True))
-    # DataParallel uses new threads, in which autocast's type is fp16 again.
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(replica, torch.ones(1, 2)).result().dtype == torch.bfloat16
-
-
-def test_each_gpu_gets_another_dropout_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: dict[int, int] = {}
-    current = [0]
-
-    @contextmanager
-    def device(number: int) -> Iterator[None]:
-        current.append(number)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeds.update({current[-1]: seed}))
-    seed_dropout(7, ParallelChoice([0, 1, 2], ""))
-    assert seeds.keys() == {1, 2}
-    assert len({7, *seeds.values()}) == 3

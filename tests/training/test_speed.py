@@ -323,7 +323,8 @@ def test_out_of_memory_in_the_trial_step_is_raised(
 
 def test_several_gpus_are_not_compiled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, lines = make(compile="on", kernels="off")
-    trainer.parallel = ParallelChoice([0, 1], "two GPUs")
+    trainer.parallel = ParallelChoice("dp", "two GPUs", 2)
     monkeypatch.setattr(torch, "compile", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(torch.nn, "DataParallel", lambda module, device_ids: module)
     accelerate(trainer, lines.append)
     assert lines[2] == "compile    off (not over several GPUs in one process)"
