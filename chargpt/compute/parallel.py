@@ -24,7 +24,7 @@ from chargpt.compute.counts import training_flops_per_token
 from chargpt.compute.device import DTYPES, PrecisionChoice
 from chargpt.compute.world import World
 from chargpt.config import GPT2Config, Parallel
-from chargpt.model import GPT2
+from chargpt.model import GPT2, CausalSelfAttention, FeedForward
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -122,8 +122,8 @@ def _data_parallel(n_gpus: int, batch_size: int) -> ParallelChoice:
 def shard(model: GPT2, choice: ParallelChoice, precision: PrecisionChoice) -> None:
     """With ``fsdp``, leave this rank a share of each parameter, in place; before the optimizer.
 
-    The blocks compute in the precision of matrix products, and so do their weights travel;
-    gradients are averaged in fp32. The embeddings and the last norm stay in fp32.
+    Attention and feed-forward layers compute in the precision of matrix products, and their weights
+    travel in it; gradients are averaged in fp32. Embeddings and norms stay in fp32.
 
     Raises:
         UserError: fp16, whose overflows each rank would see in its own share only.
@@ -139,12 +139,11 @@ def shard(model: GPT2, choice: ParallelChoice, precision: PrecisionChoice) -> No
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if precision.name == "bf16":
-        policy = MixedPrecisionPolicy(
-            param_dtype=DTYPES["bf16"], reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # By default, the outermost parameters stay whole after an evaluation: not those of the optimizer.
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES["bf16"], reduce_dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention | FeedForward):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    # By default, the other parameters stay whole after an evaluation: not those of the optimizer.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
