@@ -307,13 +307,41 @@ def test_short_documents_take_little_memory(
     ],
 )
 def test_split_point(lengths: list[int], fraction: float, cut: int) -> None:
-    assert split_point(lengths, len(lengths) > 1, fraction) == cut
+    ids = np.concatenate([np.array([0] * length + [1]) for length in lengths])
+    tokens, end = (ids, 1) if len(lengths) > 1 else (ids[:-1], None)
+    assert split_point(tokens, end, fraction) == cut
+
+
+@repeatable
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=30),
+    st.floats(0.05, 0.95),
+    st.integers(1, 12),
+)
+def test_a_boundary_is_found_wherever_it_is(
+    lengths: list[int], fraction: float, block: int
+) -> None:
+    """As in a text whose boundaries are all known."""
+    tokens = np.concatenate([np.array([0] * length + [1]) for length in lengths])
+    ends = np.cumsum(np.array(lengths) + 1)
+    total = int(ends[-1])
+    cut = int((1.0 - fraction) * total)
+    nearest = int(ends[np.argmin(np.abs(ends - cut))])
+    if 0.5 <= (total - nearest) / (fraction * total) <= 2.0:
+        cut = nearest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chargpt.data.corpus._BLOCK", block)
+        if 2 <= cut <= total - 2:
+            assert split_point(tokens, 1, fraction) == cut
+        else:
+            with pytest.raises(UserError, match="too few to hold out"):
+                split_point(tokens, 1, fraction)
 
 
 @pytest.mark.parametrize(("n", "fraction"), [(1, 0.1), (10, 0.1), (3, 0.5), (10, 0.9)])
 def test_a_text_too_short_to_split_is_refused(n: int, fraction: float) -> None:
     with pytest.raises(UserError) as caught:
-        split_point([n], False, fraction)
+        split_point(np.zeros(n), None, fraction)
     assert str(caught.value) == (
         f"the text has {n} tokens, too few to hold out {fraction:.0%} of them: give more text"
     )
