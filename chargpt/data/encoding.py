@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     memory: int = 32 << 20  # bytes of tokens that stay in memory; more go into a file
     unit: int = 16 << 20  # bytes that one process reads at a time
     files: int = 500  # most files in a unit
-    chunk: int = 1 << 20  # bytes read, or characters encoded, at once
+    chunk: int = 1 << 19  # bytes read, or characters encoded, at once
 
 
 class Unit(NamedTuple):
@@ -143,19 +143,17 @@ def split_text(
     With ``\n`` in the separator, ``\r\n`` counts as ``\n``. `ends`: whether the end of the text
     ends a document.
     """
-    if not separator:
-        yield from (([chunk], False) for chunk in chunks)
-        yield [""], ends
-        return
     if "\n" in separator:
         chunks, separator = _unix_chunks(chunks), unix_line_ends(separator)
+    parts: list[str] = []
     kept = ""  # the start of a separator, perhaps
     for chunk in chunks:
-        parts = (kept + chunk).split(separator)
-        known = max(0, len(parts[-1]) - len(separator) + 1)
-        parts[-1], kept = parts[-1][:known], parts[-1][known:]
-        yield parts, False
-    yield [kept], ends
+        if parts:
+            yield parts, False
+        parts = (kept + chunk).split(separator) if separator else [chunk]
+        known = len(parts[-1]) - max(0, len(separator) - 1)
+        parts[-1], kept = parts[-1][: max(0, known)], parts[-1][max(0, known) :]
+    yield [*parts[:-1], "".join(parts[-1:]) + kept], ends
 
 
 def _unix_chunks(chunks: Iterable[str]) -> Iterator[str]:
@@ -164,7 +162,8 @@ def _unix_chunks(chunks: Iterable[str]) -> Iterator[str]:
         text = kept + chunk
         kept = "\r" if text.endswith("\r") else ""
         yield unix_line_ends(text[: len(text) - len(kept)])
-    yield kept
+    if kept:
+        yield kept
 
 
 def mark_ends(parts: list[str], ends: bool, is_open: bool, mark: str) -> tuple[str, bool]:
@@ -186,25 +185,23 @@ class ReadAgain(NamedTuple):
 
 
 def _parts_of(unit: Unit, config: DataConfig, chunk: int) -> Iterator[tuple[list[str], bool]]:
-    """Yield the lists of a unit; short ones that end are put together."""
+    """Yield the lists of a unit: those of short sources are one."""
     some: list[str] = []
-    size, ended = 0, True
+    size = 0
     for source in unit.sources:
         if unit.stop is None:
             texts = decode_chunks(source.name, raw_chunks(source, chunk), config.encoding)
         else:
             texts = _read_range(unit, chunk)
         for parts, ends in split_text(texts, config.document_separator, unit.ends):
-            size += sum(map(len, parts))
-            if some and not ended:
-                parts[0] = some.pop() + parts[0]
             some += parts
-            ended = ends
-            if 2 * size >= chunk:
-                yield some, ended
+            if ends:
+                size += sum(map(len, parts))
+            if not ends or size >= chunk:
+                yield some, ends
                 some, size = [], 0
     if some:
-        yield some, ended
+        yield some, True
 
 
 def _read_range(unit: Unit, chunk: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-KEPT = 64 << 20  # bytes that may stay in memory
+KEPT = 32 << 20  # bytes that may stay in memory
 AROUND = 1 << 16  # bytes that the system maps where one is read
 _CHUNK = 1 << 20
 
