@@ -1,6 +1,6 @@
-"""How fast does a large text become token ids, and in how much memory?
+r"""How fast does a large text become token ids, and in how much memory?
 
-    python benchmarks/big_text.py big.txt [--document-separator '\\n']
+    python benchmarks/big_text.py big.txt [--document-separator '\n']
 
 Each start is a process of its own. The first encodes the text into an empty cache, the second
 finds it there. Memory is the sum over all processes, sampled 50 times a second (Linux only), less
@@ -41,10 +41,12 @@ class PeakMemory(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
+        """Take the samples."""
         while not self._stopped.wait(0.02):
             self.peak = max(self.peak, resident(os.getpid()))
 
     def stop(self) -> int:
+        """Return the bytes at the peak beyond those at the start."""
         self._stopped.set()
         self.join()
         return self.peak - self.before
@@ -57,20 +59,24 @@ def start(texts: list[str], separator: str) -> None:
 
     memory = PeakMemory()
     memory.start()
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), sum(os.times()[:4])
     corpus = load_corpus(texts, DataConfig(document_separator=separator))
     seconds = time.perf_counter() - begin
     facts, tokens = corpus.facts, len(corpus.train) + len(corpus.validation)
     row = {"seconds": seconds, "peak_bytes": memory.stop(), "tokens": tokens}
+    row["cpu_seconds"] = sum(os.times()[:4]) - before
     print(json.dumps(row | {"documents": facts.n_documents, "sha256": facts.sha256}))
 
 
 def main() -> None:
+    """Start twice, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("texts", nargs="+")
     parser.add_argument("--document-separator", default="")
     parser.add_argument("--one-start", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    files = [file for text in map(Path, given.texts) for file in (text, *text.rglob("*"))]
+    megabytes = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
     separator = given.document_separator.encode().decode("unicode_escape")
     if given.one_start:
         start(given.texts, separator)
@@ -85,11 +91,10 @@ def main() -> None:
                     check=True,
                 ).stdout
             )
-            megabytes = sum(Path(text).stat().st_size for text in given.texts) / 1e6
             print(
-                f"{name}: {row['seconds']:.2f} s, {megabytes / row['seconds']:,.0f} MB/s, "
-                f"{row['peak_bytes'] / 1e6:,.0f} MB beyond the imports, {row['tokens']:,} tokens "
-                f"of {row['documents']:,} documents"
+                f"{name}: {row['seconds']:.2f} s ({row['cpu_seconds']:.2f} s of CPU), "
+                f"{megabytes / row['seconds']:,.0f} MB/s, {row['peak_bytes'] / 1e6:,.0f} MB beyond "
+                f"the imports, {row['tokens']:,} tokens of {row['documents']:,} documents"
             )
 
 

@@ -105,6 +105,7 @@ def train(
                 data_config=data_config or DataConfig(),
                 out=folder,
                 resuming=resuming,
+                quiet=quiet,
                 report=report,
             )
         except Exception as error:

@@ -106,7 +106,9 @@ class Store:
             index = parse_json(read_text(self._index), "")
             if self._is_older_than(index["read_at"]):
                 os.utime(self._index)
-                return self._open(index["key"])
+                if entry := self._open(index["key"]):
+                    self.report(f"tokens     found in {self.folder / index['key']}")
+                return entry
         return None
 
     def _open(self, key: str) -> Entry | None:
@@ -163,6 +165,7 @@ class Store:
                 "to another folder"
             ) from error
         assert entry is not None
+        self.report(f"tokens     {needed:,} bytes in {self.folder / key}, which may be deleted")
         return entry
 
     @contextmanager

@@ -82,10 +82,12 @@ class Windows:
             draws = np.random.Philox(key=key).random_raw(
                 1 + (ROUNDS if is_large else self.per_epoch)
             )
-            order = draws[1:] if is_large else np.argsort(draws[1:], kind="stable")
+            order: npt.NDArray[Any] = draws[1:]
+            if not is_large:
+                order = np.argsort(order, kind="stable")
             self._drawn = epoch, int(draws[0] % np.uint64(self._starts)), order
         _, shift, order = self._drawn
-        windows = permuted(places, self.per_epoch, order) if is_large else order[places]
+        windows: Ints = permuted(places, self.per_epoch, order) if is_large else order[places]
         return shift + windows * self.block_size
 
 

@@ -142,7 +142,7 @@ def training_corpus(config: RunConfig, report: Callable[[str], None]) -> Corpus:
         raise UserError("the run read its text from standard input")
     try:
         report(f"reading the run's text: {_check_size(sources, config)}")
-        corpus = load_corpus(sources, config.data_config)
+        corpus = load_corpus(sources, config.data_config, report=report)
     except (UserError, OSError) as error:
         raise UserError(f"the run's text cannot be read again: {error}") from error
     if corpus.facts.sha256 != config.text.sha256:

@@ -64,12 +64,13 @@ def make_plan(
     data_config: DataConfig,
     out: Path,
     resuming: bool,
+    quiet: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Read the text, choose the hardware, build the trainer; report each choice and its reason.
 
     A ``vocab_size`` of 0 follows the text. With `resuming`, the trainer is put where the run in
-    `out` stopped; its ``last/`` must be whole.
+    `out` stopped; its ``last/`` must be whole. `quiet` hides the progress of reading the text.
 
     Raises:
         UserError: anything that cannot work.
@@ -83,7 +84,7 @@ def make_plan(
     if before and train_config.precision == "auto":
         precision = _same_precision(before.environment, device) or precision
     parallel = choose_parallel(train_config.parallel, device, train_config.batch_size)
-    corpus = load_corpus(sources, data_config)
+    corpus = load_corpus(sources, data_config, quiet=quiet, report=report)
     model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     if before:  # before memory is taken for what a file asks for
         check_model_file(out / "last" / MODEL, before.model_config)

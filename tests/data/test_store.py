@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -164,8 +163,11 @@ def test_a_bad_byte_in_a_large_file_is_named(
     assert not entries(cache)
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A document per line of six characters: a list of their lengths would take as much again."""
+    monkeypatch.setattr("chargpt.data.corpus._BLOCK", 1 << 14)
     peaks = []
     for n in (100_000, 400_000):
         name = write(tmp_path / "text", "".join(f"{i:06}\n" for i in range(n)))
@@ -226,15 +228,18 @@ def test_a_process_that_is_killed_is_reported() -> None:
 def passes_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The passes over the text so far."""
     made: list[str] = []
-    for name in ("make_plan", "encode_in_file"):
 
-        def spy(
-            *arguments: Any, name: str = name, real: Any = getattr(store, name), **kw: Any
-        ) -> Any:
+    def watch(name: str) -> None:
+        real = getattr(store, name)
+
+        def spy(*arguments: Any, **options: Any) -> Any:
             made.append(name)
-            return real(*arguments, **kw)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(store, name, spy)
+
+    watch("make_plan")
+    watch("encode_in_file")
     return made
 
 
@@ -428,7 +433,7 @@ def test_killed_starts_leave_nothing_wrong_and_are_continued(
 
     def start(calls: int, cores: int) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-c", KILLED, name, str(calls), str(cores)]
-        return subprocess.run(command, capture_output=True)
+        return subprocess.run(command, capture_output=True, check=False)
 
     name = write(tmp_path / "text", WAR)
     chance, n_encoded = random.Random(0), []
@@ -436,14 +441,15 @@ def test_killed_starts_leave_nothing_wrong_and_are_continued(
     for cores in (1, 2):
         totals[cores] = int(start(-1, cores).stdout)
         shutil.rmtree(cache)
+    encoded: list[int] = []
     real = encoding.encode_into
+    monkeypatch.setattr(encoding, "encode_into", lambda *a: encoded.append(a[1]) or real(*a))
     for attempt in range(10):
         cores = 1 + attempt % 2
         share = (attempt + chance.random()) / 10.5  # with two, the number of calls varies
         calls = 1 + int(share * totals[cores])
         assert start(calls, cores).returncode == -signal.SIGKILL
-        encoded: list[int] = []
-        monkeypatch.setattr(encoding, "encode_into", lambda *a: encoded.append(a[1]) or real(*a))
+        encoded.clear()
         check(load(name, sizes=Sizes(0, 99, 3, 50)), [WAR])
         n_encoded.append(len(encoded))
         shutil.rmtree(cache)
