@@ -109,6 +109,7 @@ def train(
                     data_config=data_config or DataConfig(),
                     out=folder,
                     resuming=resuming,
+                    quiet=quiet or not world.is_first,
                     report=report,
                     world=world,
                 )

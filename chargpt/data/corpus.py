@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chargpt.base.checks import check_fields
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
-from chargpt.data.texts import decode, read_sources
+from chargpt.data._stand_in import Source, find_sources
+from chargpt.data.encoding import Sizes
+from chargpt.data.passes import TextFacts, encode_in_memory, make_plan
+from chargpt.data.store import Entry, Store
 from chargpt.data.tokenizer import CharTokenizer
+from chargpt.data.workers import Workers
 
 Lengths = npt.NDArray[np.int64]
 _JOINED_AT_ONCE = 10_000  # documents; a short string takes ten times the memory of its text
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextFacts:
-    """What the texts contain. Two corpora with equal facts are equal."""
-
-    sha256: str  # of the bytes of all sources, concatenated
-    boundaries: str  # SHA-256 of the documents' lengths
-    n_characters: int
-    n_documents: int
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+STANDARD_INPUT_NAME = "standard input"
+_BLOCK = 1 << 20  # tokens searched at a time for the end of a document
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,7 @@ class Corpus:
     """A text or many documents, encoded and split."""
 
     tokenizer: CharTokenizer
-    train: npt.NDArray[Any]  # token ids, (n,), smallest unsigned type
+    train: npt.NDArray[Any]  # token ids, (n,), smallest unsigned type; a large text's are a map
     validation: npt.NDArray[Any]  # token ids, (m,)
     sources: tuple[str, ...]  # as the user named them, to read them again
     facts: TextFacts
@@ -54,41 +50,76 @@ class Corpus:
         )
 
 
-def load_corpus(sources: Sequence[str], config: DataConfig | None = None) -> Corpus:
+def load_corpus(
+    sources: Sequence[str],
+    config: DataConfig | None = None,
+    *,
+    characters: Iterable[str] = (),
+    sizes: Sizes | None = None,
+    quiet: bool = True,
+    report: Callable[[str], None] = lambda line: None,
+) -> Corpus:
     """Read, encode and split texts.
 
-    `sources` are files, folders, globs, ``-`` for standard input, or names of data sets.
+    The token ids of a large text are kept in the user's cache, from where later starts map them
+    into memory (see `chargpt.data.store`).
+
+    Args:
+        sources: files, folders, globs, ``-`` for standard input, or names of data sets.
+        config: encoding, documents, split.
+        characters: join those of the text in the vocabulary.
+        sizes: what is large.
+        quiet: show no progress on stderr.
+        report: prints a line for the user.
 
     Raises:
         UserError: a source that is missing, named twice, empty, binary or not of the encoding (with
-            byte offset and line), or a text too short to split.
+            byte offset and line), a text too short to split, or a cache that cannot be written.
     """
-    config = config or DataConfig()
-    digest = hashlib.sha256()
-
-    def documents() -> Iterator[str]:
-        for raw in read_sources(sources):
-            digest.update(raw.data)
-            yield from split_documents(decode(raw, config.encoding), config.document_separator)
-
-    text, lengths = _join(documents())
-    if not text:
-        raise UserError(f"{', '.join(sources)} holds only document separators: give some text")
-    tokenizer = CharTokenizer.fit([text], end_of_text=len(lengths) > 1)
-    tokens = _encode(text, lengths, tokenizer)
-    cut = split_point(lengths, tokenizer.end_of_text_id is not None, config.validation_fraction)
+    config, sizes = config or DataConfig(), sizes or Sizes()
+    with _standard_input_kept(find_sources(sources)) as texts:
+        store = Store(texts, config, characters, sizes=sizes, quiet=quiet, report=report)
+        facts, tokenizer, tokens = store.find() or _encode_texts(store)
+    cut = split_point(tokens, tokenizer.end_of_text_id, config.validation_fraction)
     return Corpus(
         tokenizer=tokenizer,
         train=tokens[:cut],
         validation=tokens[cut:],
         sources=tuple(sources),
-        facts=TextFacts(
-            sha256=digest.hexdigest(),
-            boundaries=hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
-            n_characters=len(text),
-            n_documents=len(lengths),
-        ),
+        facts=facts,
     )
+
+
+def _encode_texts(store: Store) -> Entry:
+    """Encode in this process what fits into memory, and everything else in the store."""
+    if store.n_bytes <= store.sizes.memory:
+        with Workers(1) as workers:
+            arguments = (store.sources, store.config, store.characters)
+            plan = make_plan(*arguments, workers=workers, sizes=store.sizes)
+        if plan.n_bytes <= 4 * store.sizes.memory:  # more only if an archive grows
+            tokens = encode_in_memory(plan, store.sources, store.config, store.sizes)
+            return Entry(plan.facts, plan.tokenizer, tokens)
+    return store.make()
+
+
+@contextmanager
+def _standard_input_kept(sources: list[Source]) -> Iterator[list[Source]]:
+    """Yield the sources with a file in place of standard input, which can be read only once."""
+    if STANDARD_INPUT_NAME not in {source.name for source in sources}:
+        yield sources
+        return
+    with TemporaryDirectory(prefix="chargpt-") as folder:
+        path = Path(folder) / "text"
+        try:
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        except OSError as error:
+            raise UserError(
+                f"standard input cannot be kept in {folder} ({error.strerror}): set TMPDIR to "
+                "a folder with more room"
+            ) from error
+        kept = Source(STANDARD_INPUT_NAME, path)
+        yield [kept if source.name == STANDARD_INPUT_NAME else source for source in sources]
 
 
 # --- documents
@@ -136,23 +167,42 @@ def _encode(text: str, lengths: Lengths, tokenizer: CharTokenizer) -> npt.NDArra
     return ids if end is None else np.insert(ids, np.cumsum(lengths), end)
 
 
-def split_point(lengths: npt.ArrayLike, end_of_text: bool, validation_fraction: float) -> int:
+def split_point(
+    tokens: npt.NDArray[Any], end_of_text_id: int | None, validation_fraction: float
+) -> int:
     """Return the number of training tokens; the rest is the validation part.
 
-    A single text is cut at any character. Several documents (of `lengths` characters, plus one
-    token with `end_of_text`) are cut at the nearest boundary between two of them, unless that makes
-    the validation part less than half or more than twice as long as `validation_fraction` of the
-    tokens. A part of fewer than two tokens is a UserError.
+    A single text is cut at any character. Several documents, with end-of-text after each, are cut
+    at the nearest boundary between two of them, unless that makes the validation part less than
+    half or more than twice as long as `validation_fraction` of the tokens. A part of fewer than two
+    tokens is a UserError.
     """
-    ends = np.cumsum(np.asarray(lengths) + end_of_text)
-    total = int(ends[-1])
+    total = len(tokens)
     cut = int((1.0 - validation_fraction) * total)
-    nearest = int(ends[np.argmin(np.abs(ends - cut))])
-    if 0.5 <= (total - nearest) / (validation_fraction * total) <= 2.0:
-        cut = nearest
+    if end_of_text_id is not None:
+        nearest = _nearest_end(tokens, end_of_text_id, cut)
+        if 0.5 <= (total - nearest) / (validation_fraction * total) <= 2.0:
+            cut = nearest
     if cut < 2 or total - cut < 2:
         raise UserError(
             f"the text has {total} tokens, too few to hold out {validation_fraction:.0%} of them: "
             "give more text"
         )
     return cut
+
+
+def _nearest_end(tokens: npt.NDArray[Any], end_of_text_id: int, cut: int) -> int:
+    """Return the end of a document that is nearest to `cut`, the earlier one of two; or 0."""
+    before = after = 0
+    for stop in range(cut, 0, -_BLOCK):
+        start = max(0, stop - _BLOCK)
+        ends = np.flatnonzero(tokens[start:stop] == end_of_text_id)
+        if len(ends):
+            before = start + int(ends[-1]) + 1
+            break
+    for start in range(cut, len(tokens), _BLOCK):
+        ends = np.flatnonzero(tokens[start : start + _BLOCK] == end_of_text_id)
+        if len(ends):
+            after = start + int(ends[0]) + 1
+            break
+    return before if before and cut - before <= after - cut else after

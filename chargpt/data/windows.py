@@ -1,4 +1,8 @@
-"""Windows and batches of a corpus. Only here are targets made: the inputs shifted by one."""
+"""Windows and batches of a corpus. Only here are targets made: the inputs shifted by one.
+
+Token ids stay where they are, in memory or in a file that is mapped into memory: only a batch is
+copied.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,11 @@ import torch
 from torch import Tensor
 
 from chargpt.base.errors import UserError
+from chargpt.data.mapped import Pages
+from chargpt.data.permutation import ROUNDS, permuted
+
+SORTED = 1 << 20  # most windows whose order is an array; that of more takes no memory
+Ints = npt.NDArray[np.int64]
 
 
 class Batch(NamedTuple):
@@ -37,34 +46,49 @@ class Windows:
                 f"{block_size} needs {block_size + 1}; give more text, or a --block-size below "
                 f"{len(tokens)}"
             )
-        self.tokens = compact(tokens)
+        self.tokens = tokens
         self.block_size = block_size
         self.seed = seed
         # One window less than would fit, so that the start can vary over a whole block.
         self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
         self._starts = len(tokens) - self.per_epoch * block_size
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        # The last epoch, its shift, and the order of its windows, or the keys of a large one's.
+        self._drawn: tuple[int, int, npt.NDArray[Any]] = -1, 0, np.array([])
+        self._pages = Pages(tokens)
 
     def batch(self, first: int, count: int) -> Batch:
         """Return sequences `first` … `first + count - 1`, shapes (count, T)."""
-        starts = torch.tensor([self._start(number) for number in range(first, first + count)])
-        offsets = torch.arange(self.block_size + 1)
-        windows = self.tokens[starts[:, None] + offsets].long()  # (B, T + 1)
-        return Batch(windows[:, :-1], windows[:, 1:])
+        length = self.block_size + 1
+        starts = self._starts_of(np.arange(first, first + count))
+        windows = np.stack([self.tokens[start : start + length] for start in starts])  # (B, T + 1)
+        self._pages.read(windows.nbytes, count)
+        ids = torch.from_numpy(windows.astype(np.int64))
+        return Batch(ids[:, :-1], ids[:, 1:])
 
-    def _start(self, number: int) -> int:
-        epoch, place = divmod(number, self.per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._epoch_starts(epoch))
-        return int(self._order[1][place])
+    def _starts_of(self, numbers: Ints) -> Ints:
+        """Return where sequences start in the text, (n,)."""
+        starts = np.empty_like(numbers)
+        epochs, places = np.divmod(numbers, self.per_epoch)
+        for epoch in np.unique(epochs):
+            starts[epochs == epoch] = self._starts_in(int(epoch), places[epochs == epoch])
+        return starts
 
-    def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the start of each window of an epoch, in training order."""
-        # The raw stream of a counter-based generator is the same in every version of numpy.
-        key = np.array([self.seed, epoch], dtype=np.uint64)
-        draws = np.random.Philox(key=key).random_raw(self.per_epoch + 1)
-        shift = int(draws[0] % np.uint64(self._starts))
-        return shift + np.argsort(draws[1:], kind="stable") * self.block_size
+    def _starts_in(self, epoch: int, places: Ints) -> Ints:
+        """Return where the windows at some places of an epoch's order start, (n,)."""
+        is_large = self.per_epoch > SORTED
+        if self._drawn[0] != epoch:
+            # The raw stream of a counter-based generator is the same in every version of numpy.
+            key = np.array([self.seed, epoch], dtype=np.uint64)
+            draws = np.random.Philox(key=key).random_raw(
+                1 + (ROUNDS if is_large else self.per_epoch)
+            )
+            order: npt.NDArray[Any] = draws[1:]
+            if not is_large:
+                order = np.argsort(order, kind="stable")
+            self._drawn = epoch, int(draws[0] % np.uint64(self._starts)), order
+        _, shift, order = self._drawn
+        windows: Ints = permuted(places, self.per_epoch, order) if is_large else order[places]
+        return shift + windows * self.block_size
 
 
 def blocks(tokens: npt.NDArray[Any], block_size: int, batch_size: int) -> Iterator[Batch]:
@@ -72,18 +96,14 @@ def blocks(tokens: npt.NDArray[Any], block_size: int, batch_size: int) -> Iterat
 
     Windows of (n,) tokens have length `block_size`; a shorter last one forms its own batch.
     """
-    ids = compact(tokens)  # (n,)
-    n_full = (len(ids) - 1) // block_size
-    inputs = ids[: n_full * block_size].view(n_full, block_size)
-    targets = ids[1 : n_full * block_size + 1].view(n_full, block_size)
+    pages = Pages(tokens)
+    n_full = (len(tokens) - 1) // block_size
     for start in range(0, n_full, batch_size):
-        end = start + batch_size
-        yield Batch(inputs[start:end].long(), targets[start:end].long())
-    rest = ids[n_full * block_size :].long()
+        count = min(batch_size, n_full - start)
+        piece = tokens[start * block_size : (start + count) * block_size + 1]
+        pages.read(piece.nbytes)
+        ids = torch.from_numpy(piece.astype(np.int64))
+        yield Batch(ids[:-1].view(count, block_size), ids[1:].view(count, block_size))
+    rest = torch.from_numpy(tokens[n_full * block_size :].astype(np.int64))
     if len(rest) > 1:
         yield Batch(rest[None, :-1], rest[None, 1:])
-
-
-def compact(tokens: npt.NDArray[Any]) -> Tensor:
-    """Return token ids in the smallest type that torch can index, (n,): uint8 or int32."""
-    return torch.from_numpy(tokens if tokens.dtype == np.uint8 else tokens.astype(np.int32))

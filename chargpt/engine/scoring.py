@@ -21,7 +21,7 @@ from chargpt.base.errors import UserError
 from chargpt.compute.step import token_losses
 from chargpt.config import Unknown
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.data.windows import blocks, compact
+from chargpt.data.windows import blocks
 from chargpt.model import GPT2, evaluating
 
 BATCH_SIZE = 32  # windows per forward pass
@@ -109,11 +109,12 @@ def _windows(
         yield from blocks(tokens[: lead + 1], lead, 1)
     if len(tokens) - lead < 2:
         return
-    ids = compact(tokens)  # (n,)
-    before = ids.unfold(0, lead, stride) if lead else ids.new_empty(len(ids), 0)  # (·, T - S)
+    done = 0  # windows
     for inputs, targets in blocks(tokens[lead:], stride, batch_size):
-        yield torch.cat([before[: len(inputs)].long(), inputs], dim=1), targets  # (B, T), (B, S)
-        before = before[len(inputs) :]
+        places = stride * np.arange(done, done + len(inputs))[:, None] + np.arange(lead)
+        before = torch.from_numpy(tokens[places].astype(np.int64))  # (B, T - S)
+        yield torch.cat([before, inputs], dim=1), targets  # (B, T), (B, S)
+        done += len(inputs)
 
 
 def score(

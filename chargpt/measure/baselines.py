@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chargpt.base.errors import UserError
+from chargpt.data.mapped import evenly_spread
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.training.summary import unigram_nats
 
@@ -19,11 +20,15 @@ Ids = npt.NDArray[np.integer[Any]]
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 _Compressor = Literal["xz", "bz2"]
+_CHUNK = 1 << 20  # tokens scored at a time
 
 # Bytes that a compressor can refer back to. bz2 sorts blocks of 900 kB independently; its first
 # step lengthens a run of four equal bytes, hence the margin. 64 MiB is xz's largest preset: more
 # would take gigabytes of memory.
 _WINDOW_BYTES = {"bz2": 850_000, "xz": 64 << 20}
+
+
+MOST_CHARACTERS = 10_000_000  # that the methods see of a text
 
 
 class Baseline(NamedTuple):
@@ -39,18 +44,19 @@ def baselines(
     tokenizer: CharTokenizer,
     *,
     order: int = 5,
-    training_chars: int = 10_000_000,
+    most: int = MOST_CHARACTERS,
 ) -> list[Baseline]:
     """Score a text by letter frequencies, an n-gram model, bz2 and xz, in that order.
 
-    The n-gram model has a context of `order` characters. The methods see at most `training_chars`
-    from the end of the training text: 10 million take about a minute and 1 GB of memory; more would
-    improve the scores. Only the first two methods see and score end-of-text tokens.
+    The n-gram model has a context of `order` characters. The methods see at most `most` characters
+    of either text, evenly spread (see `describe_parts`): 10 million take about a minute and 1 GB of
+    memory; more would improve the scores. Only the first two methods see and score end-of-text
+    tokens.
 
     Raises:
         UserError: the held-out text is empty, or an id is outside the vocabulary.
     """
-    training_ids = training_ids[max(len(training_ids) - training_chars, 0) :]
+    training_ids, held_out_ids = (evenly_spread(ids, most) for ids in (training_ids, held_out_ids))
     size = tokenizer.vocab_size
     ngram = NgramModel.fit(training_ids, size, order=order).nats_per_char(held_out_ids)  # checks
     unigram = unigram_nats(training_ids, held_out_ids, size)
@@ -61,6 +67,13 @@ def baselines(
         Baseline(f"order-{order} n-gram", ngram / math.log(2)),
         *(Baseline(c, compressed_bits_per_char(held_out, training, method=c)) for c in compressors),
     ]
+
+
+def describe_parts(training_ids: Ids, held_out_ids: Ids, most: int = MOST_CHARACTERS) -> str:
+    """Return a line on which parts of long texts `baselines` sees; empty if it sees all."""
+    texts = (("learn from", training_ids), ("are scored on", held_out_ids))
+    cut = [f"{verb} {most:,} of {len(ids):,} characters" for verb, ids in texts if len(ids) > most]
+    return f"the simple methods {' and '.join(cut)}, evenly spread" if cut else ""
 
 
 def compressed_bits_per_char(held_out: str, training: str = "", *, method: _Compressor) -> float:
@@ -158,7 +171,11 @@ class NgramModel:
         """Return the mean −ln p over all tokens of `ids`; UserError if there are none."""
         if not len(ids):
             raise UserError("the held-out text is empty: give at least one character")
-        return float(-self.log_probs(ids).mean())
+        nats = 0.0
+        for start in range(0, len(ids), _CHUNK):
+            seen = max(0, start - len(self.levels))  # tokens that give the first ones their context
+            nats -= float(self.log_probs(ids[seen : start + _CHUNK])[start - seen :].sum())
+        return nats / len(ids)
 
 
 def _count_grams(ids: _Ints, vocab_size: int, order: int) -> list[tuple[_Ints, _Ints]]:

@@ -250,7 +250,7 @@ class NanoGPT:
 
     def __init__(self, clone: Path, trainer: Trainer, step_seconds: float) -> None:
         self.clone, self.trainer, self._step_seconds = clone, trainer, step_seconds
-        tokens = trainer.windows.tokens.numpy()
+        tokens = trainer.windows.tokens
         data = "data/shakespeare_char"
         self._files = {
             f"{data}/train.bin": tokens.astype("uint16").tobytes(),

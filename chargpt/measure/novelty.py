@@ -8,6 +8,7 @@ themselves, too.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -409,10 +410,28 @@ def novelty_of_run(
         corpus = training_corpus(config, report)
     except UserError as error:
         raise UserError(f"{error}: {NEEDS_TEXT}") from error
+    _check_memory(len(corpus.train), corpus.tokenizer.vocab_size)
     length = max(sum(map(len, texts)) // len(texts), _LEAST_PIECE)
     validation = TrainingText(corpus.validation, corpus.tokenizer)
     held_out = _held_out_pieces(validation, held_out_characters, length)
     return measure_novelty(texts, TrainingText(corpus.train, corpus.tokenizer), held_out)
+
+
+def _check_memory(n_tokens: int, vocab_size: int) -> None:
+    """Raise a UserError if the computer has too little memory to find copies in a text."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows does not say
+        return
+    needed = n_tokens * (7 if vocab_size <= 254 else 19 if vocab_size <= 65_534 else 41)
+    if n_tokens >= 2**31:
+        needed *= 2
+    if needed > memory:
+        raise UserError(
+            f"novelty needs about {needed / 1e9:.0f} GB of memory for {n_tokens:,} characters to "
+            f"train on, and this computer has {memory / 1e9:.0f} GB: use a larger one, or a run on "
+            "a part of the text"
+        )
 
 
 def _read_samples(file: str, encoding: str, separator: str) -> list[str]:

@@ -19,7 +19,7 @@ from chargpt.data.corpus import Corpus, load_corpus, split_documents
 from chargpt.data.texts import STANDARD_INPUT, decode, find_files, read_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.scoring import log_probabilities, mean_nats
-from chargpt.measure.baselines import Baseline, baselines
+from chargpt.measure.baselines import Baseline, baselines, describe_parts
 from chargpt.runs.folder import RunConfig, load, read_config, text_sources
 
 Split = Literal["validation", "train"]
@@ -39,7 +39,7 @@ class Scorecard:
     bits_per_char: float
     perplexity: float
     baselines: tuple[Baseline, ...]
-    note: str  # why there are no baselines; empty if there are, or if they were not wanted
+    note: str  # why there are no baselines, or what part of the texts they saw; may be empty
 
 
 def score_run(
@@ -92,6 +92,7 @@ def score_run(
     rows: Sequence[Baseline] = ()
     if with_baselines and corpus is not None and (files or split == "validation"):
         rows = baselines(corpus.train, tokens, corpus.tokenizer)
+        note = describe_parts(corpus.train, tokens)
     return Scorecard(
         text=name,
         n_tokens=len(tokens),
@@ -141,7 +142,7 @@ def training_corpus(config: RunConfig, report: Callable[[str], None]) -> Corpus:
         raise UserError("the run read its text from standard input")
     try:
         report(f"reading the run's text: {_check_size(sources, config)}")
-        corpus = load_corpus(sources, config.data_config)
+        corpus = load_corpus(sources, config.data_config, report=report)
     except (UserError, OSError) as error:
         raise UserError(f"the run's text cannot be read again: {error}") from error
     if corpus.facts.sha256 != config.text.sha256:

@@ -25,7 +25,7 @@ from chargpt.base.errors import UserError
 from chargpt.base.files import SEAL, check_seal, parse_json, read_json, read_text, seal, write_json
 from chargpt.base.seeding import own_random_state
 from chargpt.config import CheckpointName, DataConfig, GPT2Config, TrainConfig
-from chargpt.data.corpus import TextFacts
+from chargpt.data.passes import TextFacts
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import FORMAT, MODEL, find_checkpoint, has_checkpoint

@@ -10,7 +10,7 @@ from chargpt.base.errors import UserError
 from chargpt.base.files import new_folder
 from chargpt.base.version import __version__
 from chargpt.config import DataConfig, TrainConfig
-from chargpt.data.corpus import TextFacts
+from chargpt.data.passes import TextFacts
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import MODEL, save_checkpoint

@@ -65,14 +65,15 @@ def make_plan(
     data_config: DataConfig,
     out: Path,
     resuming: bool,
+    quiet: bool = True,
     report: Callable[[str], None] = lambda line: None,
     world: World = ALONE,
 ) -> Plan:
     """Read the text, choose the hardware, build the trainer; report each choice and its reason.
 
     A ``vocab_size`` of 0 follows the text. With `resuming`, the trainer is put where the run in
-    `out` stopped; its ``last/`` must be whole. The processes of `world` plan together; rank 0 reads
-    the run.
+    `out` stopped; its ``last/`` must be whole. `quiet` hides the progress of reading the text. The
+    processes of `world` plan together; rank 0 reads the run.
 
     Raises:
         UserError: anything that cannot work.
@@ -88,7 +89,7 @@ def make_plan(
     precision = world.on_first(  # which may measure this machine
         lambda: _choose_precision(train_config, model_config, device, before)
     )
-    corpus = load_corpus(sources, data_config)
+    corpus = load_corpus(sources, data_config, quiet=quiet, report=report)
     _refuse_another_text(corpus, world)
     model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     if before:  # before memory is taken for what a file asks for

@@ -13,6 +13,7 @@ from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.counts import count_parameters
 from chargpt.compute.device import describe_device
 from chargpt.data.corpus import Corpus
+from chargpt.data.mapped import count_tokens
 from chargpt.training.saving import saved_best
 from chargpt.training.trainer import Trainer, TrainState
 
@@ -126,5 +127,7 @@ def unigram_nats(
     The frequencies are those of `train_ids` (n,). The tokens to guess are `held_out_ids` (m,),
     with m ≥ 1.
     """
-    counts = np.bincount(train_ids, minlength=vocab_size) + 1
-    return float((np.log(counts.sum()) - np.log(counts[held_out_ids])).mean())
+    counts = count_tokens(train_ids, vocab_size) + 1
+    wanted = count_tokens(held_out_ids, vocab_size)
+    nats = wanted @ (np.log(counts.sum()) - np.log(counts))
+    return float(nats / wanted.sum())

@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import io
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -19,6 +20,7 @@ from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data import datasets
 from chargpt.data.corpus import Corpus, load_corpus, split_documents, split_point
+from chargpt.data.permutation import ROUNDS, permuted
 from chargpt.data.texts import RawText, decode, read_sources
 from chargpt.data.windows import Windows, blocks
 
@@ -122,7 +124,7 @@ def test_a_source_is_required() -> None:
 
 def test_an_unreadable_file_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=refusal))
+    monkeypatch.setattr(Path, "open", Mock(side_effect=refusal))
     message = r"^texts.a.txt cannot be read \(Permission denied\): give a readable file$"
     with pytest.raises(UserError, match=message):
         load_corpus(["texts/a.txt"])
@@ -276,20 +278,17 @@ def test_split_documents(text: str, separator: str, documents: list[str]) -> Non
     assert list(split_documents(text, separator)) == documents
 
 
-def test_short_documents_take_little_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """8.6 bytes for each byte of a file of names; a list of all names would make it 11.6."""
-    monkeypatch.setattr("chargpt.data.tokenizer._CHUNK", 1 << 14)  # scratch fit for a small file
+def test_short_documents_take_little_memory(tmp_path: Path) -> None:
+    """The token ids, and as much scratch memory as for any other text."""
     names = tmp_path / "names.txt"
-    names.write_text("".join(f"{i:06}\n" for i in range(200_000)))
+    names.write_text("".join(f"{i:06}\n" for i in range(1_000_000)))
     tracemalloc.start()
     try:
         load_corpus([str(names)], DataConfig(document_separator="\n"))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 10 * names.stat().st_size
+    assert peak < 5 * names.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -307,13 +306,41 @@ def test_short_documents_take_little_memory(
     ],
 )
 def test_split_point(lengths: list[int], fraction: float, cut: int) -> None:
-    assert split_point(lengths, len(lengths) > 1, fraction) == cut
+    ids = np.concatenate([np.array([0] * length + [1]) for length in lengths])
+    tokens, end = (ids, 1) if len(lengths) > 1 else (ids[:-1], None)
+    assert split_point(tokens, end, fraction) == cut
+
+
+@repeatable
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=30),
+    st.floats(0.05, 0.95),
+    st.integers(1, 12),
+)
+def test_a_boundary_is_found_wherever_it_is(
+    lengths: list[int], fraction: float, block: int
+) -> None:
+    """As in a text whose boundaries are all known."""
+    tokens = np.concatenate([np.array([0] * length + [1]) for length in lengths])
+    ends = np.cumsum(np.array(lengths) + 1)
+    total = int(ends[-1])
+    cut = int((1.0 - fraction) * total)
+    nearest = int(ends[np.argmin(np.abs(ends - cut))])
+    if 0.5 <= (total - nearest) / (fraction * total) <= 2.0:
+        cut = nearest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chargpt.data.corpus._BLOCK", block)
+        if 2 <= cut <= total - 2:
+            assert split_point(tokens, 1, fraction) == cut
+        else:
+            with pytest.raises(UserError, match="too few to hold out"):
+                split_point(tokens, 1, fraction)
 
 
 @pytest.mark.parametrize(("n", "fraction"), [(1, 0.1), (10, 0.1), (3, 0.5), (10, 0.9)])
 def test_a_text_too_short_to_split_is_refused(n: int, fraction: float) -> None:
     with pytest.raises(UserError) as caught:
-        split_point([n], False, fraction)
+        split_point(np.zeros(n), None, fraction)
     assert str(caught.value) == (
         f"the text has {n} tokens, too few to hold out {fraction:.0%} of them: give more text"
     )
@@ -395,6 +422,89 @@ def test_the_smallest_text_is_one_window_and_a_shorter_one_is_refused(dtype: typ
         "the text is too short: 8 tokens to train on, and block_size 8 needs 9; give more text, "
         "or a --block-size below 8"
     )
+
+
+def test_the_order_of_an_epoch_stays() -> None:
+    """A run that was started with an earlier version resumes with the same batches."""
+    windows = Windows(numbered(10_000), 8, seed=1337)
+    starts = windows.batch(3 * windows.per_epoch + 5, 6).inputs[:, 0].tolist()
+    assert starts == [4150, 2558, 430, 8766, 7662, 2790]
+
+
+# --- very long texts
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order that takes no memory, also for few windows."""
+    monkeypatch.setattr("chargpt.data.windows.SORTED", 0)
+
+
+@repeatable
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_a_permutation_reaches_each_place_once(size: int, key: int) -> None:
+    keys = [(key + i) % 2**64 for i in range(ROUNDS)]
+    assert sorted(permuted(np.arange(size), size, keys).tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [2, 3, 37, 100, 2**20 + 1, 10**12])
+def test_a_permutation_is_random(size: int) -> None:
+    """Chi-squared, over seeds: where a place goes, and how two neighbours lie to each other."""
+    generator = np.random.Generator(np.random.Philox(0))
+    bins, seeds = min(size, 20), 4000
+    place, distance = np.zeros(bins), np.zeros(bins)
+    for _ in range(seeds):
+        keys = generator.integers(0, 2**64, ROUNDS, dtype=np.uint64)
+        first, second = permuted(np.array([0, 1]), size, keys).tolist()
+        place[first * bins // size] += 1
+        distance[(second - first) % size * bins // size] += 1
+    numbers = np.arange(size) if size < 10**7 else np.arange(1, bins + 1) * (size // bins) - 1
+    for counts, possible in ((place, numbers), (distance, numbers[numbers > 0])):
+        shares = np.bincount(possible * bins // size, minlength=bins) / len(possible)
+        usual = seeds * shares
+        chi_squared = ((counts - usual)[usual > 0] ** 2 / usual[usual > 0]).sum()
+        assert chi_squared < 50  # 20 bins: p = 1.3e-4
+
+
+@pytest.mark.usefixtures("many")
+def test_the_windows_of_a_very_long_text() -> None:
+    """They are in a random order, each once an epoch, whatever the size of the batches."""
+    T, n = 4, 1003
+    windows, orders = Windows(numbered(n), T, seed=5), set()
+    for epoch in range(3):
+        whole = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
+        visited = sorted(whole.inputs.flatten().tolist())
+        assert visited == list(range(visited[0], visited[0] + T * windows.per_epoch))
+        orders.add(tuple(whole.inputs[:, 0].tolist()))
+        pieces = [windows.batch(epoch * windows.per_epoch + i, 1) for i in (0, 9, 5)]
+        assert torch.equal(torch.cat([p.inputs for p in pieces]), whole.inputs[[0, 9, 5]])
+        assert torch.equal(whole.targets, whole.inputs + 1)
+    assert len(orders) == 3
+    across = windows.batch(windows.per_epoch - 2, 4)  # the end of an epoch, and the next
+    assert torch.equal(across.inputs[:2], windows.batch(windows.per_epoch - 2, 2).inputs)
+    assert torch.equal(across.inputs[2:], windows.batch(windows.per_epoch, 2).inputs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_a_map_does_not_fill_memory(tmp_path: Path) -> None:
+    """A text of 256 MB is read once by batches and once by blocks; 64 MB may stay in memory."""
+    file = tmp_path / "tokens"
+    with file.open("wb") as opened:
+        opened.truncate(256 << 20)
+    tokens = np.memmap(file, np.uint8, mode="r")[1:]
+    windows = Windows(tokens, 1 << 16, seed=0)
+    before, peak = resident_bytes(), 0
+    for number in range(windows.per_epoch):
+        windows.batch(number, 1)
+        peak = max(peak, resident_bytes())
+    for _ in blocks(tokens, 1 << 16, 8):
+        peak = max(peak, resident_bytes())
+    assert peak - before < 100 << 20
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- blocks for evaluation

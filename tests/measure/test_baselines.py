@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chargpt.base.errors import UserError
+from chargpt.data.mapped import evenly_spread
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.measure import baselines as module
 from chargpt.measure.baselines import (
@@ -21,6 +22,7 @@ from chargpt.measure.baselines import (
     NgramModel,
     baselines,
     compressed_bits_per_char,
+    describe_parts,
     unigram_nats,
 )
 
@@ -211,10 +213,24 @@ def test_the_table_has_the_four_methods_in_order() -> None:
     ]
 
 
-def test_the_table_takes_the_end_of_a_long_training_text() -> None:
+def test_the_table_takes_evenly_spread_parts_of_long_texts() -> None:
     training, held_out = prose(3000, seed=0), prose(500, seed=2)
     tokenizer = CharTokenizer.fit([training, held_out])
     ids, held_out_ids = tokenizer.encode(training), tokenizer.encode(held_out)
-    cut = baselines(ids, held_out_ids, tokenizer, training_chars=1000)
-    assert cut == baselines(ids[2000:], held_out_ids, tokenizer)
+    parts = [start + np.arange(10) for start in np.linspace(0, 2990, 100).astype(int)]
+    cut = baselines(ids, held_out_ids, tokenizer, most=1000)
+    assert cut == baselines(ids[np.concatenate(parts)], held_out_ids, tokenizer)
     assert cut != baselines(ids, held_out_ids, tokenizer)
+    assert describe_parts(ids, held_out_ids, most=1000) == (
+        "the simple methods learn from 1,000 of 3,000 characters, evenly spread"
+    )
+    assert describe_parts(ids, held_out_ids) == ""
+    assert len(evenly_spread(ids, 7)) <= 7
+
+
+def test_a_long_text_is_scored_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored in chunks, each token still has its context."""
+    ids = np.random.default_rng(0).integers(0, 3, 500)
+    model = NgramModel.fit(ids, 3, order=4)
+    monkeypatch.setattr("chargpt.measure.baselines._CHUNK", 7)
+    assert model.nats_per_char(ids) == pytest.approx(-model.log_probs(ids).mean(), rel=1e-12)

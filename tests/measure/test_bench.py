@@ -89,7 +89,7 @@ def clone_in(folder: Path, train: str, model: str) -> Path:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokens = synthetic_trainer(SMALL, QUICK).windows.tokens.numpy().astype("uint16")
+    tokens = synthetic_trainer(SMALL, QUICK).windows.tokens.astype("uint16")
     script = TRAIN.replace("TOKENS", hashlib.sha256(tokens.tobytes()).hexdigest())
     return clone_in(tmp_path_factory.mktemp("peer") / "nanoGPT", script, MODEL)
 

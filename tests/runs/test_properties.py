@@ -166,9 +166,11 @@ def test_the_parts_of_a_corpus_join_to_the_whole(
 def test_a_split_leaves_tokens_on_both_sides(
     lengths: list[int], end: bool, fraction: float
 ) -> None:
-    total = sum(lengths) + end * len(lengths)
+    documents = [np.append(np.zeros(length, np.uint8), [1] * end) for length in lengths]
+    tokens = np.concatenate(documents)
+    total = len(tokens)
     try:
-        cut = split_point(lengths, end, fraction)
+        cut = split_point(tokens, 1 if end else None, fraction)
     except UserError as error:
         assert "too few" in str(error)
         return
