@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chargpt.base.errors import UserError
-from chargpt.engine.scoring import evaluate
+from chargpt.engine.evaluation import evaluate
 from chargpt.model import evaluating
 from chargpt.runs.report import read_metrics
 
@@ -31,7 +31,7 @@ NANOGPT_BATCHES, NANOGPT_BATCH_SIZE = 200, 64
 
 Tokens = npt.NDArray[Any]
 Autocast = AbstractContextManager[Any] | None
-"""Context for a forward pass; see `chargpt.engine.scoring.evaluate`."""
+"""Context for a forward pass; see `chargpt.engine.evaluation.evaluate`."""
 
 
 def whole_loss(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the same names as below
     from chargpt.config import tiny as tiny
     from chargpt.data.corpus import load_corpus as load_corpus
     from chargpt.data.tokenizer import CharTokenizer as CharTokenizer
-    from chargpt.engine.scoring import evaluate as evaluate
+    from chargpt.engine.evaluation import evaluate as evaluate
     from chargpt.engine.scoring import score as score
     from chargpt.generate import complete as complete
     from chargpt.generate import generate as generate
@@ -43,7 +43,8 @@ _NAMES = {
     "config": "PRESETS DataConfig GPT2Config SampleConfig TrainConfig baby best gpt2 speedrun tiny",
     "data.corpus": "load_corpus",
     "data.tokenizer": "CharTokenizer",
-    "engine.scoring": "evaluate score",
+    "engine.evaluation": "evaluate",
+    "engine.scoring": "score",
     "generate": "complete generate sample",
     "model": "GPT2",
     "runs.folder": "load",

@@ -33,7 +33,7 @@ from chargpt.compute.step import clip_gradient, gradient_norm
 from chargpt.compute.world import joined_world, launch_id, recall, remember
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.engine.scoring import evaluate
+from chargpt.engine.evaluation import evaluate, scored_tokens
 from chargpt.generate import generate
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import has_checkpoint
@@ -302,14 +302,19 @@ def _evaluate_and_save(trainer: Trainer, reporter: SilentReporter, signals: Stop
         return
     if not has_checkpoint(trainer.out, "last"):
         save_last(trainer)  # a folder with best/ alone has therefore lost its last/
+    most, n_tokens = trainer.choose_eval_tokens(), len(trainer.validation)
+    scored = scored_tokens(n_tokens, trainer.windows.block_size, most)
     start = time.perf_counter()
-    with _interruptible(trainer, signals):
+    with _interruptible(trainer, signals), reporter.evaluating(scored) as advance:
         val_loss = evaluate(
             trainer.model,
             trainer.validation,
             trainer.windows.block_size,
-            batch_size=trainer.train_config.batch_size,
+            most=most,
+            batch_size=-(-trainer.train_config.batch_size // trainer.world.size),
             autocast=trainer.precision.autocast(trainer.device),
+            world=trainer.world,
+            advance=advance,
         )
     state.eval_seconds += time.perf_counter() - start
     if not math.isfinite(val_loss):
@@ -323,7 +328,8 @@ def _evaluate_and_save(trainer: Trainer, reporter: SilentReporter, signals: Stop
     if is_best:
         state.best_val_loss, state.best_step = val_loss, state.step
         state.evaluations_since_best = 0
-    reporter.evaluation(step=state.step, val_loss=val_loss, is_best=is_best)
+    part = scored if scored < n_tokens - 1 else None
+    reporter.evaluation(step=state.step, val_loss=val_loss, is_best=is_best, part=part)
     if is_best:
         save_best(trainer)
     save_last(trainer)

@@ -18,7 +18,7 @@ from conftest import QUICK, SMALL, words
 import chargpt.train
 from chargpt import GPT2
 from chargpt.config import Preset
-from chargpt.engine.scoring import evaluate
+from chargpt.engine.evaluation import evaluate
 from chargpt.runs.folder import load
 from chargpt.train import TrainResult
 

@@ -7,35 +7,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from chargpt.base.units import human_count
+
 PLAIN_INTERVAL_S = 10.0
 Advance = Callable[[int], None]
 
 
 @contextmanager
-def reading(label: str, n_bytes: int, *, quiet: bool = False) -> Iterator[Advance]:
-    """Yield a function to call with the number of bytes that were just read, of `n_bytes`."""
-    if quiet or n_bytes == 0:
+def progress(label: str, total: int, *, unit: str, quiet: bool = False) -> Iterator[Advance]:
+    """Yield a function to call with how many more of `total` units are done."""
+    if quiet or total == 0:
         yield lambda n: None
     elif sys.stderr.isatty():
-        with _bar(label, n_bytes) as advance:
+        with _bar(label, total) as advance:
             yield advance
     else:
-        yield _lines(label, n_bytes)
+        yield _lines(label, total, unit)
 
 
 @contextmanager
-def _bar(label: str, n_bytes: int) -> Iterator[Advance]:
+def _bar(label: str, total: int) -> Iterator[Advance]:
     from rich.console import Console  # here: help must be quick
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
 
-    columns = (TextColumn(f"{label:10}"), BarColumn(), Speed(), TimeRemainingColumn())
+    columns = (TextColumn(f"{label:10}"), BarColumn(), TaskProgressColumn(show_speed=True), Left())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=n_bytes)
+        task = bar.add_task(label, total=total)
         yield lambda n: bar.advance(task, n)
 
 
-def _lines(label: str, n_bytes: int) -> Advance:
+def _lines(label: str, total: int, unit: str) -> Advance:
     start = last = time.monotonic()
     done = 0
 
@@ -44,10 +46,9 @@ def _lines(label: str, n_bytes: int) -> Advance:
         done, now = done + n, time.monotonic()
         if now - last >= PLAIN_INTERVAL_S:
             last = now
-            rate = done / 1e6 / (now - start)
+            rate = human_count(done / (now - start))
             with suppress(OSError):  # nobody reads it
-                print(
-                    f"{label:10} {done / n_bytes:.0%}, {rate:.0f} MB/s", file=sys.stderr, flush=True
-                )
+                line = f"{label:10} {done / total:.0%}, {rate} {unit}/s"
+                print(line, file=sys.stderr, flush=True)
 
     return advance

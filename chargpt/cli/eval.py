@@ -48,6 +48,7 @@ def run(command: Any) -> int:
         encoding=command.encoding,
         unknown=command.unknown,
         stride=command.stride,
+        quiet=False,
         report=shared.print_progress,
     )
     if command.json:

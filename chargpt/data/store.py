@@ -40,7 +40,7 @@ from chargpt.base.files import (
     sync_folder,
     write_json,
 )
-from chargpt.base.progress import reading
+from chargpt.base.progress import progress
 from chargpt.config import DataConfig
 from chargpt.data._stand_in import Source
 from chargpt.data.encoding import CHANGED, Ids, Sizes, units_of
@@ -192,7 +192,8 @@ class Store:
                 return EncodingPlan.from_dict(values["plan"]), values["read_at"]
         read_at = time.time()
         shutil.rmtree(self._work, ignore_errors=True)
-        with self._workers() as workers, reading("reading", self.n_bytes, quiet=self.quiet) as step:
+        bar = progress("reading", self.n_bytes, unit="B", quiet=self.quiet)
+        with self._workers() as workers, bar as step:
             arguments = (self.sources, self.config, self.characters)
             plan = make_plan(*arguments, workers=workers, sizes=self.sizes, advance=step)
         self._check_unchanged()
@@ -210,7 +211,7 @@ class Store:
         self._reserve(tokens, plan.n_bytes)
         with (
             self._workers() as workers,
-            reading("encoding", self.n_bytes, quiet=self.quiet) as advance,
+            progress("encoding", self.n_bytes, unit="B", quiet=self.quiet) as advance,
             journal.open("a", encoding="ascii") as lines,
         ):
             advance(sum(units[i].n_bytes for i in done))

@@ -8,7 +8,7 @@ block starts without context. A small stride takes T / S times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,22 +25,6 @@ from chargpt.data.windows import blocks
 from chargpt.model import GPT2, evaluating
 
 BATCH_SIZE = 32  # windows per forward pass
-
-
-def evaluate(
-    model: nn.Module,
-    tokens: npt.NDArray[Any],
-    block_size: int,
-    *,
-    batch_size: int = BATCH_SIZE,
-    autocast: AbstractContextManager[Any] | None = None,
-) -> float:
-    """Return the mean loss over all tokens in disjoint blocks, in nats per token.
-
-    Takes the arguments of `log_probabilities`, with at least two tokens.
-    """
-    scores = log_probabilities(model, tokens, block_size, batch_size=batch_size, autocast=autocast)
-    return mean_nats(scores)
 
 
 def mean_nats(scores: npt.NDArray[np.float32]) -> float:
@@ -78,25 +62,47 @@ def log_probabilities(
         block_size = model.config.block_size
     if not len(tokens):
         raise UserError("there are no tokens to score: give at least one")
-    if not 0 <= stride <= block_size:
-        most = f"{block_size} (block_size), or 0 for disjoint blocks"
-        raise UserError(f"stride is {stride}: give 1 (most context) to {most}")
-    device = next(model.parameters()).device
+    check_stride(stride, block_size)
     # On the model's device: copying each batch to the CPU would make a GPU wait.
-    scores, done = torch.empty(len(tokens) - 1, device=device), 0
-    with evaluating(model), torch.inference_mode():
-        for inputs, targets in _windows(tokens, block_size, stride or block_size, batch_size):
-            with autocast or nullcontext():
-                logits = model(inputs.to(device))  # (B, ≤T, V)
-            logits = logits[:, -targets.size(1) :]  # (B, ≤S, V)
-            nats = token_losses(model, logits, targets.to(device))  # (B × ≤S,)
-            scores[done : done + len(nats)] = -nats
-            done += len(nats)
+    scores = torch.empty(len(tokens) - 1, device=next(model.parameters()).device)
+    done = 0
+
+    def take(nats: Tensor) -> None:
+        nonlocal done
+        scores[done : done + len(nats)] = -nats
+        done += len(nats)
+
+    score_windows(
+        model, windows(tokens, block_size, stride or block_size, batch_size), take, autocast
+    )
     result: npt.NDArray[np.float32] = scores.cpu().numpy()
     return result
 
 
-def _windows(
+def check_stride(stride: int, block_size: int) -> None:
+    """Raise UserError for a stride outside 0 … `block_size`."""
+    if not 0 <= stride <= block_size:
+        most = f"{block_size} (block_size), or 0 for disjoint blocks"
+        raise UserError(f"stride is {stride}: give 1 (most context) to {most}")
+
+
+def score_windows(
+    model: nn.Module,
+    windows: Iterable[tuple[Tensor, Tensor]],
+    take: Callable[[Tensor], None],
+    autocast: AbstractContextManager[Any] | None = None,
+) -> None:
+    """Call `take` with the losses in nats, (B × ≤S,), of each batch of `windows` and targets."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode():
+        for inputs, targets in windows:
+            with autocast or nullcontext():
+                logits = model(inputs.to(device))  # (B, ≤T, V)
+            logits = logits[:, -targets.size(1) :]  # (B, ≤S, V)
+            take(token_losses(model, logits, targets.to(device)))
+
+
+def windows(
     tokens: npt.NDArray[Any], block_size: int, stride: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield windows (B, ≤T) and the targets (B, ≤S) of their last positions, in text order.

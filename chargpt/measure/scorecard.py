@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chargpt.base.errors import UserError
+from chargpt.base.progress import progress
 from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.device import choose_device
 from chargpt.config import CheckpointName, Device, Unknown
@@ -18,7 +19,7 @@ from chargpt.data import datasets
 from chargpt.data.corpus import Corpus, load_corpus, split_documents
 from chargpt.data.texts import STANDARD_INPUT, decode, find_files, read_sources
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.engine.scoring import log_probabilities, mean_nats
+from chargpt.engine.evaluation import evaluate
 from chargpt.measure.baselines import Baseline, baselines, describe_parts
 from chargpt.runs.folder import RunConfig, load, read_config, text_sources
 
@@ -53,6 +54,7 @@ def score_run(
     unknown: Unknown = "error",
     stride: int = 0,
     with_baselines: bool = True,
+    quiet: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Scorecard:
     """Evaluate a trained model on a whole text, in fp32.
@@ -63,7 +65,8 @@ def score_run(
 
     `encoding` is that of the files; None: as in training. `stride` is how many tokens the model's
     window moves (see `chargpt.engine.scoring`); 0: block_size, as in training. A smaller stride
-    gives more context and takes longer. `report` prints which files of the training text are read.
+    gives more context and takes longer. `quiet` hides the progress on stderr. `report` prints which
+    files of the training text are read.
 
     Raises:
         UserError: no such run, the text is missing or has changed, a character is unknown, or the
@@ -88,7 +91,9 @@ def score_run(
         assert corpus is not None
         tokens = corpus.validation if split == "validation" else corpus.train
         name = f"{split} part of {', '.join(corpus.sources)}"
-    loss = mean_nats(log_probabilities(model, tokens, stride=stride))
+    with progress("evaluating", len(tokens) - 1, unit="tokens", quiet=quiet) as advance:
+        block_size = model.config.block_size
+        loss = evaluate(model, tokens, block_size, stride=stride, advance=advance)
     rows: Sequence[Baseline] = ()
     if with_baselines and corpus is not None and (files or split == "validation"):
         rows = baselines(corpus.train, tokens, corpus.tokenizer)

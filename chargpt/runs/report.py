@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from chargpt.base.errors import UserError
 from chargpt.base.files import write_text
+from chargpt.base.progress import progress
 from chargpt.base.terminal import visible
 from chargpt.base.units import bits_per_char, human_count, human_time
 from chargpt.config import Tracker
@@ -62,7 +64,14 @@ class SilentReporter:
     def step(self, values: dict[str, Any], *, progress: float, log: bool) -> None:
         """Print and write nothing."""
 
-    def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
+    @contextmanager
+    def evaluating(self, n_tokens: int) -> Iterator[Callable[[int], None]]:
+        """Yield a function to call with the number of tokens that were just scored."""
+        yield lambda n: None
+
+    def evaluation(
+        self, *, step: int, val_loss: float, is_best: bool, part: int | None = None
+    ) -> None:
         """Print and write nothing."""
 
     def sample(self, *, step: int, val_loss: float) -> None:
@@ -142,13 +151,37 @@ class Reporter(SilentReporter):
             self._last_line = time.monotonic()
             self.console.print(f"{progress:4.0%}  {line}", markup=False, emoji=False)
 
-    def evaluation(self, *, step: int, val_loss: float, is_best: bool) -> None:
-        """Print and write a loss over the whole validation part."""
+    @contextmanager
+    def evaluating(self, n_tokens: int) -> Iterator[Callable[[int], None]]:
+        """Yield a function that shows progress, if it takes long."""
+        quiet = self.console.quiet or self._bar is not None
+        with progress("evaluating", n_tokens, unit="tokens", quiet=quiet) as advance:
+            yield self._advance_evaluation(n_tokens) if self._bar else advance
+
+    def _advance_evaluation(self, n_tokens: int) -> Callable[[int], None]:
+        """Return a function that shows the share of an evaluation beside the moving line."""
+        assert self._bar is not None
+        bar, task, done = self._bar, self._bar.task_ids[0], 0
+        line = bar.tasks[0].description
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            bar.update(task, description=f"{line}  evaluating {done / n_tokens:.0%}")
+
+        return advance
+
+    def evaluation(
+        self, *, step: int, val_loss: float, is_best: bool, part: int | None = None
+    ) -> None:
+        """Print and write a validation loss; `part` is the number of tokens if not all of them."""
         self._val_loss = val_loss
-        self._record({"step": step, "val_loss": val_loss}, "validation")
+        on = {} if part is None else {"val_tokens": part}
+        self._record({"step": step, "val_loss": val_loss, **on}, "validation")
         best = "  (best so far)" if is_best else ""
+        spread = "" if part is None else f" on {part:,} tokens"
         self.note(
-            f"step {step:,}: validation loss {val_loss:.4f} = "
+            f"step {step:,}: validation loss{spread} {val_loss:.4f} = "
             f"{bits_per_char(val_loss):.3f} bits/char{best}"
         )
 

@@ -14,6 +14,7 @@ from chargpt.compute.counts import count_parameters
 from chargpt.compute.device import describe_device
 from chargpt.data.corpus import Corpus
 from chargpt.data.mapped import count_tokens
+from chargpt.engine.evaluation import scored_tokens
 from chargpt.training.saving import saved_best
 from chargpt.training.trainer import Trainer, TrainState
 
@@ -29,6 +30,7 @@ class Summary:
     verdict: str
     val_loss: float | None  # the lowest, in nats a character; None: never evaluated
     bits_per_char: float | None
+    val_tokens: int | None  # that it was measured on, spread evenly; None: all but the first
     best_step: int | None
     final_val_loss: float | None
     train_loss: float | None
@@ -55,10 +57,14 @@ def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summ
         state.best_val_loss, state.best_step = saved.val_loss, saved.step
     best = state.best_val_loss
     by_frequency = unigram_nats(corpus.train, corpus.validation, corpus.tokenizer.vocab_size)
+    n = len(corpus.validation)
+    scored = scored_tokens(n, trainer.windows.block_size, state.eval_tokens)
+    part = "" if scored == n - 1 else f" (on {scored:,} of {n:,} tokens, evenly spread)"
     return Summary(
-        verdict=verdict(state, by_frequency, stop_reason, _budget_end(trainer)),
+        verdict=verdict(state, by_frequency, stop_reason, _budget_end(trainer), part),
         val_loss=best,
         bits_per_char=None if best is None else bits_per_char(best),
+        val_tokens=scored if part else None,
         best_step=state.best_step,
         final_val_loss=state.val_loss,
         train_loss=state.train_loss,
@@ -89,18 +95,20 @@ def verdict(
     letter_frequency_loss: float,
     stop_reason: StopReason,
     budget_end: str = "the budget ended",
+    part: str = "",
 ) -> str:
     """Return how good the model is, and what would make it better.
 
     `letter_frequency_loss` is that of guessing by letter frequency alone, in nats a character;
-    `budget_end` says what ended the run if its reason is "budget".
+    `budget_end` says what ended the run if its reason is "budget"; `part` says which part of the
+    validation text was scored.
     """
     best = state.best_val_loss
     if best is None:
         return (
             f"stopped at step {state.step:,}, before the first evaluation; the last state is kept"
         )
-    loss = f"val {best:.3f} nats/char = {bits_per_char(best):.2f} bits/char"
+    loss = f"val {best:.3f} nats/char = {bits_per_char(best):.2f} bits/char{part}"
     if best > 0.98 * letter_frequency_loss:
         return (
             f"{loss}; no better than guessing by letter frequency: train longer, or give more text"

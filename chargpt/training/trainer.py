@@ -21,6 +21,8 @@ from chargpt.data.windows import Batch, Windows
 from chargpt.model import GPT2
 
 FIRST_PROGRESS = 1e-3  # of a first step on the clock, whose length is not known yet
+WHOLE_PART, USUAL_PART, MOST_PART = 2**17, 2**18, 10**6
+"""Validation tokens: what is always scored whole, the usual part of more, the largest part."""
 GRACE = 0.05  # share of the minutes that passes before a limit beside steps or epochs counts
 
 
@@ -37,6 +39,7 @@ class TrainState:
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluated_step: int | None = None
+    eval_tokens: int | None = None  # most that an evaluation scores; None: not decided yet
     evaluations_since_best: int = 0
     skipped_steps: int = 0  # without an update, because their fp16 gradient overflowed
     skipped_in_a_row: int = 0
@@ -173,5 +176,20 @@ class Trainer:
             return self.train_config.eval_interval
         epoch = self.windows.per_epoch / self.sequences_per_step
         # A forward pass costs a third of a step: ten times that keeps evaluation below a tenth.
-        cheap = 10 / 3 * len(self.validation) / self.tokens_per_step
+        scored = min(len(self.validation), self.train_config.eval_characters or USUAL_PART)
+        cheap = 10 / 3 * scored / self.tokens_per_step
         return round(max(25, min(250, epoch), cheap))
+
+    def choose_eval_tokens(self) -> int:
+        """Return the most tokens that evaluations score; see `TrainConfig.eval_characters`.
+
+        The first evaluation decides, from how much was trained by then. It is kept, so that losses
+        can be compared, and a resumed run scores the same part.
+        """
+        asked, state = self.train_config.eval_characters, self.state
+        if state.eval_tokens is None and state.evaluated_step is not None:
+            state.eval_tokens = len(self.validation)  # a run that was begun before this was chosen
+        if state.eval_tokens is None:
+            tenth = 3 * state.step * self.tokens_per_step // 10  # of the time so far
+            state.eval_tokens = asked or min(MOST_PART, max(WHOLE_PART, tenth))
+        return state.eval_tokens

@@ -12,7 +12,8 @@ import chargpt
 from chargpt.base.errors import UserError
 from chargpt.config import GPT2Config
 from chargpt.data.tokenizer import CharTokenizer
-from chargpt.engine.scoring import evaluate, log_probabilities, score
+from chargpt.engine.evaluation import evaluate
+from chargpt.engine.scoring import log_probabilities, score
 from chargpt.measure.scorecard import score_run
 from chargpt.model import GPT2
 from chargpt.train import TrainResult

@@ -10,7 +10,7 @@ from conftest import QUICK, SMALL, words
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig, Unknown
 from chargpt.data import texts
-from chargpt.engine.scoring import evaluate
+from chargpt.engine.evaluation import evaluate
 from chargpt.measure.novelty import novelty_of_run
 from chargpt.measure.scorecard import score_run
 from chargpt.runs.folder import load
