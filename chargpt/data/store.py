@@ -145,15 +145,15 @@ class Store:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _remove_old(self.folder)
-            with self._lock():
+            with self._lock(), Workers(self._n_workers) as workers:
                 if entry := self.find():
                     return entry
-                plan, read_at = self._plan()
+                plan, read_at = self._plan(workers)
                 needed = plan.n_bytes
                 key = _digest([self._settings, plan.facts.sha256, plan.layout])
                 entry = self._open(key)
                 if entry is None:
-                    self._encode(plan, self.folder / key)
+                    self._encode(plan, self.folder / key, workers)
                     entry = self._open(key)
                 self._check_unchanged()
                 write_json(self._index, {"key": key, "read_at": read_at})
@@ -181,7 +181,7 @@ class Store:
         finally:
             lock.release()
 
-    def _plan(self) -> tuple[EncodingPlan, float]:
+    def _plan(self, workers: Workers) -> tuple[EncodingPlan, float]:
         """Return the plan that an unfinished start left, or make one, and when it was made."""
         file = self._work / "plan.json"
         with suppress(OSError, KeyError, TypeError, ValueError):
@@ -192,8 +192,7 @@ class Store:
                 return EncodingPlan.from_dict(values["plan"]), values["read_at"]
         read_at = time.time()
         shutil.rmtree(self._work, ignore_errors=True)
-        bar = progress("reading", self.n_bytes, unit="B", quiet=self.quiet)
-        with self._workers() as workers, bar as step:
+        with progress("reading", self.n_bytes, unit="B", quiet=self.quiet) as step:
             arguments = (self.sources, self.config, self.characters)
             plan = make_plan(*arguments, workers=workers, sizes=self.sizes, advance=step)
         self._check_unchanged()
@@ -201,7 +200,7 @@ class Store:
         write_json(file, seal({"plan": plan.to_dict(), "read_at": read_at}))
         return plan, read_at
 
-    def _encode(self, plan: EncodingPlan, path: Path) -> None:
+    def _encode(self, plan: EncodingPlan, path: Path, workers: Workers) -> None:
         """Write the entry `path` from a plan and what the journal says is done."""
         units = list(units_of(self.sources, self.config, plan.streamed, self.sizes))
         part = self._work / "entry"
@@ -210,7 +209,6 @@ class Store:
         done = _read_journal(journal, tokens, plan)
         self._reserve(tokens, plan.n_bytes)
         with (
-            self._workers() as workers,
             progress("encoding", self.n_bytes, unit="B", quiet=self.quiet) as advance,
             journal.open("a", encoding="ascii") as lines,
         ):
@@ -249,8 +247,9 @@ class Store:
                 os.posix_fallocate(opened.fileno(), 0, n_bytes)
             opened.truncate(n_bytes)
 
-    def _workers(self) -> Workers:
-        return Workers(min(available_cores(), 1 + self.n_bytes // self.sizes.unit))
+    @property
+    def _n_workers(self) -> int:
+        return min(available_cores(), 1 + self.n_bytes // self.sizes.unit)
 
     def _check_unchanged(self) -> None:
         for source, was, now in zip(self.sources, self._state, _state(self.sources), strict=True):

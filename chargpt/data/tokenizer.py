@@ -54,8 +54,10 @@ class CharTokenizer:
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
-        """One byte per id where that is enough, else four."""
-        return np.uint8 if self.vocab_size <= 256 else np.uint32
+        """The smallest type that holds every id: one, two or four bytes."""
+        if self.vocab_size <= 256:
+            return np.uint8
+        return np.uint16 if self.vocab_size <= 65_536 else np.uint32
 
     def encode(self, text: str, *, unknown: Unknown = "error") -> npt.NDArray[Any]:
         """Return the ids of `text`, shape (len(text),) unless characters were skipped.

@@ -6,6 +6,7 @@ locks of running threads, and a spawned process would run the user's script a se
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
@@ -151,8 +152,15 @@ def main() -> None:
                 _send((_ERROR, error), results)
             else:
                 _send((_END, None), results)
+            _return_memory()
     except (EOFError, BrokenPipeError):
         os._exit(0)  # without flushing into a pipe that is closed
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system, where the C library would keep and fragment it."""
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":
