@@ -41,7 +41,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize(("n", "n_steps"), [(2, 100), (4, 10)])
+@pytest.mark.parametrize(
+    ("n", "n_steps"), [(2, 10), (4, 10), pytest.param(2, 100, marks=pytest.mark.slow)]
+)
 def test_the_gradients_losses_and_batches_are_those_of_one_process(
     text: str, tmp_path: Path, n: int, n_steps: int
 ) -> None:
@@ -105,6 +107,7 @@ def test_a_run_saved_by_two_processes_resumes_with_one_and_with_four(
             )
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_killed_ranks_are_replaced_and_the_run_ends_with_the_same_bits(
     text: str, tmp_path: Path, kind: str

@@ -93,6 +93,7 @@ def _preset_in(arguments: Sequence[str]) -> str:
 def _show_warning(others: Any, message: Any, category: type[Warning], *rest: Any) -> None:
     """Print a `ChargptWarning` as one line; the function `others` shows all others."""
     if issubclass(category, ChargptWarning):
-        print_message(message)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one prints
+            print_message(message)
     else:
         others(message, category, *rest)
