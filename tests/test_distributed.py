@@ -108,15 +108,16 @@ def test_a_run_saved_by_two_processes_resumes_with_one_and_with_four(
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("kind", "n"), [("ddp", 2), ("ddp", 3), ("fsdp", 3)])
 def test_killed_ranks_are_replaced_and_the_run_ends_with_the_same_bits(
-    text: str, tmp_path: Path, kind: str
+    text: str, tmp_path: Path, kind: str, n: int
 ) -> None:
     arguments = [text, *TRAIN, "--parallel", kind, "--optimizer", "muon"]
     for name, faults in (("whole", ""), ("killed", "kill:1:7:0 kill:0:12:1 kill:1:23:2")):
         out = ["--out", str(tmp_path / name)]
         options = ("--max-restarts", "3")
-        code, printed = torchrun.run(WORKER, "train", faults, *arguments, *out, options=options)
+        command = (WORKER, "train", faults, *arguments, *out)
+        code, printed = torchrun.run(*command, n=n, options=options)
         assert code == 0, printed
         assert printed.count("resuming   after step") == len(faults.split())
     for file in ("last/model", "last/optimizer", "best/model"):

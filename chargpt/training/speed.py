@@ -78,6 +78,10 @@ def accelerate(trainer: Trainer, report: Report) -> SpeedChoices:
     if compiling.on and not compiled:
         kernels, attention = _choose_layers(trainer, report, compiling=False)
     trainer.forward = parallelize(trainer.forward, trainer.parallel, trainer.precision)
+    if trainer.parallel.kind == "ddp":
+        # DDP arranges its messages after the first step, and sums then round in another way. A
+        # resumed run would have other bits.
+        trainer.trial_step()
     seconds = time.perf_counter() - start
     trainer.state.compile_seconds += seconds
     trainer.state.train_seconds += seconds
