@@ -41,9 +41,9 @@ from chargpt.runs.folder import CONFIG, load, read_config, write_config, write_t
 from chargpt.runs.plot import plot_loss
 from chargpt.runs.report import Reporter, SilentReporter
 from chargpt.runs.reserve import Resume, free_folder, reserved
-from chargpt.runs.weights import load_model_tensors, model_tensors
 from chargpt.training.plan import Plan, make_plan
-from chargpt.training.saving import save_best, save_last
+from chargpt.training.saving import save_best, save_last, send_model
+from chargpt.training.start import start_config
 from chargpt.training.summary import SUMMARY, StopReason, Summary, summarize
 from chargpt.training.trainer import Trainer
 
@@ -72,6 +72,7 @@ def train(
     data_config: DataConfig | None = None,
     out: str | Path | None = None,
     resume: Resume = False,
+    start_from: str | Path | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Train a GPT-2 on text, leave a run folder, and return the best model found.
@@ -83,6 +84,8 @@ def train(
         data_config: encoding, documents, split.
         out: the run folder; default: a new one below ``runs/``.
         resume: continue the run in `out`; "auto": start one if `out` has none.
+        start_from: a run whose best model to start from, with its shape; dropout may differ, and
+            the vocabulary grows with the text.
         quiet: print nothing.
 
     Raises:
@@ -91,10 +94,17 @@ def train(
     """
     sources = (texts,) if isinstance(texts, str) else tuple(texts)
     preset = tiny()
-    model_config = model_config or preset.model_config
+    start = Path(start_from) if start_from is not None else None
     train_config = train_config or preset.train_config
     with joined_world() as world:
         folder, resume = world.on_first(lambda: _folder(sources, out, resume))
+        model_config, train_config, data_config = world.on_first(
+            lambda: (
+                model_config or (start_config(start) if start else preset.model_config),
+                train_config,
+                data_config or DataConfig(),
+            )
+        )
         report = Reporter(folder, quiet=quiet or not world.is_first).note
         with (
             world.entered_on_first(reserved(folder, resume)) as resuming,
@@ -106,9 +116,10 @@ def train(
                     sources,
                     model_config=model_config,
                     train_config=train_config,
-                    data_config=data_config or DataConfig(),
+                    data_config=data_config,
                     out=folder,
                     resuming=resuming,
+                    start_from=start,
                     quiet=quiet or not world.is_first,
                     report=report,
                     world=world,
@@ -204,11 +215,9 @@ def _finish(plan: Plan, stop_reason: StopReason) -> Summary:
 
 def _best_model(trainer: Trainer) -> GPT2:
     """Return the best model, which rank 0 reads and sends to the others."""
-    first, size = trainer.world.is_first, trainer.world.size
+    first = trainer.world.is_first
     model = load(trainer.out).model if first else GPT2(trainer.model.config).eval()
-    if size > 1:
-        sent = trainer.world.send_tensors(model_tensors(model) if first else None)
-        load_model_tensors(model, sent)
+    send_model(model, trainer.world)
     return model.to(trainer.device)
 
 

@@ -23,7 +23,13 @@ from chargpt.base.errors import (
     is_out_of_memory,
 )
 from chargpt.cli import bench, check, eval, export, flags, import_, novelty, sample, serve, train
-from chargpt.cli.shared import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, print_message
+from chargpt.cli.shared import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    is_first_process,
+    print_message,
+)
 from chargpt.config import PRESETS
 
 # Each has make_flags(shown_preset), a dataclass of its flags, and run(flags), an exit code. A
@@ -93,7 +99,7 @@ def _preset_in(arguments: Sequence[str]) -> str:
 def _show_warning(others: Any, message: Any, category: type[Warning], *rest: Any) -> None:
     """Print a `ChargptWarning` as one line; the function `others` shows all others."""
     if issubclass(category, ChargptWarning):
-        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one prints
+        if is_first_process():
             print_message(message)
     else:
         others(message, category, *rest)

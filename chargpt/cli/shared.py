@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
 _NO_HINT: Any = {"help_behavior_hint": ""}  # the help texts have the defaults
 
 
+def is_first_process() -> bool:
+    """Return whether this process may print: rank 0 of torchrun's processes, or the only one."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 def flags_class(text: str, fields: list[Any]) -> type:
     """Return a dataclass of a command's flags; help begins with `text`."""
     kind = make_dataclass("Flags", fields, frozen=True)
@@ -25,9 +31,21 @@ def flags_class(text: str, fields: list[Any]) -> type:
     return kind
 
 
-def flag(name: str, kind: Any, default: Any, text: str, metavar: str | None = None) -> Any:
-    """Return a flag for `flags_class`; help shows `text`, and `metavar` in place of the value."""
-    return name, Annotated[kind, tyro.conf.arg(help=text, metavar=metavar, **_NO_HINT)], default
+def flag(
+    field: str,
+    kind: Any,
+    default: Any,
+    text: str,
+    metavar: str | None = None,
+    *,
+    name: str | None = None,
+) -> Any:
+    """Return a flag for `flags_class`; help shows `text`, and `metavar` in place of the value.
+
+    `name` is the flag's, if not its field's.
+    """
+    given = tyro.conf.arg(help=text, metavar=metavar, name=name, **_NO_HINT)
+    return field, Annotated[kind, given], default
 
 
 Texts = tyro.conf.Positional[tuple[str, ...]]

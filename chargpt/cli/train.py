@@ -10,12 +10,16 @@ from typing import Any, Literal
 from chargpt.base.errors import UserError
 from chargpt.cli import flags, shared
 from chargpt.cli.sample import print_samples
-from chargpt.cli.shared import flag
+from chargpt.cli.shared import flag, is_first_process
 from chargpt.config import SampleConfig
 
 
 def make_flags(shown_preset: str) -> type:
     """Return the flags of ``train`` as a dataclass; help shows the values of a preset."""
+    from_help = (
+        "Start from the best model of another run, with its shape. The vocabulary grows with the "
+        "text; dropout may differ."
+    )
     out_help = "The run folder (a new one below runs/)."
     resume_help = (
         "Resume the run in --out. --resume auto starts a run if the folder has none, so that the "
@@ -27,6 +31,7 @@ def make_flags(shown_preset: str) -> type:
         [
             flag("texts", shared.Texts, (), shared.TEXTS_HELP, "[TEXT ...]"),
             *shared.settings_flags(shown_preset),
+            flag("start_from", Path | None, None, from_help, "RUN", name="from"),
             flag("out", Path | None, None, out_help, "FOLDER"),
             flag("resume", Literal["no", "yes", "auto"], "no", resume_help, "[auto]"),
         ],
@@ -40,11 +45,10 @@ def run(command: Any) -> int:
     start, texts = _start(command, chosen)
     configs = flags.merge_settings(start, file, given)
 
-    from chargpt.compute.world import is_first_process
     from chargpt.train import train
 
     resume: Any = {"no": False, "yes": True, "auto": "auto"}[command.resume]
-    result = train(texts, **configs, out=command.out, resume=resume)
+    result = train(texts, **configs, out=command.out, resume=resume, start_from=command.start_from)
     codes = {"interrupted": shared.EXIT_INTERRUPTED, "terminated": shared.EXIT_TERMINATED}
     code = codes.get(result.summary.stop_reason, 0)
     if not is_first_process():
@@ -65,7 +69,11 @@ def _start(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str,
     if command.resume != "no" and command.out is None:
         raise UserError("--resume needs to know which run: give --out FOLDER")
     if command.resume == "no" or not (command.out / "config.json").is_file():
-        return flags.preset_configs(chosen or "tiny"), command.texts or ("tiny-shakespeare",)
+        configs = flags.preset_configs(chosen or "tiny")
+        if command.start_from and is_first_process():  # others get rank 0's settings
+            shape = flags.saved_configs(command.start_from)[0]["model_config"]
+            configs |= {"model_config": shape}
+        return configs, command.texts or ("tiny-shakespeare",)
     # The command that started the run may resume it; train() later refuses what differs, by name.
     configs, sources = flags.saved_configs(command.out)
     return flags.preset_configs(chosen) if chosen else configs, command.texts or sources

@@ -104,11 +104,6 @@ ALONE = World()
 # --- torchrun
 
 
-def is_first_process() -> bool:
-    """Return whether this process may print: rank 0 of torchrun's processes, or the only one."""
-    return not dist.is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def joined_world() -> Iterator[World]:
     """Join the processes that torchrun started; without torchrun, yield this one alone.

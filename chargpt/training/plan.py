@@ -32,10 +32,11 @@ from chargpt.data.corpus import Corpus, load_corpus
 from chargpt.data.windows import Windows
 from chargpt.model import GPT2
 from chargpt.runs.checkpoint import MODEL
-from chargpt.runs.folder import RunConfig, read_config
+from chargpt.runs.folder import RunConfig, read_config, read_tokenizer
 from chargpt.runs.weights import check_model_file
-from chargpt.training.saving import restore_last
+from chargpt.training.saving import restore_last, send_model
 from chargpt.training.speed import SpeedChoices, accelerate, bf16_gain, has_same_bits
+from chargpt.training.start import Start, read_start, take_weights
 from chargpt.training.trainer import Trainer
 
 FREE_ON_RESUME = {
@@ -65,6 +66,7 @@ def make_plan(
     data_config: DataConfig,
     out: Path,
     resuming: bool,
+    start_from: Path | None = None,
     quiet: bool = True,
     report: Callable[[str], None] = lambda line: None,
     world: World = ALONE,
@@ -72,31 +74,40 @@ def make_plan(
     """Read the text, choose the hardware, build the trainer; report each choice and its reason.
 
     A ``vocab_size`` of 0 follows the text. With `resuming`, the trainer is put where the run in
-    `out` stopped; its ``last/`` must be whole. `quiet` hides the progress of reading the text. The
-    processes of `world` plan together; rank 0 reads the run.
+    `out` stopped; its ``last/`` must be whole. A new run takes the weights of the run `start_from`,
+    if one is given. `quiet` hides the progress of reading the text. The processes of `world` plan
+    together; rank 0 reads runs.
 
     Raises:
         UserError: anything that cannot work.
     """
     device, device_reason = choose_device(train_config.device)
-    before = world.on_first(lambda: read_config(out)) if resuming else None
     parallel = choose_parallel(
         train_config.parallel, device, world, model_config, train_config.batch_size
     )
     if device.type == "cuda" and world.size > 1:
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
+    before = world.on_first(lambda: read_config(out)) if resuming else None
     precision = world.on_first(  # which may measure this machine
         lambda: _choose_precision(train_config, model_config, device, before)
     )
-    corpus = load_corpus(sources, data_config, quiet=quiet, report=report)
+    start = None
+    if start_from and not before and world.is_first:
+        start = read_start(start_from, model_config)
+    known, origin = world.on_first(lambda: _vocabulary(start, before, start_from, out))
+    corpus = load_corpus(sources, data_config, characters=known, quiet=quiet, report=report)
     _refuse_another_text(corpus, world)
-    model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     if before:  # before memory is taken for what a file asks for
         was = before.model_config
         world.on_first(lambda: check_model_file(out / "last" / MODEL, was))
+    model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     torch.manual_seed(derive_seed(train_config.seed, INIT))
     model = GPT2(model_config).to(device)
+    if start:
+        report(take_weights(model, corpus.tokenizer, start))
+    if origin and not before:
+        send_model(model, world)
     shard(model, parallel, precision)
     trainer = _make_trainer(
         model, train_config, corpus, precision=precision, parallel=parallel, out=out, world=world
@@ -109,7 +120,7 @@ def make_plan(
     if before:
         report(f"resuming   after step {trainer.state.step:,}")
     speed = accelerate(trainer, report)
-    environment = _environment(trainer, speed)
+    environment = _environment(trainer, speed) | ({"from": origin} if origin else {})
     if before:
         same_bits = has_same_bits(trainer, speed)
         for name in _changes(before.environment, environment, same_bits=same_bits):
@@ -186,6 +197,25 @@ def _with_vocabulary(model_config: GPT2Config, vocab_size: int) -> GPT2Config:
 
 
 # --- resuming
+
+
+def _vocabulary(
+    start: Start | None, before: RunConfig | None, start_from: Path | None, out: Path
+) -> tuple[tuple[str, ...], str | None]:
+    """Return the characters that join those of the text, and the run that a run starts from."""
+    if start:
+        return start.tokenizer.characters, str(start.run)
+    origin = _origin(before, start_from) if before else None
+    return (read_tokenizer(out).characters if origin else ()), origin
+
+
+def _origin(before: RunConfig, start_from: Path | None) -> str | None:
+    """Return the run whose model a run started from; a UserError if another one is given."""
+    origin: str | None = before.environment.get("from")
+    if start_from and str(start_from) != origin:
+        started = f"from {origin}" if origin else "without another run's model"
+        raise UserError(f"this run started {started}, not from {start_from}: leave out --from")
+    return origin
 
 
 def _same_precision(environment: dict[str, Any], device: torch.device) -> PrecisionChoice | None:

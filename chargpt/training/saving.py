@@ -12,6 +12,7 @@ import torch
 from chargpt.base.checks import from_dict
 from chargpt.base.errors import TrainingError, UserError
 from chargpt.base.units import human_count
+from chargpt.compute.world import World
 from chargpt.config import CheckpointName
 from chargpt.runs.checkpoint import MODEL, OPTIMIZER, STATE, read_state, save_checkpoint
 from chargpt.runs.weights import (
@@ -102,6 +103,13 @@ def _save(
             f"{human_count(n_bytes)}B): earlier checkpoints are kept; {remedy}, and continue with "
             "--resume"
         ) from error
+
+
+def send_model(model: torch.nn.Module, world: World) -> None:
+    """Copy rank 0's weights into the models of the other ranks; weights must not be shared yet."""
+    if world.size > 1:
+        sent = world.send_tensors(model_tensors(model) if world.is_first else None)
+        load_model_tensors(model, sent)
 
 
 def restore_last(trainer: Trainer) -> None:
