@@ -42,9 +42,9 @@ from chargpt.base.files import (
 )
 from chargpt.base.progress import reading
 from chargpt.config import DataConfig
-from chargpt.data._stand_in import Source
 from chargpt.data.encoding import CHANGED, Ids, Sizes, units_of
 from chargpt.data.passes import EncodingPlan, TextFacts, encode_in_file, make_plan
+from chargpt.data.texts import Source
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.workers import Workers, available_cores
 
