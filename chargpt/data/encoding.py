@@ -21,7 +21,7 @@ import numpy.typing as npt
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data.decoding import BINARY_CHECK, decode_chunks
-from chargpt.data.formats import is_plain, raw_chunks
+from chargpt.data.formats import is_plain, open_file, raw_chunks
 from chargpt.data.texts import Source
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -88,8 +88,7 @@ def units_of(
 
 
 def _ranges(source: Source, n_bytes: int, separator: str, size: int) -> Iterator[Unit]:
-    assert source.path is not None
-    with source.path.open("rb") as file:
+    with open_file(source) as file:
         start = len(_UTF8_MARK) if file.read(len(_UTF8_MARK)) == _UTF8_MARK else 0
         while start < n_bytes:
             stop = min(_safe_cut(file, start + size, unix_line_ends(separator).encode()), n_bytes)
@@ -208,10 +207,9 @@ def _parts_of(unit: Unit, config: DataConfig, chunk: int) -> Iterator[tuple[list
 
 def _read_range(unit: Unit, chunk: int) -> Iterator[str]:
     [source], start, stop = unit.sources, unit.start, unit.stop
-    assert source.path is not None
     assert stop is not None
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with source.path.open("rb") as file:
+    with open_file(source) as file:
         file.seek(start)
         for at in range(start, stop, chunk):
             data = file.read(min(chunk, stop - at))

