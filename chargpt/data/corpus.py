@@ -17,16 +17,15 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
-from chargpt.data._stand_in import Source, find_sources
 from chargpt.data.encoding import Sizes
 from chargpt.data.passes import TextFacts, encode_in_memory, make_plan
 from chargpt.data.store import Entry, Store
+from chargpt.data.texts import STANDARD_INPUT, Source, find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.workers import Workers
 
 Lengths = npt.NDArray[np.int64]
 _JOINED_AT_ONCE = 10_000  # documents; a short string takes ten times the memory of its text
-STANDARD_INPUT_NAME = "standard input"
 _BLOCK = 1 << 20  # tokens searched at a time for the end of a document
 
 
@@ -105,7 +104,7 @@ def _encode_texts(store: Store) -> Entry:
 @contextmanager
 def _standard_input_kept(sources: list[Source]) -> Iterator[list[Source]]:
     """Yield the sources with a file in place of standard input, which can be read only once."""
-    if STANDARD_INPUT_NAME not in {source.name for source in sources}:
+    if STANDARD_INPUT not in {source.name for source in sources}:
         yield sources
         return
     with TemporaryDirectory(prefix="chargpt-") as folder:
@@ -118,8 +117,8 @@ def _standard_input_kept(sources: list[Source]) -> Iterator[list[Source]]:
                 f"standard input cannot be kept in {folder} ({error.strerror}): set TMPDIR to "
                 "a folder with more room"
             ) from error
-        kept = Source(STANDARD_INPUT_NAME, path)
-        yield [kept if source.name == STANDARD_INPUT_NAME else source for source in sources]
+        kept = Source("standard input", path)
+        yield [kept if source.name == STANDARD_INPUT else source for source in sources]
 
 
 # --- documents

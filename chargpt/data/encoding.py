@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
-from chargpt.data._stand_in import Source, decode_chunks, is_plain, raw_chunks
+from chargpt.data.decoding import BINARY_CHECK, decode_chunks
+from chargpt.data.formats import is_plain, open_file, raw_chunks
+from chargpt.data.texts import Source
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 Ints = npt.NDArray[np.int64]
@@ -28,7 +30,6 @@ Ints = npt.NDArray[np.int64]
 _SLICE = 1 << 14  # characters; one outside ASCII makes only its own slice slow
 _UTF8_MARK = codecs.BOM_UTF8
 _WINDOW = 1 << 16  # bytes read at a time to look for a place to cut
-_BINARY_CHECK = 8192  # bytes at the start of a file, without a NUL if it is text
 CHANGED = "{} changed while it was read: start again when it is complete"
 
 
@@ -87,8 +88,7 @@ def units_of(
 
 
 def _ranges(source: Source, n_bytes: int, separator: str, size: int) -> Iterator[Unit]:
-    assert source.path is not None
-    with source.path.open("rb") as file:
+    with open_file(source) as file:
         start = len(_UTF8_MARK) if file.read(len(_UTF8_MARK)) == _UTF8_MARK else 0
         while start < n_bytes:
             stop = min(_safe_cut(file, start + size, unix_line_ends(separator).encode()), n_bytes)
@@ -207,14 +207,13 @@ def _parts_of(unit: Unit, config: DataConfig, chunk: int) -> Iterator[tuple[list
 
 def _read_range(unit: Unit, chunk: int) -> Iterator[str]:
     [source], start, stop = unit.sources, unit.start, unit.stop
-    assert source.path is not None
     assert stop is not None
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with source.path.open("rb") as file:
+    with open_file(source) as file:
         file.seek(start)
         for at in range(start, stop, chunk):
             data = file.read(min(chunk, stop - at))
-            if at < _BINARY_CHECK and b"\0" in data[: _BINARY_CHECK - at]:
+            if at < BINARY_CHECK and b"\0" in data[: BINARY_CHECK - at]:
                 decoder.decode(b"\xff")  # to fail: the whole file is decoded again, and refused
             yield decoder.decode(data, final=at + chunk >= stop)
 

@@ -21,8 +21,10 @@ from chargpt.base.checks import check_fields, from_dict
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data import encoding
-from chargpt.data._stand_in import Source, raw_chunks
+from chargpt.data.decoding import decode_chunks
 from chargpt.data.encoding import Counted, Encoder, Ids, Ints, ReadAgain, Sizes, Unit
+from chargpt.data.formats import raw_chunks
+from chargpt.data.texts import Source
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.workers import Workers
 
@@ -220,6 +222,7 @@ def _count(
             tally.start_unit()
             for counted in results:
                 if isinstance(counted, ReadAgain):
+                    _refuse_wrong_bytes(counted.source, config)
                     again.add(counted.source)
                 else:
                     tally.add(counted)
@@ -227,6 +230,12 @@ def _count(
         if not again:
             return tally, streamed
         streamed |= {source.name for source in again}
+
+
+def _refuse_wrong_bytes(source: Source, config: DataConfig) -> None:
+    """Raise a UserError unless the source as a whole is text."""
+    for _ in decode_chunks(source.name, raw_chunks(source), config.encoding):
+        pass
 
 
 # --- the second pass

@@ -42,9 +42,9 @@ from chargpt.base.files import (
 )
 from chargpt.base.progress import progress
 from chargpt.config import DataConfig
-from chargpt.data._stand_in import Source
 from chargpt.data.encoding import CHANGED, Ids, Sizes, units_of
 from chargpt.data.passes import EncodingPlan, TextFacts, encode_in_file, make_plan
+from chargpt.data.texts import Source
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.workers import Workers, available_cores
 
@@ -94,7 +94,7 @@ class Store:
         self.n_bytes = sum(size for _, size, *_ in self._state)
         fields = {k: v for k, v in asdict(config).items() if k != "validation_fraction"}
         self._settings = [FORMAT, fields, self.characters]
-        self._start = _digest([self._settings, self._state])
+        self._start = _digest([self._settings, self.sizes, self._state])
         self._index = self.folder / f"{self._start}.json"
         self._work = self.folder / f"unfinished-{self._start}"
 
@@ -106,9 +106,7 @@ class Store:
             index = parse_json(read_text(self._index), "")
             if self._is_older_than(index["read_at"]):
                 os.utime(self._index)
-                if entry := self._open(index["key"]):
-                    self.report(f"tokens     found in {self.folder / index['key']}")
-                return entry
+                return self._open(index["key"])
         return None
 
     def _open(self, key: str) -> Entry | None:
@@ -165,7 +163,6 @@ class Store:
                 "to another folder"
             ) from error
         assert entry is not None
-        self.report(f"tokens     {needed:,} bytes in {self.folder / key}, which may be deleted")
         return entry
 
     @contextmanager
@@ -190,6 +187,7 @@ class Store:
             if self._is_older_than(values["read_at"]):
                 self.report("tokens     continuing where an earlier start stopped")
                 return EncodingPlan.from_dict(values["plan"]), values["read_at"]
+        self.report(f"tokens     encoding the text into {self.folder}, which may be deleted later")
         read_at = time.time()
         shutil.rmtree(self._work, ignore_errors=True)
         with progress("reading", self.n_bytes, unit="B", quiet=self.quiet) as step:

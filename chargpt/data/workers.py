@@ -20,6 +20,8 @@ from queue import Full, Queue
 from threading import Event
 from typing import IO, Any
 
+from chargpt.base.errors import UserError
+
 _READ_AHEAD = 8  # results of one job that wait to be used
 _RESULT, _ERROR, _END = range(3)
 _Message = tuple[int, Any]
@@ -99,8 +101,10 @@ class Workers:
                 kind, value = pickle.load(process.stdout)
                 self._put((kind, value), results)
         except (OSError, EOFError, pickle.UnpicklingError, ValueError):
-            reason = f"a process that reads the text ended ({process.poll()}): is memory short?"
-            self._put((_ERROR, ChildProcessError(reason)), results)
+            process.kill()  # perhaps it has only closed its pipe
+            reason = f"a process that reads the text ended (exit code {process.wait()})"
+            remedy = "free some memory, and start again: what is done is kept"
+            self._put((_ERROR, UserError(f"{reason}: {remedy}")), results)
         self._idle.put(process)
 
     def _put(self, message: _Message, results: Queue[_Message]) -> None:

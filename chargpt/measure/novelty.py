@@ -22,7 +22,8 @@ import numpy.typing as npt
 from chargpt.base.errors import UserError
 from chargpt.base.terminal import visible
 from chargpt.data.corpus import encode_documents, split_documents
-from chargpt.data.texts import decode, read_sources
+from chargpt.data.decoding import read_text
+from chargpt.data.texts import find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.measure.scorecard import training_corpus
 from chargpt.runs.folder import read_config
@@ -438,8 +439,8 @@ def _read_samples(file: str, encoding: str, separator: str) -> list[str]:
     """Return the samples of a file; its last line end was added by the writer of the file."""
     return [
         sample
-        for raw in read_sources([file])
-        for part in _HEADER.split(decode(raw, encoding))
+        for source in find_sources([file])
+        for part in _HEADER.split(read_text(source, encoding))
         for sample in split_documents(part.removesuffix("\n"), separator)
     ]
 

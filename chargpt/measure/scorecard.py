@@ -17,7 +17,8 @@ from chargpt.compute.device import choose_device
 from chargpt.config import CheckpointName, Device, Unknown
 from chargpt.data import datasets
 from chargpt.data.corpus import Corpus, load_corpus, split_documents
-from chargpt.data.texts import STANDARD_INPUT, decode, find_files, read_sources
+from chargpt.data.decoding import read_text
+from chargpt.data.texts import STANDARD_INPUT, find_files, find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.evaluation import evaluate
 from chargpt.measure.baselines import Baseline, baselines, describe_parts
@@ -60,7 +61,7 @@ def score_run(
     """Evaluate a trained model on a whole text, in fp32.
 
     The run's config.json names the training text. It is opened only if no files are given (see
-    `chargpt.data.texts.read_sources`), to evaluate on a split of it, or for the baselines. They
+    `chargpt.data.texts.find_sources`), to evaluate on a split of it, or for the baselines. They
     learn from the training part, so the split "train" has none.
 
     `encoding` is that of the files; None: as in training. `stride` is how many tokens the model's
@@ -116,12 +117,12 @@ def _read_tokens(
     """Return the token ids of all documents, each ended by end-of-text where the model has one."""
     end = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
     pieces = [np.array([], dtype=tokenizer.dtype)]
-    for raw in read_sources(files):
-        for document in split_documents(decode(raw, encoding), separator):
+    for source in find_sources(files):
+        for document in split_documents(read_text(source, encoding), separator):
             try:
                 ids = tokenizer.encode(document, unknown=unknown)
             except UserError as error:
-                raise UserError(f"{raw.name}: {error}") from error
+                raise UserError(f"{source.name}: {error}") from error
             pieces += [ids, np.array(end, dtype=tokenizer.dtype)]
     tokens = np.concatenate(pieces)
     if len(tokens) < 2:

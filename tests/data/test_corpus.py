@@ -20,8 +20,10 @@ from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data import datasets
 from chargpt.data.corpus import Corpus, load_corpus, split_documents, split_point
+from chargpt.data.decoding import decode_chunks
+from chargpt.data.formats import raw_chunks
 from chargpt.data.permutation import ROUNDS, permuted
-from chargpt.data.texts import RawText, decode, read_sources
+from chargpt.data.texts import find_sources
 from chargpt.data.windows import Windows, blocks
 
 TEXT = "".join(f"line {i}, à la carte\r\nand\rso on\n" for i in range(20))
@@ -59,22 +61,22 @@ def text_of(corpus: Corpus) -> str:
     ],
 )
 def test_files_folders_and_patterns(folder: Path, sources: list[str], names: list[str]) -> None:
-    raw = read_sources(sources)
-    assert [text.data.decode() for text in raw] == [f"<{name}>" for name in names]
-    assert [Path(text.name) for text in raw] == [Path("texts") / name for name in names]
-    absolute = read_sources([str(folder / source) for source in sources])
-    assert [text.data for text in absolute] == [text.data for text in raw]
+    found = find_sources(sources)
+    assert [b"".join(raw_chunks(text)).decode() for text in found] == [f"<{n}>" for n in names]
+    assert [Path(text.name) for text in found] == [Path("texts") / name for name in names]
+    absolute = find_sources([str(folder / source) for source in sources])
+    assert [text.path for text in absolute] == [folder / text.name for text in found]
 
 
 def test_a_file_name_may_look_like_a_pattern(folder: Path) -> None:
     (folder / "odd[1]*.txt").write_text("odd")
-    assert [text.data for text in read_sources(["odd[1]*.txt"])] == [b"odd"]
+    assert [text.name for text in find_sources(["odd[1]*.txt"])] == ["odd[1]*.txt"]
 
 
 def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("USERPROFILE", str(folder))
-    assert len(read_sources(["~/texts/*.txt"])) == 2
+    assert len(find_sources(["~/texts/*.txt"])) == 2
 
 
 @pytest.mark.parametrize("source", ["-", "tiny-shakespeare"])
@@ -143,7 +145,7 @@ def test_a_file_given_twice_is_refused(folder: Path, sources: list[str], message
     (folder / "sub").mkdir()
     (folder / "link").symlink_to(folder / "texts" / "b.txt")
     with pytest.raises(UserError, match=f"^{message}give each text once$"):
-        read_sources(sources)
+        find_sources(sources)
 
 
 # --- decoding
@@ -187,6 +189,10 @@ def test_line_ends_do_not_change_documents(tmp_path: Path) -> None:
     assert windows.facts.n_documents == 23
 
 
+def chunks_of(data: bytes, size: int) -> list[bytes]:
+    return [data[i : i + size] for i in range(0, len(data), size)]
+
+
 NOT_OF = "give --encoding, e.g. --encoding latin-1 or cp1252"
 KNOWN = "give --encoding utf-8, latin-1, cp1252, utf-16, …"
 
@@ -207,9 +213,12 @@ KNOWN = "give --encoding utf-8, latin-1, cp1252, utf-16, …"
         ),
     ],
 )
-def test_bytes_that_are_not_text_are_refused(data: bytes, encoding: str, message: str) -> None:
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_bytes_that_are_not_text_are_refused(
+    data: bytes, encoding: str, message: str, size: int
+) -> None:
     with pytest.raises(UserError) as caught:
-        decode(RawText("t", data), encoding)
+        list(decode_chunks("t", chunks_of(data, size), encoding))
     assert str(caught.value) == message
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import QUICK, SMALL, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from chargpt.data import encoding, store
 from chargpt.data.corpus import Corpus, load_corpus
 from chargpt.data.encoding import Sizes
 from chargpt.data.workers import Workers
+from chargpt.train import train
 
 TINY = Sizes(memory=0, unit=40, files=3, chunk=7)
 LINES = DataConfig(document_separator="\n")
@@ -91,7 +93,7 @@ SEPARATORS = st.sampled_from(["", "\n", "\n\n", "\r\n", "aa", "aba", "é", "王\
 @settings(
     derandomize=True,
     deadline=None,
-    max_examples=300,
+    max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
@@ -169,7 +171,7 @@ def test_memory_does_not_grow_with_the_text(
     """A document per line of six characters: a list of their lengths would take as much again."""
     monkeypatch.setattr("chargpt.data.corpus._BLOCK", 1 << 14)
     peaks = []
-    for n in (100_000, 400_000):
+    for n in (300_000, 900_000):
         name = write(tmp_path / "text", "".join(f"{i:06}\n" for i in range(n)))
         tracemalloc.start()
         try:
@@ -177,7 +179,7 @@ def test_memory_does_not_grow_with_the_text(
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0] < (tmp_path / "text").stat().st_size * 20
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 # --- other processes
@@ -217,7 +219,7 @@ def test_results_come_in_order_and_errors_are_raised() -> None:
 
 
 def test_a_process_that_is_killed_is_reported() -> None:
-    with Workers(2) as workers, pytest.raises(ChildProcessError, match=r"ended .* memory"):
+    with Workers(2) as workers, pytest.raises(UserError, match=r"ended \(exit code 9\): free"):
         [list(results) for results in workers.map(os._exit, [(9,)])]
 
 
@@ -454,3 +456,16 @@ def test_killed_starts_leave_nothing_wrong_and_are_continued(
         n_encoded.append(len(encoded))
         shutil.rmtree(cache)
     assert any(0 < n < max(n_encoded) for n in n_encoded)  # continued in the second pass
+
+
+def test_training_from_a_file_learns_the_same(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = write(tmp_path / "text", words(3000))
+    options: Any = {"model_config": SMALL, "train_config": QUICK, "quiet": True}
+    small = train(name, out=tmp_path / "small", **options)
+    monkeypatch.setattr("chargpt.data.corpus.Sizes", lambda: TINY)
+    large = train(name, out=tmp_path / "large", **options)
+    assert entries(cache)
+    assert large.summary.val_loss == small.summary.val_loss
+    assert train(name, out=tmp_path / "small", resume=True, **options).summary.steps == 12

@@ -77,7 +77,10 @@ def test_end_of_text_has_the_last_id_and_decodes_to_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("size", "end_of_text", "dtype"),
-    [(256, False, np.uint8), (255, True, np.uint8), (256, True, np.uint32)],
+    [
+        *((256, False, np.uint8), (255, True, np.uint8), (256, True, np.uint16)),
+        *((65_536, False, np.uint16), (65_536, True, np.uint32)),
+    ],
 )
 def test_type_of_ids(size: int, end_of_text: bool, dtype: type) -> None:
     characters = [chr(point) for point in range(size)]

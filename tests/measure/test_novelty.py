@@ -1,5 +1,6 @@
 """Copies, against a slow search and in texts where they were planted."""
 
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -321,6 +322,16 @@ def test_the_verdict_admits_short_samples_and_counts_documents() -> None:
 
 
 # --- of a run
+
+
+def test_a_text_that_needs_more_memory_than_there_is_is_refused(
+    result: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 180}.__getitem__)
+    with pytest.raises(UserError, match=r"novelty needs about 0 GB of memory for 2,700 char"):
+        novelty_of_run(result.run, samples="a king")  # 7 bytes a character
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 190}.__getitem__)
+    assert novelty_of_run(result.run, samples="a king").copies
 
 
 def test_a_run_is_measured_against_its_own_text(result: TrainResult, text_file: Path) -> None:

@@ -9,7 +9,6 @@ from conftest import QUICK, SMALL, words
 
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig, Unknown
-from chargpt.data import texts
 from chargpt.engine.evaluation import evaluate
 from chargpt.measure.novelty import novelty_of_run
 from chargpt.measure.scorecard import score_run
@@ -27,10 +26,16 @@ def train_on(run: Path, text: Path, **data: Any) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of the texts that are opened from here on."""
+    """Return the names of the texts that are opened from here on, without repetitions."""
     names: list[str] = []
-    read = texts._read
-    monkeypatch.setattr(texts, "_read", lambda file: names.append(Path(file).name) or read(file))
+    real = Path.open
+
+    def open_text(path: Path, *arguments: Any, **options: Any) -> Any:
+        if arguments == ("rb",) and path.suffix == ".txt" and names[-1:] != [path.name]:
+            names.append(path.name)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_text)
     return names
 
 
@@ -54,8 +59,10 @@ def test_without_files_the_files_of_the_run_are_reported(
 ) -> None:
     lines: list[str] = []
     assert score_run(result.run, split="train", report=lines.append).baselines == ()
+    assert opened == ["hearts.txt"]
+    opened.clear()
     novelty_of_run(result.run, samples="a king", report=lines.append)
-    assert opened == ["hearts.txt"] * 2
+    assert opened == ["hearts.txt"]
     assert len(lines) == 2 and lines[0] == lines[1]
 
 
