@@ -30,6 +30,8 @@ Parallel = Literal["auto", "none", "dp", "ddp", "fsdp"]
 CheckpointName = Literal["best", "last"]  # the lowest validation loss, or the latest
 Tracker = Literal["none", "tensorboard", "wandb"]
 Unknown = Literal["error", "skip", "replace"]
+OnError = Literal["stop", "skip-file", "replace"]
+TokenizerName = Literal["char", "byte"]
 
 PositiveInt = Annotated[int, Rule(lambda n: n >= 1, "give a whole number of at least 1")]
 NonNegativeInt = Annotated[int, Rule(lambda n: n >= 0, "give a whole number of at least 0")]
@@ -112,8 +114,18 @@ class DataConfig(_Config):
 
     encoding: Annotated[str, NAME] = "utf-8"
     """Encoding of the text files. A byte-order mark in a file takes precedence."""
+    on_error: OnError = "stop"
+    """What to do with a file that is not of the encoding: stop, leave it out (skip-file), or put
+    U+FFFD in place of what is wrong (replace)."""
     document_separator: str = ""
     """Text between documents: '\\n' for one per line (also \\r\\n). Empty: a file is a document."""
+    text_column: str = ""
+    """Take the texts from this column of .parquet and .jsonl files; each row is a document. Empty:
+    .jsonl files are plain text."""
+    tokenizer: TokenizerName = "char"
+    """A token is a character of the text, or a byte of its UTF-8: 256 tokens for any text."""
+    min_count: PositiveInt = 1
+    """Characters that the text has fewer times are replaced by U+FFFD."""
     validation_fraction: Annotated[float, BETWEEN] = 0.1
     """Share held out for validation: the last characters, or the last documents."""
 

@@ -23,6 +23,7 @@ from chargpt.base.errors import UserError, is_out_of_memory
 from chargpt.base.seeding import SAMPLE, derive_seed
 from chargpt.compute.library import KernelsError, why_not_tried
 from chargpt.config import OnOffAuto, SampleConfig
+from chargpt.data import streaming
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.decoder import Decoder, PyTorchDecoder
 from chargpt.engine.native_decoder import NativeDecoder, decodes
@@ -44,7 +45,7 @@ class Completion:
     text: str = ""
     """The new text so far, without the prompt and without stop strings."""
     tokens: list[Token] = field(default_factory=list)
-    """One per character of a finished text."""
+    """One per character of a finished text, or one per byte if the model's tokens are bytes."""
     prompt_tokens: list[Token] = field(default_factory=list)
     """If requested, one per prompt character with a predecessor in the context, which is the end of
     the prompt. The first character has one only if documents start with end-of-text."""
@@ -181,9 +182,15 @@ def _bias(config: SampleConfig, tokenizer: CharTokenizer) -> torch.Tensor | None
         return None
     bias = torch.zeros(tokenizer.vocab_size)
     for character, value in config.logit_bias.items():
-        if character not in tokenizer.characters:
-            raise UserError(f"logit_bias names {character!r}, unknown to the model: leave it out")
+        if character not in tokenizer.characters or tokenizer.n_tokens(character) != 1:
+            raise UserError(
+                f"logit_bias names {character!r}, which is no token of the model: leave it out"
+            )
         bias[int(tokenizer.encode(character)[0])] = value
+    if long := next((c for c in config.forbidden if tokenizer.n_tokens(c) != 1), ""):
+        raise UserError(
+            f"forbidden has {long!r}, which is several tokens of the model: leave it out"
+        )
     bias[tokenizer.encode(config.forbidden, unknown="skip").tolist()] = -torch.inf
     if not torch.isfinite(bias[: len(tokenizer.characters)]).any():
         raise UserError("every character of the model is forbidden: allow at least one")
@@ -202,8 +209,7 @@ def _stream(
     **options: Any,
 ) -> Iterator[tuple[Completion, str]]:
     """Yield the pieces of `generate`; `waiting` has the seeds, `options` are for `Engine.add`."""
-    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    writing: dict[TokenSequence, tuple[Completion, StopStringFilter]] = {}
+    writing: dict[TokenSequence, tuple[Completion, StopStringFilter, streaming.Decoder]] = {}
     with _enough_memory(engine.decoder.n_slots):
         while waiting or engine.active:
             while waiting and engine.n_free:
@@ -214,18 +220,25 @@ def _stream(
                 added = engine.add(encoded[index], config, seeds, end_id=end_id, **options)
                 for (completion, _), sequence in zip(jobs, added, strict=True):
                     completion.prompt_tokens = sequence.prompt_tokens
-                    writing[sequence] = completion, StopStringFilter(config.stop)
+                    writing[sequence] = (
+                        completion,
+                        StopStringFilter(config.stop),
+                        tokenizer.decoder(),
+                    )
             for sequence, token in engine.step():
-                completion, stop_filter = writing[sequence]
+                completion, stop_filter, decoder = writing[sequence]
                 piece = ""
                 if token is not None:
                     completion.tokens.append(token)
-                    piece = stop_filter.push(texts[token.id])
+                    piece = stop_filter.push(decoder.push(token.id))
+                if sequence.finish:
+                    piece += stop_filter.push(decoder.rest())
                 completion.finish = "stop" if stop_filter.found else sequence.finish
                 if completion.finish:
                     engine.remove(sequence, completion.finish)
                     piece += stop_filter.rest()
-                    del writing[sequence], completion.tokens[len(completion.text + piece) :]
+                    n_tokens = tokenizer.n_tokens(completion.text + piece)
+                    del writing[sequence], completion.tokens[n_tokens:]
                 completion.text += piece
                 if piece or completion.finish:
                     yield completion, piece

@@ -179,6 +179,7 @@ def _run_files(plan: Plan, *, quiet: bool) -> Iterator[Reporter]:
         quiet=quiet,
         track=trainer.train_config.track,
         write_sample=_sampler(plan) if trainer.train_config.sample_length else None,
+        unit=plan.corpus.tokenizer.unit,
         resumed_step=trainer.state.step,
         evaluated_step=trainer.state.evaluated_step,
     )

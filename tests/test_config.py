@@ -32,6 +32,7 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
         (GPT2Config, "dropout embedding_dropout attention_dropout", 1.0, BELOW_1),
         (GPT2Config, "dropout embedding_dropout attention_dropout", -0.1, BELOW_1),
         (DataConfig, "encoding", "", "give a name such as utf-8 or latin-1"),
+        (DataConfig, "min_count", 0, "give a whole number of at least 1"),
         (DataConfig, "validation_fraction", 0.0, DATA_SHARE),
         (DataConfig, "validation_fraction", 1.0, DATA_SHARE),
         (TrainConfig, "batch_size log_interval", 0, "give a whole number of at least 1"),
@@ -40,6 +41,7 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
         (TrainConfig, "steps", 10**12 + 1, BUDGET),
         (TrainConfig, "epochs minutes", 0.0, BUDGET),
         (TrainConfig, "eval_interval save_interval", -1, "give a whole number of at least 0"),
+        (TrainConfig, "eval_characters", -1, "give a whole number of at least 0"),
         (TrainConfig, "patience sample_length", -1, "give a whole number of at least 0"),
         (TrainConfig, "seed", -1, SEED),
         (TrainConfig, "weight_decay embedding_decay", -0.1, "give a number of at least 0"),
@@ -212,7 +214,7 @@ def test_a_configuration_survives_json(config: Any) -> None:
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"^unknown setting 'n_heads': did you mean n_head\?$"):
         from_dict(GPT2Config, {"n_layer": 2, "n_heads": 4})
-    known = "encoding, document_separator, validation_fraction"
+    known = ", ".join(field.name for field in dataclasses.fields(DataConfig))
     with pytest.raises(UserError, match=f"^unknown setting 'zzz': give one of {known}$"):
         from_dict(DataConfig, {"zzz": 4})
 

@@ -412,7 +412,7 @@ def test_unusable_biases_are_refused_at_once() -> None:
     for tokenizer, forbidden in ((DOCUMENTS, everything), (ONE_TEXT, everything + "j")):
         with pytest.raises(UserError, match="every character of the model is forbidden: allow"):
             generate(MODEL, tokenizer, ["a"], config_of(forbidden=forbidden))
-    with pytest.raises(UserError, match="names 'é', unknown to the model: leave it out"):
+    with pytest.raises(UserError, match="names 'é', which is no token of the model: leave it out"):
         generate(MODEL, ONE_TEXT, ["a"], config_of(logit_bias={"é": 1.0}))
 
 

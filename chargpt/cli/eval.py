@@ -59,7 +59,8 @@ def run(command: Any) -> int:
     model_row = (one_line(f"{command.run} ({command.which})"), card.bits_per_char)
     table = (model_row, *card.baselines)
     width = max(len(name) for name, _ in table)
-    print(f"{'':{width}}{'nats/char':>11}{'bits/char':>11}{'perplexity':>12}")
+    units = (f"nats/{card.unit}", f"bits/{card.unit}", "perplexity")
+    print(f"{'':{width}}" + "{:>11}{:>11}{:>12}".format(*units))
     for name, bits in table:
         print(f"{name:{width}}{bits * math.log(2):11.4f}{bits:11.4f}{2**bits:12.2f}")
     if card.note:

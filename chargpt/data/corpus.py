@@ -78,7 +78,9 @@ def load_corpus(
     config, sizes = config or DataConfig(), sizes or Sizes()
     with _standard_input_kept(find_sources(sources)) as texts:
         store = Store(texts, config, characters, sizes=sizes, quiet=quiet, report=report)
-        facts, tokenizer, tokens = store.find() or _encode_texts(store)
+        facts, tokenizer, tokens, notes = store.find() or _encode_texts(store)
+    for note in notes:
+        report(note)
     cut = split_point(tokens, tokenizer.end_of_text_id, config.validation_fraction)
     return Corpus(
         tokenizer=tokenizer,
@@ -97,7 +99,7 @@ def _encode_texts(store: Store) -> Entry:
             plan = make_plan(*arguments, workers=workers, sizes=store.sizes)
         if plan.n_bytes <= 4 * store.sizes.memory:  # more only if an archive grows
             tokens = encode_in_memory(plan, store.sources, store.config, store.sizes)
-            return Entry(plan.facts, plan.tokenizer, tokens)
+            return Entry(plan.facts, plan.tokenizer, tokens, plan.notes)
     return store.make()
 
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from chargpt.base.errors import UserError
+from chargpt.config import OnError
 from chargpt.data.formats import raw_chunks
 from chargpt.data.texts import EMPTY, Source
 
+_GUESSED, _LEAST_GUESSED = 1 << 16, 64  # bytes from which an encoding is guessed
 BINARY_CHECK = 8192  # bytes at the start of a file; text has no NUL among them
 _EXAMPLE = ", e.g. --encoding latin-1 or cp1252"
 _BYTE_ORDER_MARKS = (  # the 32-bit marks start with the 16-bit ones: longest first
@@ -26,11 +28,17 @@ def read_text(source: Source, encoding: str) -> str:
     return "".join(decode_chunks(source.name, raw_chunks(source), encoding))
 
 
-def decode_chunks(name: str, chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
+def decode_chunks(
+    name: str, chunks: Iterable[bytes], encoding: str, on_error: OnError = "stop"
+) -> Iterator[str]:
     """Yield the text of bytes that may be cut anywhere; line ends stay unchanged.
 
-    A byte-order mark decides the encoding. A UserError, which begins with the source's `name`,
-    names an unknown encoding, a binary file, or the offset and line of a wrong byte.
+    A byte-order mark decides the encoding. With `on_error` ``replace``, wrong bytes become U+FFFD
+    and are counted in `Replaced`.
+
+    Raises:
+        UserError: it begins with the source's `name`, and names an unknown encoding, a binary file,
+            or the offset and line of a wrong byte.
     """
     chunks = iter(chunks)
     data = b""
@@ -40,7 +48,9 @@ def decode_chunks(name: str, chunks: Iterable[bytes], encoding: str) -> Iterator
             break
     has_nul = b"\0" in data[:BINARY_CHECK]
     codec = next((marked for mark, marked in _BYTE_ORDER_MARKS if data.startswith(mark)), encoding)
-    decoder = _decoder(codec)
+    decoder = _decoder(
+        codec, "chargpt-replace" if on_error == "replace" and not has_nul else "strict"
+    )
     n_bytes = n_lines = n_characters = 0
     for more in chain(chunks, [None]):  # what comes after the data; None: the end
         try:
@@ -49,7 +59,11 @@ def decode_chunks(name: str, chunks: Iterable[bytes], encoding: str) -> Iterator
             if has_nul:
                 raise UserError(f"{name} is a binary file: give plain text") from error
             wrong = _describe(error, data, n_bytes, n_lines)
-            raise UserError(f"{name}{wrong} is not {codec}: give --encoding{_EXAMPLE}") from error
+            guess = _guess(error)
+            raise UserError(
+                f"{name}{wrong} is not {codec}{guess}: give --encoding{'' if guess else _EXAMPLE}, "
+                "or --on-error skip-file or replace"
+            ) from error
         if "\0" in text[: max(0, BINARY_CHECK - n_characters)]:
             raise UserError(
                 f"{name} is a binary file, or not {codec}: give plain text, or --encoding"
@@ -63,7 +77,7 @@ def decode_chunks(name: str, chunks: Iterable[bytes], encoding: str) -> Iterator
         raise UserError(f"{name} {EMPTY}")
 
 
-def _decoder(encoding: str) -> codecs.IncrementalDecoder:
+def _decoder(encoding: str, errors: str) -> codecs.IncrementalDecoder:
     try:
         b"\0".decode(encoding)  # finds no codec that is not for text
     except UnicodeError:
@@ -72,7 +86,39 @@ def _decoder(encoding: str) -> codecs.IncrementalDecoder:
         raise UserError(
             f"unknown encoding {encoding!r}: give --encoding utf-8, latin-1, cp1252, utf-16, …"
         ) from error
-    return codecs.getincrementaldecoder(encoding)()
+    return codecs.getincrementaldecoder(encoding)(errors)
+
+
+class Replaced:
+    """How many wrong byte sequences became U+FFFD in this process."""
+
+    count = 0
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    Replaced.count += 1
+    return "\ufffd", error.end
+
+
+codecs.register_error("chargpt-replace", _replace)
+
+
+def _guess(error: UnicodeError) -> str:
+    """Return a suggestion for the encoding; empty: nothing is likely enough.
+
+    It is only a suggestion: short texts look like many encodings.
+    """
+    if not isinstance(error, UnicodeDecodeError):
+        return ""
+    from charset_normalizer import from_bytes  # here, for a quick `import chargpt`
+
+    data = bytes(error.object)
+    around = data[max(0, error.start - _GUESSED // 2) : error.start + _GUESSED // 2]
+    best = from_bytes(around).best()
+    plausible = best is not None and best.chaos < 0.1 and len(around) >= _LEAST_GUESSED
+    return f", perhaps {best.encoding}" if best is not None and plausible else ""
 
 
 def _describe(error: UnicodeError, data: bytes, n_bytes: int, n_lines: int) -> str:

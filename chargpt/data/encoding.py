@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
-from chargpt.data.decoding import BINARY_CHECK, decode_chunks
-from chargpt.data.formats import is_plain, open_file, raw_chunks
+from chargpt.data.decoding import BINARY_CHECK, Replaced, decode_chunks
+from chargpt.data.formats import CHUNK, is_plain, is_table, open_file, raw_chunks, rows
 from chargpt.data.texts import Source
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -77,7 +77,11 @@ def units_of(
         if some and (size + n_bytes > sizes.unit or len(some) == sizes.files):
             yield Unit(tuple(some), size)
             some, size = [], 0
-        can_be_cut = n_bytes > sizes.unit and is_utf8(config.encoding) and is_plain(source)
+        can_be_cut = (
+            n_bytes > sizes.unit
+            and is_utf8(config.encoding)
+            and is_plain(source, config.text_column)
+        )
         if can_be_cut and source.name not in streamed:
             yield from _ranges(source, n_bytes, config.document_separator, sizes.unit)
         else:
@@ -185,16 +189,19 @@ class ReadAgain(NamedTuple):
     source: Source
 
 
+class LeftOut(NamedTuple):
+    """Yielded for a source that is left out, because it is not text."""
+
+    source: Source
+    reason: str  # begins with the source's name
+
+
 def _parts_of(unit: Unit, config: DataConfig, chunk: int) -> Iterator[tuple[list[str], bool]]:
     """Yield the lists of a unit: those of short sources are one."""
     some: list[str] = []
     size = 0
     for source in unit.sources:
-        if unit.stop is None:
-            texts = decode_chunks(source.name, raw_chunks(source, chunk), config.encoding)
-        else:
-            texts = _read_range(unit, chunk)
-        for parts, ends in split_text(texts, config.document_separator, unit.ends):
+        for parts, ends in _lists_of(source, unit, config, chunk):
             some += parts
             if ends:
                 size += sum(map(len, parts))
@@ -203,6 +210,31 @@ def _parts_of(unit: Unit, config: DataConfig, chunk: int) -> Iterator[tuple[list
                 some, size = [], 0
     if some:
         yield some, True
+
+
+def _lists_of(
+    source: Source, unit: Unit, config: DataConfig, chunk: int
+) -> Iterator[tuple[list[str], bool]]:
+    if unit.stop is not None:
+        texts = _read_range(unit, chunk)
+    elif is_table(source, config.text_column):
+        yield from ((some, True) for some in rows(source, config.text_column))
+        return
+    else:
+        texts = read_text(source, config, chunk)
+    yield from split_text(texts, config.document_separator, unit.ends)
+
+
+def read_text(source: Source, config: DataConfig, chunk: int = CHUNK) -> Iterator[str]:
+    """Yield the text of a source that is no table, in pieces; errors as `decode_chunks`."""
+    return decode_chunks(source.name, raw_chunks(source, chunk), config.encoding, config.on_error)
+
+
+def refuse_wrong(source: Source, config: DataConfig) -> None:
+    """Raise a UserError unless a source can be read to its end."""
+    is_rows = is_table(source, config.text_column)
+    for _ in rows(source, config.text_column) if is_rows else read_text(source, config):
+        pass
 
 
 def _read_range(unit: Unit, chunk: int) -> Iterator[str]:
@@ -228,11 +260,20 @@ class Counted(NamedTuple):
     ends: bool
     points: npt.NDArray[np.uint32]  # the code points that occur
     counts: npt.NDArray[np.uint32]  # how often
+    n_replaced: int  # wrong byte sequences
 
 
-def count(unit: Unit, config: DataConfig, chunk: int) -> Iterator[Counted | ReadAgain]:
+def count(unit: Unit, config: DataConfig, chunk: int) -> Iterator[Counted | ReadAgain | LeftOut]:
     """Yield what each list of a unit holds."""
+    if config.on_error == "skip-file" and unit.stop is None:
+        for source in unit.sources:  # to the end, before anything of it is used
+            try:
+                refuse_wrong(source, config)
+            except UserError as error:
+                yield LeftOut(source, str(error))
+                unit = unit._replace(sources=tuple(s for s in unit.sources if s is not source))
     try:
+        before = Replaced.count
         for parts, ends in _parts_of(unit, config, chunk):
             lengths = np.fromiter(map(len, parts), np.int64, len(parts))
             histogram = count_characters("".join(parts))
@@ -242,7 +283,9 @@ def count(unit: Unit, config: DataConfig, chunk: int) -> Iterator[Counted | Read
                 ends=ends,
                 points=points.astype(np.uint32),
                 counts=histogram[points].astype(np.uint32),
+                n_replaced=Replaced.count - before,
             )
+            before = Replaced.count
     except UnicodeDecodeError:
         yield ReadAgain(unit.sources[0])
 
@@ -288,7 +331,7 @@ class Encoder:
     short: bytes | None  # the table for ASCII if its ids are below 256: 2 × as fast
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of a text, (n,)."""
+        """Return the ids of a text with marks, (n,)."""
         return np.concatenate([self.table[:0], *map(self._encode_slice, _slices(text))])
 
     def _encode_slice(self, text: str) -> Ids:
@@ -298,6 +341,15 @@ class Encoder:
         if self.short is None:
             return self.table.take(np.frombuffer(data, np.uint8), mode="clip")
         return np.frombuffer(data.translate(self.short), np.uint8)
+
+
+class ByteEncoder(Encoder):
+    """Translates text into the bytes of its UTF-8. The mark is a byte that UTF-8 never has."""
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of a text with marks, (n,)."""
+        data = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+        return self.table.take(data, mode="clip") if self.mark else data
 
 
 def encode(

@@ -21,14 +21,26 @@ from chargpt.base.checks import check_fields, from_dict
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data import encoding
-from chargpt.data.decoding import decode_chunks
-from chargpt.data.encoding import Counted, Encoder, Ids, Ints, ReadAgain, Sizes, Unit
+from chargpt.data.byte_tokenizer import BYTE_MARK, ByteTokenizer, tokenizer_from_json
+from chargpt.data.encoding import (
+    ByteEncoder,
+    Counted,
+    Encoder,
+    Ids,
+    Ints,
+    LeftOut,
+    ReadAgain,
+    Sizes,
+    Unit,
+)
 from chargpt.data.formats import raw_chunks
 from chargpt.data.texts import Source
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.workers import Workers
 
 _CODE_POINTS = 0x110000
+_SHOWN = 10  # files or characters in a line
+REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +65,9 @@ class EncodingPlan:
     tokenizer: CharTokenizer
     mark: str  # see `Encoder`
     streamed: frozenset[str]  # names of sources that cannot be read in ranges
+    left_out: frozenset[str]  # names of sources that are not text
+    rare: str  # characters that become U+FFFD
+    notes: tuple[str, ...]  # lines for the user
     is_open: tuple[bool, ...]  # for each unit: whether a document with characters continues in it
     sizes: tuple[int, ...]  # token ids of each unit
 
@@ -75,12 +90,21 @@ class EncodingPlan:
     @property
     def encoder(self) -> Encoder:
         """What writes the ids."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return ByteEncoder(self.tokenizer.byte_ids, self.mark, None)
         points = [ord(c) for c in (*self.tokenizer.characters, *self.mark)]
-        table: Ids = np.zeros(max(points) + 1, dtype=self.tokenizer.dtype)
+        rare = [ord(c) for c in self.rare]
+        table: Ids = np.zeros(max(points + rare) + 1, dtype=self.tokenizer.dtype)
         table[points] = np.arange(len(points))
+        table[rare] = table[ord(REPLACEMENT)] if rare else 0
         short = table[:128].astype(np.uint8)
         is_short = bool((short == table[:128]).all())
         return Encoder(table, self.mark, short.tobytes().ljust(256) if is_short else None)
+
+    def units(self, sources: Sequence[Source], config: DataConfig, sizes: Sizes) -> list[Unit]:
+        """Return the units of the first pass."""
+        kept = [source for source in sources if source.name not in self.left_out]
+        return list(encoding.units_of(kept, config, self.streamed, sizes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -90,6 +114,9 @@ class EncodingPlan:
             "tokenizer": self.tokenizer.to_json(),
             "mark": self.mark,
             "streamed": sorted(self.streamed),
+            "left_out": sorted(self.left_out),
+            "rare": self.rare,
+            "notes": list(self.notes),
             "is_open": list(map(int, self.is_open)),
             "sizes": list(self.sizes),
         }
@@ -100,9 +127,12 @@ class EncodingPlan:
         return cls(
             facts=from_dict(TextFacts, values["facts"]),
             layout=values["layout"],
-            tokenizer=CharTokenizer.from_json(values["tokenizer"]),
+            tokenizer=tokenizer_from_json(values["tokenizer"]),
             mark=values["mark"],
             streamed=frozenset(values["streamed"]),
+            left_out=frozenset(values["left_out"]),
+            rare=values["rare"],
+            notes=tuple(values["notes"]),
             is_open=tuple(map(bool, values["is_open"])),
             sizes=tuple(values["sizes"]),
         )
@@ -121,15 +151,21 @@ class _Tally:
     boundaries: Any = field(default_factory=hashlib.sha256)
     is_open: list[bool] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)  # of each unit
+    n_bytes: list[int] = field(default_factory=list)  # of UTF-8
+    n_replaced: int = 0
     ended: list[int] = field(default_factory=list)  # documents that end in each unit
 
     def start_unit(self) -> None:
         self.is_open.append(self.open_length > 0)
         self.characters.append(0)
+        self.n_bytes.append(0)
         self.ended.append(0)
 
     def add(self, counted: Counted) -> None:
         self.counts[counted.points] += counted.counts
+        self.n_replaced += counted.n_replaced
+        widths = 1 + np.searchsorted((0x80, 0x800, 0x10000), counted.points, side="right")
+        self.n_bytes[-1] += int((widths * counted.counts.astype(np.int64)).sum())
         lengths = counted.lengths.astype("<i8")
         self.characters[-1] += int(lengths.sum())
         lengths[0] += self.open_length
@@ -162,17 +198,22 @@ def make_plan(
     with ThreadPoolExecutor(1) as thread:
         digests = thread.submit(_digests, sources, stop)
         try:
-            tally, streamed = _count(sources, config, workers, sizes, advance)
-            sha256, layout = digests.result()
+            tally, streamed, left_out = _count(sources, config, workers, sizes, advance)
+            if not left_out:
+                sha256, layout = digests.result()
         finally:
             stop.set()
+    if left_out:
+        kept = [source for source in sources if source.name not in left_out]
+        sha256, layout = _digests(kept, Event())
     if not tally.n_documents:
         names = ", ".join(source.name for source in sources[:3]) + (", …" if sources[3:] else "")
         raise UserError(f"{names} holds only document separators: give some text")
     several = tally.n_documents > 1
-    present = map(chr, np.flatnonzero(tally.counts).tolist())
-    tokenizer = CharTokenizer({*present, *characters}, end_of_text=several)
-    unused = (chr(i) for i in range(_CODE_POINTS) if chr(i) not in tokenizer.characters)
+    tokenizer, rare = _tokenizer(tally.counts, config, {*characters}, end_of_text=several)
+    is_byte = isinstance(tokenizer, ByteTokenizer)
+    unused = map(chr, np.flatnonzero(tally.counts == 0))
+    mark = BYTE_MARK if is_byte else next(c for c in unused if c not in tokenizer.characters)
     return EncodingPlan(
         facts=TextFacts(
             sha256=sha256,
@@ -182,13 +223,49 @@ def make_plan(
         ),
         layout=layout,
         tokenizer=tokenizer,
-        mark=next(unused) if several else "",
+        mark=mark if several else "",
         streamed=streamed,
+        left_out=frozenset(left_out),
+        rare=rare,
+        notes=tuple(_notes(tally, left_out, rare, config)),
         is_open=tuple(tally.is_open),
         sizes=tuple(
-            n + several * ended for n, ended in zip(tally.characters, tally.ended, strict=True)
+            n + several * ended
+            for n, ended in zip(
+                tally.n_bytes if is_byte else tally.characters, tally.ended, strict=True
+            )
         ),
     )
+
+
+def _tokenizer(
+    counts: Ints, config: DataConfig, characters: set[str], *, end_of_text: bool
+) -> tuple[CharTokenizer, str]:
+    """Return the tokenizer, and the characters that become U+FFFD."""
+    if config.tokenizer == "byte":
+        return ByteTokenizer(end_of_text=end_of_text), ""
+    present = {chr(i) for i in np.flatnonzero(counts).tolist()}
+    common = {chr(i) for i in np.flatnonzero(counts >= config.min_count).tolist()} | characters
+    rare = sorted(present - common - {REPLACEMENT})
+    added = {REPLACEMENT} if rare else set()
+    return CharTokenizer(common | added, end_of_text=end_of_text), "".join(rare)
+
+
+def _notes(tally: _Tally, left_out: dict[str, str], rare: str, config: DataConfig) -> Iterator[str]:
+    """Yield lines about what is not in the text as it was."""
+    for reason in list(left_out.values())[:_SHOWN]:
+        yield f"left out   {reason.partition(': give')[0]}"
+    if len(left_out) > _SHOWN:
+        yield f"left out   and {len(left_out) - _SHOWN:,} more files"
+    if tally.n_replaced:
+        yield f"replaced   {tally.n_replaced:,} wrong byte sequences by U+FFFD"
+    if rare:
+        n = int(tally.counts[[ord(c) for c in rare]].sum())
+        shown = ", ".join(map(repr, rare[:_SHOWN])) + (", …" if len(rare) > _SHOWN else "")
+        yield (
+            f"rare       {len(rare):,} characters with fewer than {config.min_count} occurrences, "
+            f"{n:,} in all, became U+FFFD: {shown}"
+        )
 
 
 def _digests(sources: Sequence[Source], stop: Event) -> tuple[str, str]:
@@ -211,31 +288,36 @@ def _count(
     workers: Workers,
     sizes: Sizes,
     advance: Callable[[int], None],
-) -> tuple[_Tally, frozenset[str]]:
-    """Return the counts, and the names of the sources that cannot be read in ranges."""
+) -> tuple[_Tally, frozenset[str], dict[str, str]]:
+    """Return the counts, the names of sources that cannot be read in ranges, and what is left out.
+
+    That is why, by name of the source.
+    """
     streamed: frozenset[str] = frozenset()
+    left_out: dict[str, str] = {}
     while True:
-        tally, again = _Tally(), set()
+        tally, again, wrong = _Tally(), set[Source](), dict[str, str]()
         units = list(encoding.units_of(sources, config, streamed, sizes))
         jobs = ((unit, config, sizes.chunk) for unit in units)
         for unit, results in zip(units, workers.map(encoding.count, jobs), strict=True):
             tally.start_unit()
             for counted in results:
-                if isinstance(counted, ReadAgain):
-                    _refuse_wrong_bytes(counted.source, config)
+                if isinstance(counted, LeftOut):
+                    wrong[counted.source.name] = counted.reason
+                elif isinstance(counted, ReadAgain):
+                    if config.on_error != "skip-file":  # else the next round leaves it out
+                        encoding.refuse_wrong(counted.source, config)
                     again.add(counted.source)
                 else:
                     tally.add(counted)
             advance(unit.n_bytes)
-        if not again:
-            return tally, streamed
+        if not again and not wrong:
+            return tally, streamed, left_out
         streamed |= {source.name for source in again}
-
-
-def _refuse_wrong_bytes(source: Source, config: DataConfig) -> None:
-    """Raise a UserError unless the source as a whole is text."""
-    for _ in decode_chunks(source.name, raw_chunks(source), config.encoding):
-        pass
+        left_out |= wrong
+        sources = [source for source in sources if source.name not in wrong]
+        if not sources:
+            raise UserError(next(iter(left_out.values())))
 
 
 # --- the second pass
@@ -250,7 +332,7 @@ def encode_in_memory(
         UserError: the text has changed since the first pass.
     """
     ids = np.empty(plan.n_tokens, dtype=plan.tokenizer.dtype)
-    units = encoding.units_of(sources, config, plan.streamed, sizes)
+    units = plan.units(sources, config, sizes)
     encoder, place = plan.encoder, 0
     for unit, size, is_open in zip(units, plan.sizes, plan.is_open, strict=True):
         stop = place + size

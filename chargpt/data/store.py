@@ -42,7 +42,8 @@ from chargpt.base.files import (
 )
 from chargpt.base.progress import progress
 from chargpt.config import DataConfig
-from chargpt.data.encoding import CHANGED, Ids, Sizes, units_of
+from chargpt.data.byte_tokenizer import tokenizer_from_json
+from chargpt.data.encoding import CHANGED, Ids, Sizes
 from chargpt.data.passes import EncodingPlan, TextFacts, encode_in_file, make_plan
 from chargpt.data.texts import Source
 from chargpt.data.tokenizer import CharTokenizer
@@ -63,6 +64,7 @@ class Entry(NamedTuple):
     facts: TextFacts
     tokenizer: CharTokenizer
     tokens: Ids  # a read-only map of a file, (n,)
+    notes: tuple[str, ...]  # lines for the user
 
 
 def cache_folder() -> Path:
@@ -117,10 +119,11 @@ class Store:
         try:
             values = parse_json(read_text(path / "entry.json", max_bytes=_MAX_JSON_BYTES), "")
             check_seal(values, "")
-            tokenizer = CharTokenizer.from_json(values["tokenizer"])
+            tokenizer = tokenizer_from_json(values["tokenizer"])
             tokens = np.memmap(path / "tokens.bin", tokenizer.dtype, mode="r")
             if len(tokens) == values["n_tokens"]:
-                return Entry(from_dict(TextFacts, values["facts"]), tokenizer, tokens)
+                facts = from_dict(TextFacts, values["facts"])
+                return Entry(facts, tokenizer, tokens, tuple(values["notes"]))
         except (OSError, KeyError, TypeError, ValueError):  # UserError is a ValueError
             pass
         self.report(f"tokens     {path} is damaged: encoding the text again")
@@ -200,7 +203,7 @@ class Store:
 
     def _encode(self, plan: EncodingPlan, path: Path, workers: Workers) -> None:
         """Write the entry `path` from a plan and what the journal says is done."""
-        units = list(units_of(self.sources, self.config, plan.streamed, self.sizes))
+        units = plan.units(self.sources, self.config, self.sizes)
         part = self._work / "entry"
         part.mkdir(exist_ok=True)
         tokens, journal = part / "tokens.bin", self._work / "journal"
@@ -227,11 +230,13 @@ class Store:
         with tokens.open("r+b") as file:
             os.fsync(file.fileno())
         facts = asdict(plan.facts)
-        tokenizer, n_tokens = plan.tokenizer.to_json(), plan.n_tokens
-        write_json(
-            part / "entry.json",
-            seal({"facts": facts, "tokenizer": tokenizer, "n_tokens": n_tokens}),
-        )
+        values = {
+            "facts": facts,
+            "tokenizer": plan.tokenizer.to_json(),
+            "n_tokens": plan.n_tokens,
+            "notes": list(plan.notes),
+        }
+        write_json(part / "entry.json", seal(values))
         rename(part, path)
         sync_folder(self.folder)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.config import Unknown
+from chargpt.data.streaming import CharDecoder, Decoder
 
 FORMAT = 1
 _CHUNK = 1 << 20  # characters encoded at a time, with 12 bytes of scratch memory each
@@ -27,6 +28,8 @@ class CharTokenizer:
     `characters` are one or more distinct characters, in any order; `end_of_text` adds a token that
     ends a document. Others are a UserError.
     """
+
+    unit = "char"  # what a token is, in tables
 
     def __init__(self, characters: Iterable[str], *, end_of_text: bool = False) -> None:
         self.characters: tuple[str, ...] = tuple(sorted(characters))
@@ -100,6 +103,18 @@ class CharTokenizer:
             wrong = next(i for i in ids if not 0 <= i < len(table))
             raise UserError(f"token id {wrong} is outside the vocabulary of {len(table)} tokens")
         return "".join(table[i] for i in ids)
+
+    def decoder(self) -> Decoder:
+        """Return an object that decodes ids as they come."""
+        return CharDecoder((*self.characters, ""))
+
+    def n_tokens(self, text: str) -> int:
+        """Return the number of ids of a text without unknown characters."""
+        return len(text)
+
+    def per_character(self, text: str, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the score of each character, (len(text),), from that of each token."""
+        return scores
 
     def to_json(self) -> str:
         """Return the vocabulary as JSON with a format version."""

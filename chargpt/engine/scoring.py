@@ -159,8 +159,8 @@ def score(
     scores = log_probabilities(
         model, tokens, stride=stride, batch_size=batch_size, autocast=autocast
     )[len(start) - 1 :]  # (len(ids),)
-    if len(ids) == len(text):
-        return scores
+    if len(ids) == tokenizer.n_tokens(text):
+        return tokenizer.per_character(text, scores)
     known = set(tokenizer.characters)
     spread = np.full(len(text), np.nan, dtype=np.float32)
     spread[np.fromiter((character in known for character in text), bool, len(text))] = scores

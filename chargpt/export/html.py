@@ -21,7 +21,7 @@ from chargpt.export.verify import check_logits, logits_of, probes
 from chargpt.export.web_page import make_page, read_page, tolerance_for
 from chargpt.generate import complete
 from chargpt.model import GPT2
-from chargpt.runs.folder import load
+from chargpt.runs.folder import load_characters
 
 MOST_PAGE_BYTES = 300_000_000  # browsers hold the text of a page several times
 MOST_CHANGE_NATS = 0.02  # of the loss, for weights in 8 bits
@@ -51,7 +51,7 @@ def export_html(
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder: give the name of a file, such as {out}.html")
-    model, tokenizer = load(run, which=which)
+    model, tokenizer = load_characters(run, which=which)
     refuse_large(model, int8)
     run_facts = gather_facts(run, model, tokenizer, which=which, report=report).to_json()
     report("writing a text with the model, to compare the page with it")

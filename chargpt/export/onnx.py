@@ -71,7 +71,7 @@ from chargpt.engine.scheduler import Engine, Token
 from chargpt.export.onnx_graph import import_onnx, quantize, to_onnx
 from chargpt.export.verify import Floats, check_logits, logits_of, probes
 from chargpt.model import GPT2
-from chargpt.runs.folder import load
+from chargpt.runs.folder import load_characters
 
 TOLERANCE = 1e-4
 CASES = [(B, T, P) for B in (1, 2, 5) for T in (1, 2, 17) for P in (0, 1, 63)]
@@ -106,7 +106,7 @@ def export_onnx(
     import_onnx()
     if out.is_dir():
         raise UserError(f"{out} is a folder: give the name of a file, such as model.onnx")
-    model, tokenizer = load(run, which=which)
+    model, tokenizer = load_characters(run, which=which)
     report(f"writing {human_count(count_parameters(model))} parameters as ONNX")
     stored = rounded(model) if int8 else model
     data = to_onnx(model, tokenizer, int8=int8)

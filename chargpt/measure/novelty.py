@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.base.terminal import visible
+from chargpt.data.byte_tokenizer import ByteTokenizer
 from chargpt.data.corpus import encode_documents, split_documents
 from chargpt.data.decoding import read_text
 from chargpt.data.texts import find_sources
@@ -411,6 +412,10 @@ def novelty_of_run(
         corpus = training_corpus(config, report)
     except UserError as error:
         raise UserError(f"{error}: {NEEDS_TEXT}") from error
+    if isinstance(corpus.tokenizer, ByteTokenizer):
+        raise UserError(
+            f"the tokens of {run} are bytes: novelty is of characters, train with those"
+        )
     _check_memory(len(corpus.train), corpus.tokenizer.vocab_size)
     length = max(sum(map(len, texts)) // len(texts), _LEAST_PIECE)
     validation = TrainingText(corpus.validation, corpus.tokenizer)

@@ -41,6 +41,7 @@ class Scorecard:
     bits_per_char: float
     perplexity: float
     baselines: tuple[Baseline, ...]
+    unit: str  # what a token is, "char" or "byte"; the figures are per token
     note: str  # why there are no baselines, or what part of the texts they saw; may be empty
 
 
@@ -107,6 +108,7 @@ def score_run(
         bits_per_char=bits_per_char(loss),
         perplexity=perplexity(loss),
         baselines=tuple(rows),
+        unit=tokenizer.unit,
         note=note,
     )
 

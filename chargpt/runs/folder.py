@@ -25,6 +25,7 @@ from chargpt.base.errors import UserError
 from chargpt.base.files import SEAL, check_seal, parse_json, read_json, read_text, seal, write_json
 from chargpt.base.seeding import own_random_state
 from chargpt.config import CheckpointName, DataConfig, GPT2Config, TrainConfig
+from chargpt.data.byte_tokenizer import ByteTokenizer, tokenizer_from_json
 from chargpt.data.passes import TextFacts
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.model import GPT2
@@ -104,6 +105,23 @@ def load(
     return Loaded(model.eval(), tokenizer)
 
 
+def load_characters(
+    run: str | Path, *, which: CheckpointName = "best", device: str | torch.device = "cpu"
+) -> Loaded:
+    """Load a model for a use that needs a character per token; see `load`.
+
+    Raises:
+        UserError: its tokens are bytes, or as `load` does.
+    """
+    loaded = load(run, which=which, device=device)
+    if isinstance(loaded.tokenizer, ByteTokenizer):
+        raise UserError(
+            f"{run}: its tokens are bytes, and this needs characters: use sample and eval, or "
+            "train with --tokenizer char"
+        )
+    return loaded
+
+
 def read_config(run: Path) -> RunConfig:
     """Return ``config.json`` of a run folder.
 
@@ -175,7 +193,7 @@ def read_tokenizer(run: Path) -> CharTokenizer:
         raise UserError(f"{path} is not a vocabulary: the run is damaged")
     check_seal(parse_json(text, str(path)), str(path))
     try:
-        return CharTokenizer.from_json(text)
+        return tokenizer_from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

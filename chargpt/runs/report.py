@@ -85,6 +85,7 @@ class Reporter(SilentReporter):
         out: the run folder, which exists.
         quiet: write only to the run folder.
         track: a service that also receives the metrics.
+        unit: what a token is.
         write_sample: returns a sample of the current model; None: no samples.
         resumed_step: later steps are removed from metrics.jsonl and samples.txt.
         evaluated_step: the last evaluation in the checkpoint; later ones are removed.
@@ -97,12 +98,14 @@ class Reporter(SilentReporter):
         quiet: bool = False,
         track: Tracker = "none",
         write_sample: Callable[[], str] | None = None,
+        unit: str = "char",
         resumed_step: int = 0,
         evaluated_step: int | None = None,
     ) -> None:
         self.out = out
         self.console: Console = _Terminal(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._write_sample = write_sample
+        self._unit = unit
         self._track = track
         self._known = resumed_step, evaluated_step or 0
         self._metrics: TextIO | None = None
@@ -182,7 +185,7 @@ class Reporter(SilentReporter):
         spread = "" if part is None else f" on {part:,} tokens"
         self.note(
             f"step {step:,}: validation loss{spread} {val_loss:.4f} = "
-            f"{bits_per_char(val_loss):.3f} bits/char{best}"
+            f"{bits_per_char(val_loss):.3f} bits/{self._unit}{best}"
         )
 
     def sample(self, *, step: int, val_loss: float) -> None:

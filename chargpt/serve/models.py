@@ -15,7 +15,7 @@ from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.decoder import Chunk, Decoder, PyTorchDecoder
 from chargpt.generate import make_decoder
 from chargpt.model import GPT2
-from chargpt.runs.folder import load
+from chargpt.runs.folder import load_characters
 from chargpt.serve.worker import Worker
 
 
@@ -67,7 +67,7 @@ def load_served(
     Raises:
         UserError: not a run, or a damaged one.
     """
-    model, tokenizer = load(run, which=which, device=choose_device(device).device)
+    model, tokenizer = load_characters(run, which=which, device=choose_device(device).device)
     name = name or run.resolve().name
     decoder = exact_decoder(model, n_slots, kernels)
     worker = Worker(decoder, max_waiting=max_waiting, name=f"worker of {name}")

@@ -16,7 +16,7 @@ from chargpt.base.seeding import INIT, derive_seed
 from chargpt.base.units import human_count
 from chargpt.base.version import __version__
 from chargpt.compute.build import is_library_name
-from chargpt.compute.counts import count_parameters
+from chargpt.compute.counts import count_parameters, training_flops_per_token
 from chargpt.compute.device import (
     PrecisionChoice,
     choose_device,
@@ -45,6 +45,7 @@ FREE_ON_RESUME = {
     *("device", "precision", "kernels", "attention", "compile", "parallel", "deterministic"),
 }
 """May change on resume: budget, intervals, hardware; nothing that affects learning."""
+LARGE_HEAD = 0.25  # share of the parameters or operations
 AnyConfig = GPT2Config | TrainConfig | DataConfig
 
 
@@ -94,7 +95,7 @@ def make_plan(
     )
     start = None
     if start_from and not before and world.is_first:
-        start = read_start(start_from, model_config)
+        start = read_start(start_from, model_config, data_config.tokenizer)
     known, origin = world.on_first(lambda: _vocabulary(start, before, start_from, out))
     corpus = load_corpus(sources, data_config, characters=known, quiet=quiet, report=report)
     _refuse_another_text(corpus, world)
@@ -298,9 +299,25 @@ def _describe(
         f"precision  {precision.name} ({precision.reason})",
         f"budget     {_describe_budget(trainer)}",
     ]
+    if head := _describe_head(model):
+        lines.append(head)
     if trainer.device.type == "cuda" or trainer.world.size > 1:
         lines.append(f"parallel   {trainer.parallel.reason}")
     return lines
+
+
+def _describe_head(model: GPT2) -> str:
+    """Return what the vocabulary costs, if that is much."""
+    config = model.config
+    weights = config.vocab_size * config.d_model
+    parameters = weights / count_parameters(model)
+    operations = 6 * weights / training_flops_per_token(config)
+    if max(parameters, operations) < LARGE_HEAD:
+        return ""
+    return (
+        f"head       {config.vocab_size:,} tokens take {parameters:.0%} of the parameters and "
+        f"{operations:.0%} of the operations: --min-count or --tokenizer byte makes them fewer"
+    )
 
 
 def _settings(config: AnyConfig) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from chargpt.base.errors import UserError
-from chargpt.config import GPT2Config
+from chargpt.config import GPT2Config, TokenizerName
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.model import GPT2, INIT_STD
 from chargpt.runs.folder import load, read_config
@@ -39,11 +39,12 @@ def start_config(run: Path) -> GPT2Config:
     return read_config(run).model_config.replace(vocab_size=0)
 
 
-def read_start(run: Path, model_config: GPT2Config) -> Start:
+def read_start(run: Path, model_config: GPT2Config, tokenizer_name: TokenizerName) -> Start:
     """Return the model to start from.
 
     Raises:
-        UserError: not a run, or one of another shape than `model_config`; dropout may differ.
+        UserError: not a run, or one of another shape than `model_config` (dropout may differ), or
+            with another kind of tokens.
     """
     for name, was in asdict(start_config(run)).items():
         wanted = getattr(model_config, name)
@@ -53,7 +54,13 @@ def read_start(run: Path, model_config: GPT2Config) -> Start:
                 f"{name} is {was!r} in {run} and cannot become {wanted!r}: "
                 f"leave out {flag}, or --from"
             )
-    return Start(run, *load(run))
+    start = Start(run, *load(run))
+    unit = start.tokenizer.unit
+    if unit != tokenizer_name:
+        raise UserError(
+            f"the tokens of {run} are {unit}s, not {tokenizer_name}s: give --tokenizer {unit}"
+        )
+    return start
 
 
 def take_weights(model: GPT2, tokenizer: CharTokenizer, start: Start) -> str:

@@ -61,7 +61,14 @@ def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summ
     scored = scored_tokens(n, trainer.windows.block_size, state.eval_tokens)
     part = "" if scored == n - 1 else f" (on {scored:,} of {n:,} tokens, evenly spread)"
     return Summary(
-        verdict=verdict(state, by_frequency, stop_reason, _budget_end(trainer), part),
+        verdict=verdict(
+            state,
+            by_frequency,
+            stop_reason,
+            _budget_end(trainer),
+            part=part,
+            unit=corpus.tokenizer.unit,
+        ),
         val_loss=best,
         bits_per_char=None if best is None else bits_per_char(best),
         val_tokens=scored if part else None,
@@ -95,20 +102,22 @@ def verdict(
     letter_frequency_loss: float,
     stop_reason: StopReason,
     budget_end: str = "the budget ended",
+    *,
     part: str = "",
+    unit: str = "char",
 ) -> str:
     """Return how good the model is, and what would make it better.
 
     `letter_frequency_loss` is that of guessing by letter frequency alone, in nats a character;
     `budget_end` says what ended the run if its reason is "budget"; `part` says which part of the
-    validation text was scored.
+    validation text was scored, and `unit` what a token is.
     """
     best = state.best_val_loss
     if best is None:
         return (
             f"stopped at step {state.step:,}, before the first evaluation; the last state is kept"
         )
-    loss = f"val {best:.3f} nats/char = {bits_per_char(best):.2f} bits/char{part}"
+    loss = f"val {best:.3f} nats/{unit} = {bits_per_char(best):.2f} bits/{unit}{part}"
     if best > 0.98 * letter_frequency_loss:
         return (
             f"{loss}; no better than guessing by letter frequency: train longer, or give more text"

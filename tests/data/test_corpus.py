@@ -193,7 +193,7 @@ def chunks_of(data: bytes, size: int) -> list[bytes]:
     return [data[i : i + size] for i in range(0, len(data), size)]
 
 
-NOT_OF = "give --encoding, e.g. --encoding latin-1 or cp1252"
+NOT_OF = "give --encoding, e.g. --encoding latin-1 or cp1252, or --on-error skip-file or replace"
 KNOWN = "give --encoding utf-8, latin-1, cp1252, utf-16, …"
 
 

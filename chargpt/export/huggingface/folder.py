@@ -27,7 +27,7 @@ from chargpt.export.huggingface.hub import push as upload
 from chargpt.export.huggingface.reading import load_hf
 from chargpt.export.huggingface.verify import N_GREEDY, verify_hf
 from chargpt.model import GPT2
-from chargpt.runs.folder import load
+from chargpt.runs.folder import load_characters
 from chargpt.runs.imported import write_imported_run
 from chargpt.runs.weights import model_tensors, to_bytes
 
@@ -65,7 +65,7 @@ def export_hf(
         ) from error
     if push is not None:
         check_push(push)
-    model, tokenizer = load(run, which=which)
+    model, tokenizer = load_characters(run, which=which)
     mapping.refuse_inexpressible(model.config)
     with new_folder(out) as folder:
         _write_model(folder, model, tokenizer)
