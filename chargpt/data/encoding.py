@@ -157,6 +157,12 @@ def split_text(
     yield [*parts[:-1], "".join(parts[-1:]) + kept], ends
 
 
+def split_documents(text: str, separator: str) -> Iterator[str]:
+    """Yield the documents of a whole text, without empty ones; see `split_text`."""
+    for parts, _ in split_text([text], separator, ends=True):
+        yield from filter(None, parts)
+
+
 def _unix_chunks(chunks: Iterable[str]) -> Iterator[str]:
     kept = ""
     for chunk in chunks:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from chargpt.base.errors import UserError
@@ -47,3 +51,23 @@ def open_file(source: Source) -> BinaryIO:
 def is_plain(source: Source) -> bool:
     """Return whether a source is a file whose ranges can be read apart from each other."""
     return source.path is not None
+
+
+@contextmanager
+def standard_input_kept(sources: list[Source]) -> Iterator[list[Source]]:
+    """Yield the sources with a file in place of standard input, which can be read only once."""
+    if STANDARD_INPUT not in {source.name for source in sources}:
+        yield sources
+        return
+    with TemporaryDirectory(prefix="chargpt-") as folder:
+        path = Path(folder) / "text"
+        try:
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        except OSError as error:
+            raise UserError(
+                f"standard input cannot be kept in {folder} ({error.strerror}): set TMPDIR to "
+                "a folder with more room"
+            ) from error
+        kept = Source("standard input", path)
+        yield [kept if source.name == STANDARD_INPUT else source for source in sources]
