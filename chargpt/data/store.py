@@ -105,7 +105,8 @@ class Store:
         with suppress(OSError, UserError, KeyError, TypeError):
             index = parse_json(read_text(self._index), "")
             if self._is_older_than(index["read_at"]):
-                os.utime(self._index)
+                with suppress(OSError):  # a cache that others fill
+                    os.utime(self._index)
                 return self._open(index["key"])
         return None
 

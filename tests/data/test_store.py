@@ -129,6 +129,17 @@ def test_small_and_large_texts_are_encoded_alike(tmp_path: Path, cache: Path) ->
     assert not large.train.flags.writeable
 
 
+def test_a_separator_longer_than_what_is_read_to_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_WINDOW", 16)
+    separator = "-" * 50
+    text = separator.join(["one", "two", "three"] * 5)
+    config = DataConfig(document_separator=separator)
+    sizes = Sizes(memory=0, unit=60, chunk=9)
+    check(load(write(tmp_path / "text", text), config=config, sizes=sizes), [text], separator)
+
+
 def test_characters_join_the_vocabulary(tmp_path: Path) -> None:
     corpus = load(write(tmp_path / "text", "ab\nba\n" * 20), characters="xya")
     assert corpus.tokenizer.characters == ("a", "b", "x", "y")
