@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,14 +12,13 @@ import numpy.typing as npt
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data.encoding import Sizes
+from chargpt.data.formats import standard_input_kept
 from chargpt.data.passes import TextFacts, encode_in_memory, make_plan
 from chargpt.data.store import Entry, Store
-from chargpt.data.texts import STANDARD_INPUT, Source, find_sources
+from chargpt.data.texts import find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.workers import Workers
 
-Lengths = npt.NDArray[np.int64]
-_JOINED_AT_ONCE = 10_000  # documents; a short string takes ten times the memory of its text
 _BLOCK = 1 << 20  # tokens searched at a time for the end of a document
 
 
@@ -76,7 +69,7 @@ def load_corpus(
             byte offset and line), a text too short to split, or a cache that cannot be written.
     """
     config, sizes = config or DataConfig(), sizes or Sizes()
-    with _standard_input_kept(find_sources(sources)) as texts:
+    with standard_input_kept(find_sources(sources)) as texts:
         store = Store(texts, config, characters, sizes=sizes, quiet=quiet, report=report)
         facts, tokenizer, tokens, notes = store.find() or _encode_texts(store)
     for note in notes:
@@ -101,71 +94,6 @@ def _encode_texts(store: Store) -> Entry:
             tokens = encode_in_memory(plan, store.sources, store.config, store.sizes)
             return Entry(plan.facts, plan.tokenizer, tokens, plan.notes)
     return store.make()
-
-
-@contextmanager
-def _standard_input_kept(sources: list[Source]) -> Iterator[list[Source]]:
-    """Yield the sources with a file in place of standard input, which can be read only once."""
-    if STANDARD_INPUT not in {source.name for source in sources}:
-        yield sources
-        return
-    with TemporaryDirectory(prefix="chargpt-") as folder:
-        path = Path(folder) / "text"
-        try:
-            with path.open("wb") as file:
-                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-        except OSError as error:
-            raise UserError(
-                f"standard input cannot be kept in {folder} ({error.strerror}): set TMPDIR to "
-                "a folder with more room"
-            ) from error
-        kept = Source("standard input", path)
-        yield [kept if source.name == STANDARD_INPUT else source for source in sources]
-
-
-# --- documents
-
-
-def split_documents(text: str, separator: str) -> Iterator[str]:
-    r"""Yield the parts of `text` between separators, without empty ones.
-
-    An empty separator yields the whole text. For a separator with ``\n``, ``\r\n`` counts as
-    ``\n``, so that a file from Windows gives the same documents.
-    """
-    if not separator:
-        yield text
-        return
-    if "\n" in separator:
-        text, separator = text.replace("\r\n", "\n"), separator.replace("\r\n", "\n")
-    start = 0
-    while start <= len(text):
-        end = text.find(separator, start)
-        end = len(text) if end < 0 else end
-        if end > start:
-            yield text[start:end]
-        start = end + len(separator)
-
-
-def encode_documents(documents: Iterable[str], tokenizer: CharTokenizer) -> npt.NDArray[Any]:
-    """Return all documents as token ids, (n,), an end-of-text token (if any) after each one."""
-    return _encode(*_join(documents), tokenizer)
-
-
-def _join(documents: Iterable[str]) -> tuple[str, Lengths]:
-    """Return the documents as one string, and the length of each."""
-    documents = iter(documents)
-    joined: list[str] = []
-    lengths: list[Lengths] = [np.array([], dtype=np.int64)]
-    while some := list(islice(documents, _JOINED_AT_ONCE)):
-        joined.append("".join(some))
-        lengths.append(np.fromiter(map(len, some), dtype=np.int64))
-    return "".join(joined), np.concatenate(lengths)
-
-
-def _encode(text: str, lengths: Lengths, tokenizer: CharTokenizer) -> npt.NDArray[Any]:
-    ids = tokenizer.encode(text)
-    end = tokenizer.end_of_text_id
-    return ids if end is None else np.insert(ids, np.cumsum(lengths), end)
 
 
 def split_point(

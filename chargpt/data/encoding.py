@@ -2,7 +2,7 @@
 
 A text is read in units: a range of a large file, or some whole files. A unit is a sequence of
 lists of strings, the *parts* of documents. A document ends between two parts of a list; the last
-part goes on in the next list, unless the list says that it ends.
+part continues in the next list, unless the list says that it ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHANGED = "{} changed while it was read: start again when it is complete"
 class Sizes(NamedTuple):
     """How a text is divided."""
 
-    memory: int = 32 << 20  # bytes of tokens that stay in memory; more go into a file
+    memory: int = 32 << 20  # bytes of text whose ids stay in memory; those of more go into a file
     unit: int = 16 << 20  # bytes that one process reads at a time
     files: int = 500  # most files in a unit
     chunk: int = 1 << 19  # bytes read, or characters encoded, at once
@@ -103,15 +103,16 @@ def _ranges(source: Source, n_bytes: int, separator: str, size: int) -> Iterator
 def _safe_cut(file: BinaryIO, at: int, separator: bytes) -> int:
     """Return the first place from `at` on where a file may be cut, or its end."""
     reach = 2 * len(separator) + 1  # bytes to look at on both sides
+    window = max(_WINDOW, 4 * reach)
     while True:
         begin = max(0, at - reach)
         file.seek(begin)
-        data = file.read(_WINDOW)
+        data = file.read(window)
         last = len(data) - reach
         safe = (i for i in range(at - begin, last) if _is_safe(data, i, reach, separator))
         if (i := next(safe, None)) is not None:
             return begin + i
-        if len(data) < _WINDOW:
+        if len(data) < window:
             return begin + len(data)
         at = begin + last
 
@@ -159,6 +160,12 @@ def split_text(
         known = len(parts[-1]) - max(0, len(separator) - 1)
         parts[-1], kept = parts[-1][: max(0, known)], parts[-1][max(0, known) :]
     yield [*parts[:-1], "".join(parts[-1:]) + kept], ends
+
+
+def split_documents(text: str, separator: str) -> Iterator[str]:
+    """Yield the documents of a whole text, without empty ones; see `split_text`."""
+    for parts, _ in split_text([text], separator, ends=True):
+        yield from filter(None, parts)
 
 
 def _unix_chunks(chunks: Iterable[str]) -> Iterator[str]:
@@ -373,7 +380,7 @@ def encode_into(path: Path, start: int, stop: int, unit: Unit, *arguments: Any) 
         UserError: the text has changed since the first pass.
     """
     checksum, begin = 0, start
-    with path.open("r+b", buffering=0) as file:
+    with path.open("r+b") as file:
         file.seek(start)
         for ids in encode(unit, *arguments):
             start += ids.nbytes
@@ -381,7 +388,8 @@ def encode_into(path: Path, start: int, stop: int, unit: Unit, *arguments: Any) 
                 break
             file.write(ids.data)
             checksum = zlib.crc32(ids.data, checksum)
-        if hasattr(os, "posix_fadvise"):  # starts to write to the disk, which the flush waits for
+        file.flush()
+        if hasattr(os, "posix_fadvise"):  # the disk starts to write, so that fsync waits less
             os.posix_fadvise(file.fileno(), begin, start - begin, os.POSIX_FADV_DONTNEED)
     if start != stop:
         raise UserError(CHANGED.format(unit.sources[0].name))

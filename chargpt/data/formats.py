@@ -6,11 +6,13 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
 from chargpt.base.errors import UserError
@@ -98,6 +100,26 @@ def is_compressed(source: Source) -> bool:
 def is_plain(source: Source, column: str) -> bool:
     """Return whether a source is a file whose ranges can be read apart from each other."""
     return source.path is not None and not is_compressed(source) and not is_table(source, column)
+
+
+@contextmanager
+def standard_input_kept(sources: list[Source]) -> Iterator[list[Source]]:
+    """Yield the sources with a file in place of standard input, which can be read only once."""
+    if STANDARD_INPUT not in {source.name for source in sources}:
+        yield sources
+        return
+    with TemporaryDirectory(prefix="chargpt-") as folder:
+        path = Path(folder) / "text"
+        try:
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        except OSError as error:
+            raise UserError(
+                f"standard input cannot be kept in {folder} ({error.strerror}): set TMPDIR to "
+                "a folder with more room"
+            ) from error
+        kept = Source("standard input", path)
+        yield [kept if source.name == STANDARD_INPUT else source for source in sources]
 
 
 # --- tables

@@ -52,6 +52,7 @@ from chargpt.data.workers import Workers, available_cores
 FORMAT = 1
 CACHE_DIR_VARIABLE = "CHARGPT_CACHE_DIR"
 KEPT_S = 30 * 86_400  # how long unfinished work of other texts is kept
+MOST_PROCESSES = 8  # more would wait for the SHA-256 of the text, which is one chain
 _RACY_S = 2.0  # the coarsest clock of a file system: a file may change twice within it
 _MAX_JSON_BYTES = 1 << 30  # more than a text of 10^8 files needs
 
@@ -107,7 +108,8 @@ class Store:
         with suppress(OSError, UserError, KeyError, TypeError):
             index = parse_json(read_text(self._index), "")
             if self._is_older_than(index["read_at"]):
-                os.utime(self._index)
+                with suppress(OSError):  # a cache that others fill
+                    os.utime(self._index)
                 return self._open(index["key"])
         return None
 
@@ -252,7 +254,7 @@ class Store:
 
     @property
     def _n_workers(self) -> int:
-        return min(available_cores(), 1 + self.n_bytes // self.sizes.unit)
+        return min(available_cores(), MOST_PROCESSES, 1 + self.n_bytes // self.sizes.unit)
 
     def _check_unchanged(self) -> None:
         for source, was, now in zip(self.sources, self._state, _state(self.sources), strict=True):

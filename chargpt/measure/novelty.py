@@ -22,8 +22,8 @@ import numpy.typing as npt
 from chargpt.base.errors import UserError
 from chargpt.base.terminal import visible
 from chargpt.data.byte_tokenizer import ByteTokenizer
-from chargpt.data.corpus import encode_documents, split_documents
 from chargpt.data.decoding import read_text
+from chargpt.data.encoding import split_documents
 from chargpt.data.texts import find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.measure.scorecard import training_corpus
@@ -53,7 +53,10 @@ class TrainingText(NamedTuple):
         """Encode one text or several documents; UserError if there are no characters."""
         documents = [texts] if isinstance(texts, str) else list(texts)
         tokenizer = CharTokenizer.fit(documents, end_of_text=len(documents) > 1)
-        return cls(encode_documents(documents, tokenizer), tokenizer)
+        ids, end = tokenizer.encode("".join(documents)), tokenizer.end_of_text_id
+        if end is not None:
+            ids = np.insert(ids, np.cumsum([*map(len, documents)]), end)
+        return cls(ids, tokenizer)
 
 
 class Place(NamedTuple):

@@ -16,8 +16,9 @@ from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.device import choose_device
 from chargpt.config import CheckpointName, Device, Unknown
 from chargpt.data import datasets
-from chargpt.data.corpus import Corpus, load_corpus, split_documents
+from chargpt.data.corpus import Corpus, load_corpus
 from chargpt.data.decoding import read_text
+from chargpt.data.encoding import split_documents
 from chargpt.data.texts import STANDARD_INPUT, find_files, find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.evaluation import evaluate
