@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from chargpt.base.units import human_count
 
 PLAIN_INTERVAL_S = 10.0
+BAR_AFTER_S = 1.0
 Advance = Callable[[int], None]
 
 
@@ -27,14 +28,28 @@ def progress(label: str, total: int, *, unit: str, quiet: bool = False) -> Itera
 
 @contextmanager
 def _bar(label: str, total: int) -> Iterator[Advance]:
+    """Yield a function that shows a bar, if the work takes more than a second."""
     from rich.console import Console  # here: help must be quick
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
     columns = (TextColumn(f"{label:10}"), BarColumn(), TaskProgressColumn(show_speed=True), Left())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda n: bar.advance(task, n)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(label, total=total)
+    start, is_shown = time.monotonic(), False
+
+    def advance(n: int) -> None:
+        nonlocal is_shown
+        bar.advance(task, n)
+        if not is_shown and time.monotonic() - start > BAR_AFTER_S:
+            is_shown = True
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        if is_shown:
+            bar.stop()
 
 
 def _lines(label: str, total: int, unit: str) -> Advance:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
 import shutil
 import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from chargpt.base.errors import UserError
 from chargpt.data import datasets
+from chargpt.data.archives import decompress, is_compressed
 from chargpt.data.texts import EMPTY, STANDARD_INPUT, Source
 
 CHUNK = 1 << 20
 _ROWS = 1000  # of a table, at once
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _INSTALL = "pip install 'chargpt[data]'"
 
 
@@ -43,9 +39,9 @@ def raw_chunks(source: Source, size: int = CHUNK) -> Iterator[bytes]:
 
 def _chunks(source: Source, size: int) -> Iterator[bytes]:
     if source.path is not None:
-        with open_file(source) as file, _whole(source):
-            while data := file.read(size):
-                yield data
+        with open_file(source) as file:
+            read = iter(lambda: file.read(size), b"")
+            yield from decompress(source.name, read, size) if is_compressed(source.name) else read
     elif source.name == STANDARD_INPUT:
         while data := sys.stdin.buffer.read(size):
             yield data
@@ -54,52 +50,20 @@ def _chunks(source: Source, size: int) -> Iterator[bytes]:
 
 
 def open_file(source: Source) -> BinaryIO:
-    """Open the file of a source, to read its bytes; a UserError if that is not possible."""
+    """Open the file of a source; a UserError if that is not possible."""
     assert source.path is not None
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
-    opener: Any = openers.get(source.path.suffix.lower(), Path.open)
     try:
-        return cast(BinaryIO, opener(source.path, "rb"))
+        return source.path.open("rb")
     except OSError as error:
         reason = f"{source.name} cannot be read ({error.strerror})"
         raise UserError(f"{reason}: give a readable file") from error
 
 
-def _open_zstd(path: Path, mode: str) -> Any:
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError as error:
-        raise UserError(f"{path} needs a package to be read: {_INSTALL}") from error
-    return cast(Any, zstd).open(path, mode)
-
-
-@contextmanager
-def _whole(source: Source) -> Iterator[None]:
-    """Report an archive that is damaged or cut off."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # each library has its own
-        damaged = isinstance(error, EOFError | zlib.error | lzma.LZMAError | OSError)
-        if is_compressed(source) and (damaged or type(error).__name__ == "ZstdError"):
-            raise UserError(
-                f"{source.name} is damaged, or not what its name says ({error}): get it again"
-            ) from error
-        raise
-
-
-def is_compressed(source: Source) -> bool:
-    """Return whether the bytes of a source are decompressed as they are read."""
-    return source.path is not None and source.path.suffix.lower() in _COMPRESSED
-
-
 def is_plain(source: Source, column: str) -> bool:
     """Return whether a source is a file whose ranges can be read apart from each other."""
-    return source.path is not None and not is_compressed(source) and not is_table(source, column)
+    if source.path is None or is_compressed(source.name):
+        return False
+    return not is_table(source, column)
 
 
 @contextmanager
@@ -141,8 +105,8 @@ def _kind(source: Source) -> str:
     """Return the last suffix of a name, without that of an archive."""
     if source.path is None:
         return ""
-    suffixes = [suffix.lower() for suffix in source.path.suffixes]
-    return next((s for s in reversed(suffixes) if s not in _COMPRESSED), "")
+    path = source.path.with_suffix("") if is_compressed(source.name) else source.path
+    return path.suffix.lower()
 
 
 def rows(source: Source, column: str) -> Iterator[list[str]]:
@@ -159,6 +123,10 @@ def rows(source: Source, column: str) -> Iterator[list[str]]:
         if not isinstance(value, str):
             kind = type(value).__name__
             raise UserError(f"{source.name}, {place}: {column!r} holds {kind}, not text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{source.name}, {place}: half a character ({error})") from error
         some.append(value)
         if len(some) == _ROWS:
             yield some
@@ -167,21 +135,32 @@ def rows(source: Source, column: str) -> Iterator[list[str]]:
 
 
 def _json_lines(source: Source, column: str) -> Iterator[tuple[str, Any]]:
-    with open_file(source) as file, _whole(source):
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{source.name}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict) or column not in row:
-                found = ", ".join(map(str, row))[:200] if isinstance(row, dict) else "no object"
-                raise UserError(
-                    f"{source.name}, line {number} has no {column!r}: give --text-column one of "
-                    f"its fields ({found})"
-                )
-            yield f"line {number}", row[column]
+    for number, line in enumerate(_lines(raw_chunks(source)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source.name}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or column not in row:
+            found = ", ".join(map(str, row))[:200] if isinstance(row, dict) else "no object"
+            raise UserError(
+                f"{source.name}, line {number} has no {column!r}: give --text-column one of its "
+                f"fields ({found})"
+            )
+        yield f"line {number}", row[column]
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    kept: list[bytes] = []  # the start of a line
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        kept.append(first)
+        if others:
+            yield b"".join(kept)
+            yield from others[:-1]
+            kept = [others[-1]]
+    yield b"".join(kept)
 
 
 def _parquet(source: Source, column: str) -> Iterator[tuple[str, Any]]:

@@ -73,7 +73,7 @@ def test_a_damaged_archive_is_refused(tmp_path: Path, suffix: str) -> None:
     whole = PACKERS[suffix](TEXT.encode())
     for data in (whole[: len(whole) // 2], b"no archive at all" * 10):
         path.write_bytes(data)
-        with pytest.raises(UserError, match=rf"t.{suffix} is damaged, or not what its name says"):
+        with pytest.raises(UserError, match=rf"t.{suffix} is damaged, or not .{suffix} "):
             load(path)
 
 
@@ -104,6 +104,12 @@ def test_each_row_of_a_column_is_a_document(tmp_path: Path, name: str) -> None:
         documents = np.split(ids, np.flatnonzero(ids == corpus.tokenizer.end_of_text_id) + 1)
         assert [corpus.tokenizer.decode(d) for d in documents if len(d)] == texts
         assert corpus.facts.n_documents == 60
+
+
+def test_half_a_character_in_a_row_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "\\ud800"}\n' * 30)
+    with pytest.raises(UserError, match=r"t.jsonl, line 1: half a character"):
+        load(tmp_path / "t.jsonl", text_column="text")
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
