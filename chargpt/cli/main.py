@@ -22,7 +22,19 @@ from chargpt.base.errors import (
     VerificationError,
     is_out_of_memory,
 )
-from chargpt.cli import bench, check, eval, export, flags, import_, novelty, sample, serve, train
+from chargpt.cli import (
+    bench,
+    check,
+    eval,
+    export,
+    flags,
+    import_,
+    novelty,
+    plan,
+    sample,
+    serve,
+    train,
+)
 from chargpt.cli.shared import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -34,7 +46,7 @@ from chargpt.config import PRESETS
 
 # Each has make_flags(shown_preset), a dataclass of its flags, and run(flags), an exit code. A
 # command has the name of its module, without the underscore of `import_`.
-MODULES = (train, sample, eval, novelty, check, bench, export, import_, serve)
+MODULES = (train, sample, eval, novelty, check, bench, plan, export, import_, serve)
 COMMANDS = {module.__name__.rpartition(".")[2].rstrip("_"): module for module in MODULES}
 
 

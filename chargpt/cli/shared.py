@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from chargpt.base.errors import UserError
 from chargpt.base.terminal import visible
 from chargpt.cli import flags
 from chargpt.config import PRESETS, CheckpointName, Device
@@ -104,6 +105,14 @@ def load_model(command: Any) -> Any:
 def one_line(text: str) -> str:
     """Return text on one line, with control characters escaped."""
     return visible(" ".join(text.split()))
+
+
+def check_positive(**values: float) -> None:
+    """Raise UserError for the first value that is not above 0."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            flag_name = name.replace("_", "-")
+            raise UserError(f"{flag_name} is {value}: give --{flag_name} a number above 0")
 
 
 def print_message(message: object) -> None:

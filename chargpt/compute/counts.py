@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from chargpt.config import GPT2Config
+
+if TYPE_CHECKING:
+    from torch import nn  # only here, because help must be quick
 
 
 def count_parameters(model: nn.Module) -> int:

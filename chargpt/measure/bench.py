@@ -114,11 +114,19 @@ def synthetic_plan(
     train_config: TrainConfig,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Return a plan, as `chargpt train` makes it, for a random text of 65 symbols."""
+    """Return a plan, as `chargpt train` makes it, for a random text of ``vocab_size`` symbols.
+
+    0: 65 of them.
+    """
     rng = random.Random(train_config.seed)
+    # Each symbol once, so that the vocabulary has the size that the shape asks for.
+    symbols, size = SYMBOLS, model_config.vocab_size
+    if size not in (0, len(SYMBOLS)):
+        symbols = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "random.txt")
-        path.write_text("".join(rng.choices(SYMBOLS, k=N_CHARACTERS)), encoding="utf-8", newline="")
+        text = symbols + "".join(rng.choices(symbols, k=N_CHARACTERS))
+        path.write_text(text, encoding="utf-8", newline="")
         return make_plan(
             [str(path)],
             model_config=model_config,

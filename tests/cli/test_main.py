@@ -106,7 +106,7 @@ def test_help_shows_types_choices_and_the_values_of_the_preset(chargpt: Any) -> 
 
 
 def test_no_command_prints_help_and_version_prints_the_version(chargpt: Any) -> None:
-    assert "{train,sample,eval,novelty,check,bench,export,import,serve}" in chargpt().out
+    assert "{train,sample,eval,novelty,check,bench,plan,export,import,serve}" in chargpt().out
     assert chargpt("--version").out.startswith("chargpt 0.")
 
 

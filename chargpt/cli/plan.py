@@ -1,0 +1,83 @@
+"""``chargpt plan``: what training will cost, before it starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, Literal
+
+from chargpt.cli import flags, shared
+from chargpt.cli.shared import flag
+from chargpt.compute.cost import GPUS, Cluster
+
+ASSUMPTIONS = (
+    "devices that share a step: a ring all-reduce of the gradients over links of {link:.0f} GB/s "
+    "in a machine of {per_machine} and {network:.1f} GB/s between machines, {latency:.0f} µs a "
+    "message; all but the last 25 MB travel during the backward pass (docs/scaling.md)"
+)
+
+
+def make_flags(shown_preset: str) -> type:
+    """Return the flags of ``plan`` as a dataclass; help shows the values of a preset."""
+    names = tuple(GPUS)
+    gpu_help = "Plan for a GPU that is not at hand, by its name. (this machine, measured)"
+    share_help = "Share of the GPU's speed to assume. (0.25)"
+    link_help = "Gigabytes a second between two devices of a machine. (100)"
+    network_help = "Gigabytes a second between two machines. (12.5)"
+    return shared.flags_class(
+        "Print what training will cost: parameters, memory, characters per second, time; and how "
+        "it grows with devices, from a formula. Settings are those of train.",
+        [
+            flag("texts", shared.Texts, (), shared.TEXTS_HELP, "[TEXT ...]"),
+            *shared.settings_flags(shown_preset),
+            flag("gpu", Literal[names] | None, None, gpu_help, "|".join(names)),
+            flag("gpu_share", float, 0.25, share_help),
+            flag("per_machine", int, 8, "Devices in a machine. (8)"),
+            flag("link", float, 100.0, link_help),
+            flag("network", float, 12.5, network_help),
+            shared.JSON_FLAG,
+        ],
+    )
+
+
+def run(command: Any) -> int:
+    """Measure, print a table or JSON, and return the exit code."""
+    file, given = shared.given_settings(command)
+    chosen = command.preset or file.pop("preset", None) or "tiny"
+    configs = flags.merge_settings(flags.preset_configs(chosen), file, given)
+    shared.check_positive(
+        per_machine=command.per_machine, link=command.link, network=command.network
+    )
+
+    from chargpt.data.corpus import load_corpus
+    from chargpt.measure.forecast import forecast, table
+
+    texts = command.texts or ("tiny-shakespeare",)
+    corpus = load_corpus(texts, configs["data_config"], quiet=False, report=shared.print_progress)
+    cluster = Cluster(
+        per_machine=command.per_machine, link=1e9 * command.link, network=1e9 * command.network
+    )
+    figures = forecast(
+        corpus,
+        configs["model_config"],
+        configs["train_config"],
+        gpu=command.gpu,
+        gpu_share=command.gpu_share,
+        cluster=cluster,
+    )
+    if command.json:
+        values = asdict(figures)
+        values["memory"]["total"] = figures.memory.total
+        values["devices"] = [shared_step._asdict() for shared_step in figures.devices]
+        print(json.dumps(values))
+        return 0
+    print(table(figures))
+    print(
+        ASSUMPTIONS.format(
+            link=command.link,
+            network=command.network,
+            per_machine=command.per_machine,
+            latency=1e6 * cluster.latency,
+        )
+    )
+    return 0

@@ -1,0 +1,238 @@
+"""``chargpt plan``: memory, speed and time of a training run, before it starts.
+
+A short measurement on this machine gives the speed: real steps of models with one and a few layers
+of the wanted width, on one and a few sequences. A step takes
+
+    fixed + layers × per layer + sequences × (per sequence + layers × per layer and sequence)
+
+so four such models give the four constants, and the formula gives the step of the whole model. A
+model whose steps are short is timed itself. For a GPU that is not at hand, the time is the number
+of operations over a share of its speed.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+from chargpt.base.errors import UserError
+from chargpt.base.units import human_count, human_time
+from chargpt.compute.cost import GPUS, Cluster, Memory, Shared, memory_of, shared_step
+from chargpt.compute.counts import parameters_of, training_flops_per_token
+from chargpt.compute.device import describe_device
+from chargpt.config import GPT2Config, TrainConfig
+from chargpt.data.corpus import Corpus
+from chargpt.measure.bench import synthetic_plan
+from chargpt.measure.timing import own_step, seconds_of
+from chargpt.training.plan import Plan
+
+PROBE_LAYERS, PROBE_SEQUENCES = (1, 3), (1, 4)
+LONG_STEP_S = 0.4  # a shorter one is timed itself
+PROBE_S = 0.3  # for each of the four probes
+WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+GPU_SHARE = 0.25  # of a GPU's speed, for models as small as these; nanoGPT reports up to 0.5
+
+
+class StepTime(NamedTuple):
+    """The four constants of a step's time, in seconds."""
+
+    fixed: float
+    layer: float
+    sequence: float
+    both: float
+
+    def of(self, n_layer: int, sequences: int) -> float:
+        """Return the seconds of a step."""
+        per_sequence = self.sequence + n_layer * self.both
+        return self.fixed + n_layer * self.layer + sequences * per_sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run will cost."""
+
+    device: str
+    how: str  # where the speed comes from
+    precision: str
+    n_params: int
+    operations_per_token: int
+    memory: Memory
+    program_bytes: int  # what the program itself takes, before the model
+    tokens_per_step: int
+    seconds_per_step: float
+    tokens_per_second: float
+    train_tokens: int  # in the text's training part
+    steps: int
+    seconds: float
+    epochs: float
+    devices: tuple[Shared, ...]  # one to 1,024
+
+
+def forecast(
+    corpus: Corpus,
+    model_config: GPT2Config,
+    train_config: TrainConfig,
+    *,
+    gpu: str | None = None,
+    gpu_share: float = GPU_SHARE,
+    cluster: Cluster | None = None,
+) -> Forecast:
+    """Return what training costs, on this machine or on a GPU of `compute.cost.GPUS`.
+
+    Raises:
+        UserError: an unknown GPU, a share outside 0 … 1, or settings that cannot work here.
+    """
+    config = model_config.replace(vocab_size=corpus.tokenizer.vocab_size)
+    sequences = train_config.batch_size * train_config.gradient_accumulation_steps
+    tokens_per_step = sequences * config.block_size
+    operations = training_flops_per_token(config)
+    if gpu is None:
+        plan = probe_plan(config, train_config)
+        trainer, kernels = plan.trainer, plan.speed.kernels != "off"
+        pairs = plan.speed.attention == "matmul"
+        precision, device = trainer.precision.name, describe_device(trainer.device)
+        _seconds(plan, 0.0)
+        program = _peak_bytes()
+        step, how = measure_step(config, train_config)
+    else:
+        if gpu not in GPUS:
+            raise UserError(f"the GPU {gpu!r} is not known: give one of {', '.join(GPUS)}")
+        if not 0 < gpu_share <= 1:
+            raise UserError(f"gpu_share is {gpu_share}: give a share above 0, at most 1")
+        precision, device, kernels, pairs, program = "bf16", gpu.upper(), False, False, 0
+        step = tokens_per_step * operations / (gpu_share * GPUS[gpu].flops)
+        how = f"assumed: {gpu_share:.0%} of {GPUS[gpu].flops / 1e12:,.0f} TFLOP/s"
+    steps, seconds = _budget(train_config, corpus, tokens_per_step, step)
+    n_params = parameters_of(config)
+    return Forecast(
+        device=device,
+        how=how,
+        precision=precision,
+        n_params=n_params,
+        operations_per_token=operations,
+        memory=memory_of(config, train_config, precision=precision, kernels=kernels, pairs=pairs),
+        program_bytes=program,
+        tokens_per_step=tokens_per_step,
+        seconds_per_step=step,
+        tokens_per_second=tokens_per_step / step,
+        train_tokens=len(corpus.train),
+        steps=steps,
+        seconds=seconds,
+        epochs=steps * tokens_per_step / len(corpus.train),
+        devices=tuple(
+            shared_step(step / sequences, n_params, sequences, world, cluster or Cluster())
+            for world in WORLDS
+        ),
+    )
+
+
+def probe_plan(config: GPT2Config, train_config: TrainConfig, **shape: Any) -> Plan:
+    """Return a plan of such a model with other layers or sequences, for a random text."""
+    changes = {"n_layer": 1, "sequences": 1} | shape
+    small = train_config.replace(
+        batch_size=changes["sequences"], gradient_accumulation_steps=1, parallel="auto"
+    )
+    return synthetic_plan(config.replace(n_layer=changes["n_layer"]), small)
+
+
+def measure_step(config: GPT2Config, train_config: TrainConfig) -> tuple[float, str]:
+    """Return the seconds of a step on this machine, and how they were found."""
+    times = fit_step(config, train_config)
+    n = train_config.gradient_accumulation_steps
+    guess = times.of(config.n_layer, train_config.batch_size)
+    if guess > LONG_STEP_S:
+        one = guess - times.fixed - config.n_layer * times.layer
+        return guess + (n - 1) * one, "from steps of smaller models, measured now"
+    whole = probe_plan(
+        config, train_config, n_layer=config.n_layer, sequences=train_config.batch_size
+    )
+    measured = _seconds(whole, 2 * PROBE_S)
+    return measured * n, "measured now, on real steps"
+
+
+def fit_step(config: GPT2Config, train_config: TrainConfig) -> StepTime:
+    """Return the constants of a step's time, from real steps of four small models."""
+    (l1, l2), (b1, b2) = PROBE_LAYERS, PROBE_SEQUENCES
+    t = {
+        (n_layer, sequences): _seconds(
+            probe_plan(config, train_config, n_layer=n_layer, sequences=sequences), PROBE_S
+        )
+        for n_layer, sequences in product(PROBE_LAYERS, PROBE_SEQUENCES)
+    }
+    both = (t[l2, b2] - t[l1, b2] - t[l2, b1] + t[l1, b1]) / ((l2 - l1) * (b2 - b1))
+    layer = (t[l2, b1] - t[l1, b1]) / (l2 - l1) - b1 * both
+    sequence = (t[l1, b2] - t[l1, b1]) / (b2 - b1) - l1 * both
+    fixed = t[l1, b1] - l1 * layer - b1 * sequence - l1 * b1 * both
+    return StepTime(fixed, layer, sequence, both)
+
+
+def _seconds(plan: Plan, seconds: float) -> float:
+    """Return the median time of a step, after two that warm up."""
+    step, device = own_step(plan.trainer), plan.trainer.device
+    first = min(seconds_of(step, device) for _ in range(2))
+    n = max(3, min(100, round(seconds / first)))
+    return statistics.median(seconds_of(step, device) for _ in range(n))
+
+
+def _budget(
+    train_config: TrainConfig, corpus: Corpus, tokens_per_step: int, step: float
+) -> tuple[int, float]:
+    """Return the steps and seconds of a run; evaluations take up to a tenth more."""
+    steps: float = train_config.steps or float("inf")
+    if train_config.epochs is not None:
+        steps = train_config.epochs * len(corpus.train) / tokens_per_step
+    if train_config.minutes is not None:
+        steps = min(steps, 60 * train_config.minutes / step)
+    return max(1, round(steps)), max(1, round(steps)) * step
+
+
+def _peak_bytes() -> int:
+    """Return the memory of this process at its peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- the table
+
+
+def table(figures: Forecast) -> str:
+    """Return the figures as lines for a person."""
+    memory = figures.memory
+    parts = ", ".join(f"{name} {human_count(n)}B" for name, n in asdict(memory).items() if n)
+    program = figures.program_bytes
+    total = memory.total + program
+    libraries = f", program {human_count(program)}B" if program else ""
+    rate, step = figures.tokens_per_second, figures.seconds_per_step
+    rows = [
+        ("device", f"{figures.device}, {figures.precision} ({figures.how})"),
+        ("model", f"{figures.n_params:,} parameters"),
+        ("memory", f"{human_count(total)}B: {parts}{libraries}"),
+        (
+            "operations",
+            f"{human_count(figures.operations_per_token)} per character, "
+            f"{human_count(figures.operations_per_token * figures.steps * figures.tokens_per_step)}"
+            " in all",
+        ),
+        ("speed", f"{rate:,.0f} characters/s, {1000 * step:,.1f} ms a step"),
+        (
+            "budget",
+            f"{figures.steps:,} steps, {figures.steps * figures.tokens_per_step:,} characters, "
+            f"{figures.epochs:.1f} epochs of {figures.train_tokens:,}",
+        ),
+        ("time", f"{human_time(figures.seconds)} of training, evaluations up to a tenth more"),
+    ]
+    lines = [f"{name:<12}{text}" for name, text in rows]
+    titles = ("devices", "batch", "ms/step", "characters/s", "efficiency")
+    lines += ["", "{:>8}{:>8}{:>11}{:>15}{:>12}".format(*titles)]
+    block = figures.tokens_per_step
+    for shared in figures.devices:
+        tokens = block * shared.batch_size / figures.devices[0].batch_size
+        lines.append(
+            f"{shared.devices:>8,}{shared.batch_size:>8,}{1000 * shared.seconds:>11,.2f}"
+            f"{tokens / shared.seconds:>15,.0f}{shared.efficiency:>12.0%}"
+        )
+    return "\n".join(lines)
