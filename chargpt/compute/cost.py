@@ -71,8 +71,11 @@ def memory_of(
     kind = "fp32" if precision == "fp32" else "bf16"
     per = (KERNELS if kernels else PYTORCH)[kind]
     channel, pair = per
+    of_attention = config.attention_dropout
     if not kernels and config.dropout > 0:
-        channel, pair = channel + DROPOUT[kind].per_channel, pair + DROPOUT[kind].per_pair
+        channel += DROPOUT[kind].per_channel
+    if not kernels and (config.dropout if of_attention is None else of_attention) > 0:
+        pair += DROPOUT[kind].per_pair
     # The width of the feed-forward layer counts as the usual 4 × d_model, in proportion.
     width = (config.d_model + config.d_ff / 4) / 2
     layer = channel * width + pairs * pair * config.n_head * config.block_size

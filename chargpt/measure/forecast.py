@@ -16,7 +16,6 @@ import resource
 import statistics
 import sys
 from dataclasses import asdict, dataclass
-from itertools import product
 from typing import Any, NamedTuple
 
 from chargpt.base.errors import UserError
@@ -30,8 +29,9 @@ from chargpt.measure.bench import synthetic_plan
 from chargpt.measure.timing import own_step, seconds_of
 from chargpt.training.plan import Plan
 
-PROBE_LAYERS, PROBE_SEQUENCES = (1, 3), (1, 4)
-LONG_STEP_S = 0.4  # a shorter one is timed itself
+PROBE_LAYERS = (1, 3)
+PROBE_STEP_S = 0.5  # of the largest probe
+LONG_STEP_S = 2.0  # a shorter one is timed itself
 PROBE_S = 0.3  # for each of the four probes
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 GPU_SHARE = 0.25  # of a GPU's speed, for models as small as these; nanoGPT reports up to 0.5
@@ -156,13 +156,17 @@ def measure_step(config: GPT2Config, train_config: TrainConfig) -> tuple[float, 
 
 def fit_step(config: GPT2Config, train_config: TrainConfig) -> StepTime:
     """Return the constants of a step's time, from real steps of four small models."""
-    (l1, l2), (b1, b2) = PROBE_LAYERS, PROBE_SEQUENCES
-    t = {
-        (n_layer, sequences): _seconds(
-            probe_plan(config, train_config, n_layer=n_layer, sequences=sequences), PROBE_S
-        )
-        for n_layer, sequences in product(PROBE_LAYERS, PROBE_SEQUENCES)
-    }
+
+    def seconds(n_layer: int, sequences: int) -> float:
+        shape = {"n_layer": n_layer, "sequences": sequences}
+        return _seconds(probe_plan(config, train_config, **shape), PROBE_S)
+
+    (l1, l2), b1 = PROBE_LAYERS, 1
+    one = seconds(l1, b1)
+    # Large enough to use the cores as the whole batch does.
+    b2 = max(b1 + 1, min(16, round(PROBE_STEP_S / (l2 * one))))
+    t = {(l1, b1): one, (l1, b2): seconds(l1, b2), (l2, b1): seconds(l2, b1)}
+    t[l2, b2] = seconds(l2, b2)
     both = (t[l2, b2] - t[l1, b2] - t[l2, b1] + t[l1, b1]) / ((l2 - l1) * (b2 - b1))
     layer = (t[l2, b1] - t[l1, b1]) / (l2 - l1) - b1 * both
     sequence = (t[l1, b2] - t[l1, b1]) / (b2 - b1) - l1 * both
@@ -174,7 +178,7 @@ def _seconds(plan: Plan, seconds: float) -> float:
     """Return the median time of a step, after two that warm up."""
     step, device = own_step(plan.trainer), plan.trainer.device
     first = min(seconds_of(step, device) for _ in range(2))
-    n = max(3, min(100, round(seconds / first)))
+    n = max(2, min(100, round(seconds / first)))
     return statistics.median(seconds_of(step, device) for _ in range(n))
 
 
