@@ -115,7 +115,7 @@ class Shared(NamedTuple):
 def ring_seconds(n_bytes: float, devices: int, cluster: Cluster) -> float:
     """Return how long a ring all-reduce takes: 2 (W - 1) messages of n / W bytes, one by one.
 
-    Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+    Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
     The slowest link of the ring counts.
     """
     if devices == 1:
