@@ -87,7 +87,7 @@ def test_the_commands_and_the_code_of_the_exports_run(
     [code] = blocks("python", EXPORT)
     transformers.logging.set_verbosity_error()
     exec(code.replace("ROMEO:", "Once"))
-    assert capsys.readouterr().out.splitlines()[-1]
+    assert capsys.readouterr().out.strip()
 
 
 def test_every_make_target_exists() -> None:

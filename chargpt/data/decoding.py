@@ -12,6 +12,7 @@ from chargpt.data.formats import raw_chunks
 from chargpt.data.texts import EMPTY, Source
 
 _GUESSED, _LEAST_GUESSED = 1 << 16, 64  # bytes from which an encoding is guessed
+_LEAST_WRONG = 5  # characters; fewer do not say that the text has another encoding
 BINARY_CHECK = 8192  # bytes at the start of a file; text has no NUL among them
 _EXAMPLE = ", e.g. --encoding latin-1 or cp1252"
 _BYTE_ORDER_MARKS = (  # the 32-bit marks start with the 16-bit ones: longest first
@@ -116,6 +117,8 @@ def _guess(error: UnicodeError) -> str:
 
     data = bytes(error.object)
     around = data[max(0, error.start - _GUESSED // 2) : error.start + _GUESSED // 2]
+    if around.decode("utf-8", "replace").count("\ufffd") < _LEAST_WRONG:
+        return ""  # a stray byte in a text of this encoding
     best = from_bytes(around).best()
     plausible = best is not None and best.chaos < 0.1 and len(around) >= _LEAST_GUESSED
     return f", perhaps {best.encoding}" if best is not None and plausible else ""

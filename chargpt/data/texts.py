@@ -61,16 +61,16 @@ def find_files(source: str) -> Sequence[str | Path]:
 def _find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        below = {file: file.relative_to(path).parts for file in path.rglob("*") if file.is_file()}
+        below = {file: file.relative_to(path).parts for file in path.rglob("*") if _has_bytes(file)}
         files = sorted(f for f, parts in below.items() if not any(p[0] == "." for p in parts))
         if not files:
-            raise UserError(f"{source} is a folder without files: put some text files there")
+            raise UserError(f"{source} is a folder without texts: put some text files there")
         return files
     if path.exists():
         return [path]
     if any(character in source for character in "*?["):
         matches = set(map(Path, glob.glob(str(path), recursive=True)))  # ** can match twice
-        files = sorted(match for match in matches if match.is_file())
+        files = sorted(match for match in matches if _has_bytes(match))
         if not files:
             raise UserError(f"{source}: no file matches this pattern; check it with ls")
         return files
@@ -79,3 +79,8 @@ def _find_files(source: str) -> list[Path]:
     remedy = f"give a text file, a folder, a pattern, - for standard input, or a data set ({names})"
     hint = did_you_mean(source, [*datasets.NAMES, *siblings], otherwise=remedy, cutoff=0.8)
     raise UserError(f"there is no file {source}{hint}")
+
+
+def _has_bytes(path: Path) -> bool:
+    """Return whether a path is a file that is not empty: a folder of code has many that are."""
+    return path.is_file() and path.stat().st_size > 0

@@ -16,6 +16,7 @@ from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.device import choose_device
 from chargpt.config import CheckpointName, Device, Unknown
 from chargpt.data import datasets
+from chargpt.data.archives import is_compressed
 from chargpt.data.corpus import Corpus, load_corpus
 from chargpt.data.decoding import read_text
 from chargpt.data.encoding import split_documents
@@ -169,7 +170,9 @@ def _check_size(sources: Sequence[str], config: RunConfig) -> str:
     names, text = ", ".join(map(str, files)), config.text
     most = text.n_characters + len(files)  # one byte-order mark per file
     most += _MOST_SEPARATORS * len(config.data_config.document_separator) * text.n_documents
-    if not text.n_characters <= size <= _MOST_BYTES * most:
+    # An archive or a table may be much smaller than its text.
+    packed = config.data_config.text_column or any(is_compressed(str(file)) for file in files)
+    if not (0 if packed else text.n_characters) <= size <= _MOST_BYTES * most:
         raise UserError(
             f"{names:.200} is not the text of this run (its size differs): {size:,} bytes for "
             f"{text.n_characters:,} characters"

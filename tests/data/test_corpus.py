@@ -105,7 +105,7 @@ GIVE = (
         ("zzzzzz", "there is no file zzzzzz" + GIVE),
         ("no/where/x", "there is no file no/where/x" + GIVE),
         ("texts/*.csv", r"texts/\*\.csv: no file matches this pattern; check it with ls$"),
-        ("empty", "empty is a folder without files: put some text files there$"),
+        ("empty", "empty is a folder without texts: put some text files there$"),
         ("hollow.txt", "hollow.txt is empty: give a text with at least a few thousand characters$"),
         ("mark.txt", "mark.txt is empty: give a text with at least a few"),
         ("To be, or not to be " * 20, "(To be, or not to be ){3}…: cannot be found .* give a text"),

@@ -183,9 +183,21 @@ def test_the_error_suggests_an_encoding_for_a_longer_text_only(tmp_path: Path) -
     )
     with pytest.raises(UserError, match=r"is not utf-8, perhaps cp1251: give --encoding, or --on"):
         load(path)
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"is not utf-8: give --encoding, e.g."):
-        load(path)
+    for short in (b"caf\xe9", TEXT.encode() + b"caf\xe9" + TEXT.encode()):
+        path.write_bytes(short)
+        with pytest.raises(UserError, match=r"is not utf-8: give --encoding, e.g."):
+            load(path)
+
+
+def test_empty_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "__init__.py").touch()
+    (tmp_path / "texts" / "t.py").write_text(TEXT, encoding="utf-8")
+    for source in (tmp_path / "texts", tmp_path / "texts" / "*.py"):
+        assert text_of(load(source)[0]) == TEXT
+    (tmp_path / "texts" / "t.py").unlink()
+    with pytest.raises(UserError, match="is a folder without texts"):
+        load(tmp_path / "texts")
 
 
 # --- rare characters

@@ -1,5 +1,6 @@
 """`chargpt eval`: which files it opens, and that it encodes each text once."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,15 @@ def test_an_unknown_character_and_too_short_a_text_are_named(
     file.write_text("€k", encoding="utf-8")
     with pytest.raises(UserError, match=r"other\.txt: fewer than two known characters: give a"):
         score_run(result.run, [str(file)], unknown="skip", with_baselines=False)
+
+
+def test_a_run_of_an_archive_is_evaluated_on_it(tmp_path: Path) -> None:
+    packed = tmp_path / "t.txt.gz"
+    packed.write_bytes(gzip.compress(words(3000).encode()))
+    options = {"model_config": SMALL, "train_config": QUICK, "quiet": True}
+    run = train(
+        str(packed), data_config=DataConfig(tokenizer="byte"), out=tmp_path / "run", **options
+    )
+    card = score_run(run.run)
+    assert (card.unit, card.n_tokens) == ("byte", 300)
+    assert card.nats_per_char == pytest.approx(run.summary.val_loss, rel=1e-6)
