@@ -100,14 +100,14 @@ def make_plan(
     corpus = load_corpus(sources, data_config, characters=known, quiet=quiet, report=report)
     _refuse_another_text(corpus, world)
     if before:  # before memory is taken for what a file asks for
-        was = before.model_config
-        world.on_first(lambda: check_model_file(out / "last" / MODEL, was))
+        shape = before.model_config
+        world.on_first(lambda: check_model_file(out / "last" / MODEL, shape))
     model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     torch.manual_seed(derive_seed(train_config.seed, INIT))
     model = GPT2(model_config).to(device)
     if start:
         report(take_weights(model, corpus.tokenizer, start))
-    if origin and not before:
+    if start_from and not before:
         send_model(model, world)
     shard(model, parallel, precision)
     trainer = _make_trainer(
@@ -124,9 +124,7 @@ def make_plan(
     environment = _environment(trainer, speed) | ({"from": origin} if origin else {})
     if before:
         same_bits = has_same_bits(trainer, speed)
-        for name in _changes(before.environment, environment, same_bits=same_bits):
-            was, now = before.environment[name], environment.get(name)
-            report(f"resuming   {name} was {was}, is {now}: losses may differ by rounding")
+        _report_changes(before.environment, environment, report, same_bits=same_bits)
     run_config = RunConfig(
         model_config=model.config,
         train_config=train_config,
@@ -255,6 +253,16 @@ def _refuse_change(before: AnyConfig, now: AnyConfig) -> None:
                 f"{name} was {was!r} in this run and cannot become {wanted!r}: leave it as it was, "
                 "or train again with another --out"
             )
+
+
+def _report_changes(
+    was: dict[str, Any], now: dict[str, Any], report: Callable[[str], None], *, same_bits: bool
+) -> None:
+    """Report what has changed and may round differently."""
+    for name in _changes(was, now, same_bits=same_bits):
+        report(
+            f"resuming   {name} was {was[name]}, is {now.get(name)}: losses may differ by rounding"
+        )
 
 
 def _changes(was: dict[str, Any], now: dict[str, Any], *, same_bits: bool) -> list[str]:
