@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chargpt.base.errors import TrainingError, UserError
+from chargpt.data.workers import available_cores
 
 T = TypeVar("T")
 JOIN_SECONDS = 300
@@ -113,7 +114,7 @@ def joined_world() -> Iterator[World]:
     Raises:
         TrainingError: another process has ended without a word, or cannot be reached.
     """
-    if not dist.is_torchelastic_launched():
+    if not _is_launched():
         yield ALONE
         return
     world, store = _join()
@@ -123,6 +124,11 @@ def joined_world() -> Iterator[World]:
         _end_together(error, store)
         raise
     dist.destroy_process_group()
+
+
+def _is_launched() -> bool:
+    """Return whether torchrun started this process; some builds of PyTorch cannot join others."""
+    return dist.is_available() and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _join() -> tuple[World, Any]:
@@ -139,7 +145,7 @@ def _join() -> tuple[World, Any]:
     if "GLOO_SOCKET_IFNAME" not in environment and (name := _interface()):
         environment["GLOO_SOCKET_IFNAME"] = name
     if environment.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-        torch.set_num_threads(max(1, _usable_cores() // world.local_size))
+        torch.set_num_threads(max(1, available_cores() // world.local_size))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         store = _own_store(world)
@@ -151,12 +157,6 @@ def _join() -> tuple[World, Any]:
             "--rdzv-endpoint, the firewall, and GLOO_SOCKET_IFNAME, the network interface to use "
             f"({environment.get('GLOO_SOCKET_IFNAME', 'not set')})"
         ) from error
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _torchrun_store() -> Any:
@@ -199,13 +199,13 @@ def launch_id() -> str | None:
 
 def remember(key: str, value: str) -> None:
     """Keep a value for the processes that torchrun starts in place of failed ones."""
-    if dist.is_torchelastic_launched():
+    if _is_launched():
         _torchrun_store().set(f"chargpt/{key}", value)
 
 
 def recall(key: str) -> str | None:
     """Return what `remember` kept since torchrun was started; None: nothing."""
-    if not dist.is_torchelastic_launched():
+    if not _is_launched():
         return None
     store, name = _torchrun_store(), f"chargpt/{key}"
     return store.get(name).decode() if store.check([name]) else None
