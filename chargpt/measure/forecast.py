@@ -12,11 +12,11 @@ of operations over a share of its speed.
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+
+import torch
 
 from chargpt.base.errors import UserError
 from chargpt.base.units import human_count, human_time
@@ -26,7 +26,7 @@ from chargpt.compute.device import describe_device
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.data.corpus import Corpus
 from chargpt.measure.bench import synthetic_plan
-from chargpt.measure.timing import own_step, seconds_of
+from chargpt.measure.timing import own_step, peak_memory_bytes, seconds_of
 from chargpt.training.plan import Plan
 
 PROBE_LAYERS = (1, 3)
@@ -96,7 +96,7 @@ def forecast(
         pairs = plan.speed.attention == "matmul"
         precision, device = trainer.precision.name, describe_device(trainer.device)
         _seconds(plan, 0.0)
-        program = _peak_bytes()
+        program = peak_memory_bytes(torch.device("cpu")) or 0
         step, how = measure_step(config, train_config)
     else:
         if gpu not in GPUS:
@@ -192,12 +192,6 @@ def _budget(
     if train_config.minutes is not None:
         steps = min(steps, 60 * train_config.minutes / step)
     return max(1, round(steps)), max(1, round(steps)) * step
-
-
-def _peak_bytes() -> int:
-    """Return the memory of this process at its peak."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- the table
