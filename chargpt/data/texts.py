@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -33,9 +35,9 @@ def find_sources(sources: Sequence[str]) -> list[Source]:
     """
     if not sources:
         raise UserError(f"no text: give a file, or a data set ({', '.join(datasets.NAMES)})")
-    files: dict[str | Path, str | Path] = {}  # by name, or by path without links
+    files: dict[str | tuple[int, int], str | Path] = {}  # by name, or by file number: links are one
     for file in chain.from_iterable(map(find_files, sources)):
-        identity = file.resolve() if isinstance(file, Path) else file
+        identity = _file_number(file) if isinstance(file, Path) else file
         if identity in files:
             also = "" if files[identity] == file else f", also as {files[identity]}"
             raise UserError(f"{file} is given twice{also}: give each text once")
@@ -61,8 +63,7 @@ def find_files(source: str) -> Sequence[str | Path]:
 def _find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
-        below = {file: file.relative_to(path).parts for file in path.rglob("*") if _has_bytes(file)}
-        files = sorted(f for f, parts in below.items() if not any(p[0] == "." for p in parts))
+        files = [path.joinpath(*parts) for parts in sorted(_below(str(path)))]
         if not files:
             raise UserError(f"{source} is a folder without texts: put some text files there")
         return files
@@ -70,7 +71,7 @@ def _find_files(source: str) -> list[Path]:
         return [path]
     if any(character in source for character in "*?["):
         matches = set(map(Path, glob.glob(str(path), recursive=True)))  # ** can match twice
-        files = sorted(match for match in matches if _has_bytes(match))
+        files = sorted(match for match in matches if _has_bytes(str(match)))
         if not files:
             raise UserError(f"{source}: no file matches this pattern; check it with ls")
         return files
@@ -81,6 +82,30 @@ def _find_files(source: str) -> list[Path]:
     raise UserError(f"there is no file {source}{hint}")
 
 
-def _has_bytes(path: Path) -> bool:
+def _below(folder: str, parts: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the parts of the paths of all files below a folder, without hidden and empty ones.
+
+    A link to a folder is not followed. This takes a third of the time of `Path.rglob`.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _below(entry.path, (*parts, entry.name))
+            elif _has_bytes(entry.path):
+                yield (*parts, entry.name)
+
+
+def _has_bytes(path: str) -> bool:
     """Return whether a path is a file that is not empty: a folder of code has many that are."""
-    return path.is_file() and path.stat().st_size > 0
+    try:
+        info = os.stat(path)  # noqa: PTH116 (a Path takes as long again)
+    except OSError:  # a broken link
+        return False
+    return stat.S_ISREG(info.st_mode) and info.st_size > 0
+
+
+def _file_number(file: Path) -> tuple[int, int]:
+    info = file.stat()
+    return info.st_dev, info.st_ino
