@@ -98,8 +98,9 @@ def train(
     train_config = train_config or preset.train_config
     with joined_world() as world:
         folder, resume = world.on_first(lambda: _folder(sources, out, resume))
-        model_config, train_config, data_config = world.on_first(
-            lambda: (
+        sources, model_config, train_config, data_config = world.on_first(
+            lambda: (  # on another machine, the command may not have found the run to resume
+                sources,
                 model_config or (start_config(start) if start else preset.model_config),
                 train_config,
                 data_config or DataConfig(),
