@@ -17,7 +17,7 @@ def perplexity(nats_per_char: float) -> float:
 
 def human_count(number: float) -> str:
     """Return a count with three digits: 818048 is "818 k", 10.7e6 is "10.7 M"."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for limit, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= 0.9995 * limit:  # 999,500 is 1 M, not 1e+03 k
             return f"{number / limit:.3g}{unit}" if number < 1000 * limit else f"{number:.3g}"
     return f"{number:.3g}"

@@ -5,6 +5,7 @@ The formulas are explained in docs/scaling.md, with the measurements that their 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -127,22 +128,26 @@ def ring_seconds(n_bytes: float, devices: int, cluster: Cluster) -> float:
 
 
 def shared_step(
-    seconds_per_sequence: float, n_parameters: int, batch_size: int, devices: int, cluster: Cluster
+    seconds_of: Callable[[int], float],
+    n_parameters: int,
+    batch_size: int,
+    devices: int,
+    cluster: Cluster,
 ) -> Shared:
     """Return the time of a step of ``ddp`` on so many devices.
 
-    Each device gets an equal share of the batch, at least one sequence. All gradients but those of
-    the last bucket travel during the backward pass, two thirds of the step.
+    Each device gets an equal share of the batch, at least one sequence; `seconds_of` is the time of
+    a step of so many sequences on one device. All gradients but those of the last bucket travel
+    during the backward pass, two thirds of the step.
     """
     batch_size = max(batch_size, devices)
-    share = -(-batch_size // devices)
-    compute = share * seconds_per_sequence
+    compute = seconds_of(-(-batch_size // devices))
     n_bytes = 4.0 * n_parameters
     whole = ring_seconds(n_bytes, devices, cluster)
     last = ring_seconds(min(n_bytes, cluster.bucket), devices, cluster)
     waiting = max(last, whole - 2 / 3 * compute)
     seconds = compute + waiting
-    alone = batch_size * seconds_per_sequence / devices
+    alone = seconds_of(batch_size) / devices
     return Shared(devices, batch_size, seconds, waiting, alone / seconds)
 
 
@@ -152,12 +157,13 @@ def shared_step(
 class Gpu(NamedTuple):
     """Figures from the maker's data sheet."""
 
-    flops: float  # dense bf16 (T4: fp16) products a second
+    flops: float  # dense products a second, in the precision
     memory: float  # bytes
+    precision: str = "bf16"
 
 
 GPUS = {
-    "t4": Gpu(65e12, 16e9),
+    "t4": Gpu(65e12, 16e9, "fp16"),
     "l4": Gpu(121e12, 24e9),
     "a10": Gpu(125e12, 24e9),
     "a100": Gpu(312e12, 80e9),

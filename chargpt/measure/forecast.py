@@ -16,8 +16,6 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from chargpt.base.errors import UserError
 from chargpt.base.units import human_count, human_time
 from chargpt.compute.cost import GPUS, Cluster, Memory, Shared, memory_of, shared_step
@@ -70,6 +68,8 @@ class Forecast:
     seconds: float
     epochs: float
     devices: tuple[Shared, ...]  # one to 1,024
+    bytes_per_device: tuple[int, ...]  # without the program
+    most_bytes: float | None  # of the GPU; None: not known
 
 
 def forecast(
@@ -89,33 +89,33 @@ def forecast(
     config = model_config.replace(vocab_size=corpus.tokenizer.vocab_size)
     sequences = train_config.batch_size * train_config.gradient_accumulation_steps
     tokens_per_step = sequences * config.block_size
-    operations = training_flops_per_token(config)
     if gpu is None:
-        plan = probe_plan(config, train_config)
-        trainer, kernels = plan.trainer, plan.speed.kernels != "off"
-        pairs = plan.speed.attention == "matmul"
-        precision, device = trainer.precision.name, describe_device(trainer.device)
-        _seconds(plan, 0.0)
-        program = peak_memory_bytes(torch.device("cpu")) or 0
-        step, how = measure_step(config, train_config)
+        speed = measure_speed(config, train_config)
     else:
-        if gpu not in GPUS:
-            raise UserError(f"the GPU {gpu!r} is not known: give one of {', '.join(GPUS)}")
-        if not 0 < gpu_share <= 1:
-            raise UserError(f"gpu_share is {gpu_share}: give a share above 0, at most 1")
-        precision, device, kernels, pairs, program = "bf16", gpu.upper(), False, False, 0
-        step = tokens_per_step * operations / (gpu_share * GPUS[gpu].flops)
-        how = f"assumed: {gpu_share:.0%} of {GPUS[gpu].flops / 1e12:,.0f} TFLOP/s"
+        speed = assume_speed(config, gpu, gpu_share)
+    step = speed.seconds_of(sequences)
     steps, seconds = _budget(train_config, corpus, tokens_per_step, step)
     n_params = parameters_of(config)
+    memory = [
+        memory_of(
+            config,
+            train_config,
+            precision=speed.precision,
+            kernels=speed.kernels,
+            pairs=speed.pairs,
+            world=world,
+        )
+        for world in WORLDS
+    ]
     return Forecast(
-        device=device,
-        how=how,
-        precision=precision,
+        device=speed.device,
+        how=speed.how,
+        precision=speed.precision,
         n_params=n_params,
-        operations_per_token=operations,
-        memory=memory_of(config, train_config, precision=precision, kernels=kernels, pairs=pairs),
-        program_bytes=program,
+        operations_per_token=training_flops_per_token(config),
+        memory=memory[0],
+        program_bytes=speed.program_bytes,
+        most_bytes=speed.most_bytes,
         tokens_per_step=tokens_per_step,
         seconds_per_step=step,
         tokens_per_second=tokens_per_step / step,
@@ -124,9 +124,76 @@ def forecast(
         seconds=seconds,
         epochs=steps * tokens_per_step / len(corpus.train),
         devices=tuple(
-            shared_step(step / sequences, n_params, sequences, world, cluster or Cluster())
+            shared_step(speed.seconds_of, n_params, sequences, world, cluster or Cluster())
             for world in WORLDS
         ),
+        bytes_per_device=tuple(each.total for each in memory),
+    )
+
+
+# --- speed
+
+
+class Speed(NamedTuple):
+    """How a device trains a model."""
+
+    device: str
+    how: str  # where the figures come from
+    precision: str
+    kernels: bool
+    pairs: bool  # whether attention keeps its (T, T) weights
+    program_bytes: int
+    most_bytes: float | None  # of memory; None: not known
+    fixed: float  # seconds of a step, whatever it trains
+    sequence: float  # seconds of each sequence
+
+    def seconds_of(self, sequences: int) -> float:
+        """Return the seconds of a step."""
+        return self.fixed + sequences * self.sequence
+
+
+def assume_speed(config: GPT2Config, name: str, share: float) -> Speed:
+    """Return the speed of a GPU that is not at hand, without a fixed part of a step.
+
+    Raises:
+        UserError: an unknown GPU, or a share outside 0 … 1.
+    """
+    if name not in GPUS:
+        raise UserError(f"the GPU {name!r} is not known: give one of {', '.join(GPUS)}")
+    if not 0 < share <= 1:
+        raise UserError(f"gpu_share is {share}: give --gpu-share above 0, at most 1")
+    gpu = GPUS[name]
+    operations = training_flops_per_token(config) * config.block_size
+    how = f"assumed: {share:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s"
+    seconds = operations / (share * gpu.flops)
+    facts = (gpu.precision, False, False, 0, gpu.memory)
+    return Speed(name.upper(), how, *facts, fixed=0.0, sequence=seconds)
+
+
+def measure_speed(config: GPT2Config, train_config: TrainConfig) -> Speed:
+    """Return the speed of this machine."""
+    plan = probe_plan(config, train_config)
+    trainer = plan.trainer
+    _seconds(plan, 0.0)
+    on_cpu = trainer.device.type == "cpu"
+    program = peak_memory_bytes(trainer.device) if on_cpu else 0
+    times, n_layer, batch = fit_step(config, train_config), config.n_layer, train_config.batch_size
+    guess = times.of(n_layer, batch)
+    how, factor = "from steps of smaller models, measured now", 1.0
+    if guess <= LONG_STEP_S:
+        whole = probe_plan(config, train_config, n_layer=n_layer, sequences=batch)
+        how, factor = "measured now, on real steps", _seconds(whole, 2 * PROBE_S) / guess
+    fixed = max(0.0, times.fixed + n_layer * times.layer)  # noise may make it negative
+    return Speed(
+        device=describe_device(trainer.device),
+        how=how,
+        precision=trainer.precision.name,
+        kernels=plan.speed.kernels != "off",
+        pairs=plan.speed.attention == "matmul",
+        program_bytes=program or 0,
+        most_bytes=None,
+        fixed=factor * fixed,
+        sequence=factor * (guess - fixed) / batch,
     )
 
 
@@ -137,21 +204,6 @@ def probe_plan(config: GPT2Config, train_config: TrainConfig, **shape: Any) -> P
         batch_size=changes["sequences"], gradient_accumulation_steps=1, parallel="auto"
     )
     return synthetic_plan(config.replace(n_layer=changes["n_layer"]), small)
-
-
-def measure_step(config: GPT2Config, train_config: TrainConfig) -> tuple[float, str]:
-    """Return the seconds of a step on this machine, and how they were found."""
-    times = fit_step(config, train_config)
-    n = train_config.gradient_accumulation_steps
-    guess = times.of(config.n_layer, train_config.batch_size)
-    if guess > LONG_STEP_S:
-        one = guess - times.fixed - config.n_layer * times.layer
-        return guess + (n - 1) * one, "from steps of smaller models, measured now"
-    whole = probe_plan(
-        config, train_config, n_layer=config.n_layer, sequences=train_config.batch_size
-    )
-    measured = _seconds(whole, 2 * PROBE_S)
-    return measured * n, "measured now, on real steps"
 
 
 def fit_step(config: GPT2Config, train_config: TrainConfig) -> StepTime:
@@ -208,7 +260,7 @@ def table(figures: Forecast) -> str:
     rows = [
         ("device", f"{figures.device}, {figures.precision} ({figures.how})"),
         ("model", f"{figures.n_params:,} parameters"),
-        ("memory", f"{human_count(total)}B: {parts}{libraries}"),
+        ("memory", f"{human_count(total)}B: {parts}{libraries}{_too_much(figures)}"),
         (
             "operations",
             f"{human_count(figures.operations_per_token)} per character, "
@@ -224,13 +276,24 @@ def table(figures: Forecast) -> str:
         ("time", f"{human_time(figures.seconds)} of training, evaluations up to a tenth more"),
     ]
     lines = [f"{name:<12}{text}" for name, text in rows]
-    titles = ("devices", "batch", "ms/step", "characters/s", "efficiency")
-    lines += ["", "{:>8}{:>8}{:>11}{:>15}{:>12}".format(*titles)]
+    titles = ("devices", "batch", "ms/step", "characters/s", "efficiency", "memory")
+    lines += ["", "{:>8}{:>8}{:>11}{:>15}{:>12}{:>11}".format(*titles)]
     block = figures.tokens_per_step
-    for shared in figures.devices:
+    for shared, n_bytes in zip(figures.devices, figures.bytes_per_device, strict=True):
         tokens = block * shared.batch_size / figures.devices[0].batch_size
         lines.append(
             f"{shared.devices:>8,}{shared.batch_size:>8,}{1000 * shared.seconds:>11,.2f}"
             f"{tokens / shared.seconds:>15,.0f}{shared.efficiency:>12.0%}"
+            f"{human_count(n_bytes) + 'B':>11}"
         )
     return "\n".join(lines)
+
+
+def _too_much(figures: Forecast) -> str:
+    most = figures.most_bytes
+    if most is None or figures.memory.total <= most:
+        return ""
+    return (
+        f"; more than the {human_count(most)}B of this GPU: give a lower --batch-size with more "
+        "--gradient-accumulation-steps, or share it among several with --parallel fsdp"
+    )

@@ -41,7 +41,10 @@ def test_the_ring_takes_as_long_as_its_messages(devices: int) -> None:
 
 
 def test_one_device_waits_for_nobody_and_more_lose_efficiency() -> None:
-    steps = [shared_step(0.01, 10**7, 64, n, Cluster()) for n in (1, 2, 8, 64, 256)]
+    steps = [
+        shared_step(lambda n: 0.01 * n, 10**7, 64, devices, Cluster())
+        for devices in (1, 2, 8, 64, 256)
+    ]
     assert steps[0].seconds == pytest.approx(0.64)
     efficiencies = [step.efficiency for step in steps]
     assert efficiencies[0] == 1
@@ -49,6 +52,13 @@ def test_one_device_waits_for_nobody_and_more_lose_efficiency() -> None:
     assert steps[4].batch_size == 256  # a sequence for each
     for step in steps:
         assert step.seconds >= step.waiting >= 0
+
+
+def test_what_a_step_takes_anyway_is_not_shared() -> None:
+    cluster = Cluster(latency=0.0, link=1e18, network=1e18)
+    alone, four = (shared_step(lambda n: 1.0 + n, 100, 8, n, cluster) for n in (1, 4))
+    assert (alone.seconds, four.seconds) == (9.0, pytest.approx(3.0))
+    assert four.efficiency == pytest.approx(9 / 4 / 3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

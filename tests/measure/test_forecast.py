@@ -61,6 +61,11 @@ def test_a_gpu_that_is_not_at_hand_is_planned_from_its_speed(
     expected = figures["tokens_per_step"] * figures["operations_per_token"] / (0.5 * 989e12)
     assert figures["seconds_per_step"] == pytest.approx(expected)
     assert [row["devices"] for row in figures["devices"]] == [2**i for i in range(11)]
+    flags = "--gpu t4 --preset gpt2 --batch-size 2048"
+    assert run(["plan", str(text_file), *flags.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "T4, fp16" in printed
+    assert "more than the 16 GB of this GPU: give a lower --batch-size" in printed
 
 
 def test_this_machine_is_measured(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
