@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from chargpt.cli import flags, shared
 from chargpt.cli.shared import flag
-from chargpt.compute.cost import GPUS, Cluster
+from chargpt.compute.cost import GPU_SHARE, GPUS, Cluster
 
 ASSUMPTIONS = (
     "devices that share a step: a ring all-reduce of the gradients over links of {link:.0f} GB/s "
@@ -19,11 +19,13 @@ ASSUMPTIONS = (
 
 def make_flags(shown_preset: str) -> type:
     """Return the flags of ``plan`` as a dataclass; help shows the values of a preset."""
-    names = tuple(GPUS)
+    names, cluster = tuple(GPUS), Cluster()
+    link, network = cluster.link / 1e9, cluster.network / 1e9
     gpu_help = "Plan for a GPU that is not at hand, by its name. (this machine, measured)"
-    share_help = "Share of the GPU's speed to assume. (0.25)"
-    link_help = "Gigabytes a second between two devices of a machine. (100)"
-    network_help = "Gigabytes a second between two machines. (12.5)"
+    share_help = f"Share of the GPU's speed to assume. ({GPU_SHARE})"
+    machine_help = f"Devices in a machine. ({cluster.per_machine})"
+    link_help = f"Gigabytes a second between two devices of a machine. ({link:g})"
+    network_help = f"Gigabytes a second between two machines. ({network:g})"
     return shared.flags_class(
         "Print what training will cost: parameters, memory, characters per second, time; and how "
         "it grows with devices, from a formula. Settings are those of train.",
@@ -31,10 +33,10 @@ def make_flags(shown_preset: str) -> type:
             flag("texts", shared.Texts, (), shared.TEXTS_HELP, "[TEXT ...]"),
             *shared.settings_flags(shown_preset),
             flag("gpu", Literal[names] | None, None, gpu_help, "|".join(names)),
-            flag("gpu_share", float, 0.25, share_help),
-            flag("per_machine", int, 8, "Devices in a machine. (8)"),
-            flag("link", float, 100.0, link_help),
-            flag("network", float, 12.5, network_help),
+            flag("gpu_share", float, GPU_SHARE, share_help),
+            flag("per_machine", int, cluster.per_machine, machine_help),
+            flag("link", float, link, link_help),
+            flag("network", float, network, network_help),
             shared.JSON_FLAG,
         ],
     )

@@ -133,25 +133,29 @@ def shared_step(
     batch_size: int,
     devices: int,
     cluster: Cluster,
+    *,
+    accumulation: int = 1,
 ) -> Shared:
     """Return the time of a step of ``ddp`` on so many devices.
 
-    Each device gets an equal share of the batch, at least one sequence; `seconds_of` is the time of
-    a step of so many sequences on one device. All gradients but those of the last bucket travel
-    during the backward pass, two thirds of the step.
+    Each device gets an equal share of each of the step's `accumulation` batches, at least one
+    sequence; `seconds_of` is the time of a step of so many sequences on one device. All gradients
+    but those of the last bucket travel during the backward pass, two thirds of the step.
     """
     batch_size = max(batch_size, devices)
-    compute = seconds_of(-(-batch_size // devices))
+    compute = seconds_of(accumulation * -(-batch_size // devices))
     n_bytes = 4.0 * n_parameters
     whole = ring_seconds(n_bytes, devices, cluster)
     last = ring_seconds(min(n_bytes, cluster.bucket), devices, cluster)
     waiting = max(last, whole - 2 / 3 * compute)
     seconds = compute + waiting
-    alone = seconds_of(batch_size) / devices
+    alone = seconds_of(accumulation * batch_size) / devices
     return Shared(devices, batch_size, seconds, waiting, alone / seconds)
 
 
 # --- GPUs that are not at hand
+
+GPU_SHARE = 0.25  # of a GPU's speed, for models as small as these; nanoGPT reports up to 0.5
 
 
 class Gpu(NamedTuple):

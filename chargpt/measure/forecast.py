@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from chargpt.base.errors import UserError
 from chargpt.base.units import human_count, human_time
-from chargpt.compute.cost import GPUS, Cluster, Memory, Shared, memory_of, shared_step
+from chargpt.compute.cost import GPU_SHARE, GPUS, Cluster, Memory, Shared, memory_of, shared_step
 from chargpt.compute.counts import parameters_of, training_flops_per_token
 from chargpt.compute.device import describe_device
 from chargpt.config import GPT2Config, TrainConfig
@@ -32,7 +32,6 @@ PROBE_STEP_S = 0.5  # of the largest probe
 LONG_STEP_S = 2.0  # a shorter one is timed itself
 PROBE_S = 0.3  # for each of the four probes
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-GPU_SHARE = 0.25  # of a GPU's speed, for models as small as these; nanoGPT reports up to 0.5
 
 
 class StepTime(NamedTuple):
@@ -124,7 +123,14 @@ def forecast(
         seconds=seconds,
         epochs=steps * tokens_per_step / len(corpus.train),
         devices=tuple(
-            shared_step(speed.seconds_of, n_params, sequences, world, cluster or Cluster())
+            shared_step(
+                speed.seconds_of,
+                n_params,
+                train_config.batch_size,
+                world,
+                cluster or Cluster(),
+                accumulation=train_config.gradient_accumulation_steps,
+            )
             for world in WORLDS
         ),
         bytes_per_device=tuple(each.total for each in memory),

@@ -59,6 +59,9 @@ def test_what_a_step_takes_anyway_is_not_shared() -> None:
     alone, four = (shared_step(lambda n: 1.0 + n, 100, 8, n, cluster) for n in (1, 4))
     assert (alone.seconds, four.seconds) == (9.0, pytest.approx(3.0))
     assert four.efficiency == pytest.approx(9 / 4 / 3)
+    # Each of three accumulated batches is shared, and grows with the devices that it needs.
+    many = shared_step(lambda n: 1.0 + n, 100, 8, 16, cluster, accumulation=3)
+    assert (many.batch_size, many.seconds) == (16, pytest.approx(1.0 + 3))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
