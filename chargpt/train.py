@@ -24,7 +24,7 @@ from torch import Tensor
 from chargpt.base.callable_module import make_callable
 from chargpt.base.errors import TrainingError, UserError, is_out_of_memory
 from chargpt.base.files import write_json
-from chargpt.base.interrupts import StopRequested, StopSignals
+from chargpt.base.interrupts import StopRequested, StopSignals, stop
 from chargpt.base.seeding import own_random_state
 from chargpt.compute.device import describe_device, deterministic_algorithms
 from chargpt.compute.optimizers import schedule
@@ -279,11 +279,9 @@ def fit(trainer: Trainer, reporter: SilentReporter) -> StopReason:
 def _agree(trainer: Trainer, signals: StopSignals) -> None:
     """Raise `StopRequested` if any process was asked to stop; take rank 0's clock."""
     world, state = trainer.world, trainer.state
-    if world.size > 1:
-        clock = state.train_seconds if world.is_first else 0.0
-        state.train_seconds, request = world.highest(clock, signals.received)
-        signals.received = int(request)
-    signals.check()
+    clock = state.train_seconds if world.is_first else 0.0
+    state.train_seconds, request = world.highest(clock, signals.received)
+    stop(int(request))  # a signal since then waits for the next step: all must stop together
 
 
 def _interruptible(trainer: Trainer, signals: StopSignals) -> AbstractContextManager[None]:

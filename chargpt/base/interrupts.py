@@ -23,6 +23,12 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
         self.reason = reason
 
 
+def stop(number: int) -> None:
+    """Raise `StopRequested` for the number of a signal; 0: there is none."""
+    if number:
+        raise StopRequested(_REASONS[number])
+
+
 class StopSignals:
     """Records the first Ctrl-C or SIGTERM as a request; a second one ends the program at once."""
 
@@ -42,8 +48,7 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise `StopRequested` if a signal has come."""
-        if self.received:
-            raise StopRequested(_REASONS[self.received])
+        stop(self.received)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

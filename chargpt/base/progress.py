@@ -63,7 +63,7 @@ def _lines(label: str, total: int, unit: str) -> Advance:
             last = now
             rate = human_count(done / (now - start))
             with suppress(OSError):  # nobody reads it
-                line = f"{label:10} {done / total:.0%}, {rate} {unit}/s"
+                line = f"{label:10} {min(done / total, 1):.0%}, {rate} {unit}/s"
                 print(line, file=sys.stderr, flush=True)
 
     return advance

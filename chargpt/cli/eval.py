@@ -55,12 +55,15 @@ def run(command: Any) -> int:
         rows = {row.name: row.bits_per_char for row in card.baselines}
         print(json.dumps({**asdict(card), "baselines": rows}))
         return 0
-    print(f"{one_line(card.text)}: {card.n_tokens:,} tokens")
+    size = f"{card.n_tokens:,} tokens"
+    if card.unit != "char":
+        size = f"{card.n_characters:,} characters in {card.n_tokens:,} {card.unit}s"
+        size += f", {card.nats_per_token:.4f} nats/{card.unit}"
+    print(f"{one_line(card.text)}: {size}")
     model_row = (one_line(f"{command.run} ({command.which})"), card.bits_per_char)
     table = (model_row, *card.baselines)
     width = max(len(name) for name, _ in table)
-    units = (f"nats/{card.unit}", f"bits/{card.unit}", "perplexity")
-    print(f"{'':{width}}" + "{:>11}{:>11}{:>12}".format(*units))
+    print(f"{'':{width}}{'nats/char':>11}{'bits/char':>11}{'perplexity':>12}")
     for name, bits in table:
         print(f"{name:{width}}{bits * math.log(2):11.4f}{bits:11.4f}{2**bits:12.2f}")
     if card.note:

@@ -1,11 +1,11 @@
 """Several devices: how they share each batch. The rest of the package need not know.
 
-=====  ==================================================================  ==================
-none   one device
-dp     `torch.nn.DataParallel`: the GPUs of one process                    the original's way
-ddp    `DistributedDataParallel`: a process per device, all weights each   under torchrun
-fsdp   `fully_shard` (FSDP2): a process per device, a share of the weights under torchrun
-=====  ==================================================================  ==================
+====  =====================================================================
+none  one device
+dp    `torch.nn.DataParallel`: the GPUs of one process
+ddp   `DistributedDataParallel`: a process per device, each with all weights
+fsdp  `fully_shard` (FSDP2): a process per device, each with a share of them
+====  =====================================================================
 """
 
 from __future__ import annotations

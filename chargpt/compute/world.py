@@ -81,17 +81,18 @@ class World:
 
     def total(self, *numbers: float) -> list[float]:
         """Return the sum of each number over all ranks, the same bits on every rank."""
-        return self._reduce(numbers, dist.ReduceOp.SUM)
+        return self._reduce(numbers, "SUM")
 
     def highest(self, *numbers: float) -> list[float]:
         """Return the highest value of each number among all ranks."""
-        return self._reduce(numbers, dist.ReduceOp.MAX)
+        return self._reduce(numbers, "MAX")
 
-    def _reduce(self, numbers: tuple[float, ...], operation: Any) -> list[float]:
+    def _reduce(self, numbers: tuple[float, ...], operation: str) -> list[float]:
+        if self.size == 1:
+            return list(numbers)
         values = torch.tensor(numbers, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(values, operation)
-        return [float(value) for value in values]
+        dist.all_reduce(values, getattr(dist.ReduceOp, operation))
+        return values.tolist()
 
     def share(self, count: int) -> range:
         """Return this rank's part of 0 … count - 1; the parts differ by at most one in length."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chargpt.config import Unknown
+from chargpt.data.mapped import count_tokens
 from chargpt.data.streaming import ByteDecoder
 from chargpt.data.tokenizer import CharTokenizer
 
@@ -23,7 +24,7 @@ class ByteTokenizer(CharTokenizer):
     Its `characters` are U+0000 to U+00FF, a name for each byte.
     """
 
-    unit = "byte"
+    unit, units = "byte", "bytes"
 
     def __init__(self, *, end_of_text: bool = False) -> None:
         super().__init__(map(chr, range(256)), end_of_text=end_of_text)
@@ -53,6 +54,11 @@ class ByteTokenizer(CharTokenizer):
         """Return the number of ids of a text."""
         return len(text.encode("utf-8", "surrogatepass"))
 
+    def n_characters(self, ids: npt.NDArray[Any]) -> int:
+        """Return the number of characters of a text; the end of a document counts as one."""
+        counts = count_tokens(ids, self.vocab_size)
+        return int(counts.sum() - counts[0x80:0xC0].sum())  # bytes that continue a character
+
     def per_character(self, text: str, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the sum of the scores of each character's bytes, (len(text),)."""
         widths = np.fromiter((self.n_tokens(c) for c in text), np.int64, len(text))
@@ -63,12 +69,6 @@ class ByteTokenizer(CharTokenizer):
         """Return the kind of tokenizer as JSON with a format version."""
         fields = json.loads(super().to_json()) | {"type": "byte", "characters": []}
         return json.dumps(fields, indent=1) + "\n"
-
-    def __hash__(self) -> int:
-        return hash(("byte", self.end_of_text_id))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByteTokenizer) and super().__eq__(other)
 
     def __repr__(self) -> str:
         return f"ByteTokenizer(end_of_text={self.end_of_text_id is not None})"

@@ -34,11 +34,14 @@ class Corpus:
 
     def summary(self) -> str:
         """Return one line about the corpus for the user."""
-        n = self.facts.n_documents
+        n, tokenizer = self.facts.n_documents, self.tokenizer
         documents = f" in {n:,} documents" if n > 1 else ""
+        distinct, of = f", {len(tokenizer.characters)} distinct", ""
+        if tokenizer.unit != "char":
+            distinct, of = "", f" {tokenizer.units}"
         return (
-            f"{self.facts.n_characters:,} characters{documents}, {len(self.tokenizer.characters)} "
-            f"distinct; {len(self.train):,} to train on, {len(self.validation):,} to validate"
+            f"{self.facts.n_characters:,} characters{documents}{distinct}; {len(self.train):,}{of} "
+            f"to train on, {len(self.validation):,} to validate"
         )
 
 

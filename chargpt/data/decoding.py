@@ -8,7 +8,7 @@ from itertools import chain
 
 from chargpt.base.errors import UserError
 from chargpt.config import OnError
-from chargpt.data.formats import raw_chunks
+from chargpt.data.formats import CHUNK, raw_chunks
 from chargpt.data.texts import EMPTY, Source
 
 _GUESSED, _LEAST_GUESSED = 1 << 16, 64  # bytes from which an encoding is guessed
@@ -26,7 +26,14 @@ _BYTE_ORDER_MARKS = (  # the 32-bit marks start with the 16-bit ones: longest fi
 
 def read_text(source: Source, encoding: str) -> str:
     """Return the whole text of a source; errors as `raw_chunks` and `decode_chunks`."""
-    return "".join(decode_chunks(source.name, raw_chunks(source), encoding))
+    return "".join(text_chunks(source, encoding))
+
+
+def text_chunks(
+    source: Source, encoding: str, on_error: OnError = "stop", chunk: int = CHUNK
+) -> Iterator[str]:
+    """Yield the text of a source in pieces; errors as `raw_chunks` and `decode_chunks`."""
+    return decode_chunks(source.name, raw_chunks(source, chunk), encoding, on_error)
 
 
 def decode_chunks(

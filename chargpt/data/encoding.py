@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
-from chargpt.data.decoding import BINARY_CHECK, Replaced, decode_chunks
-from chargpt.data.formats import CHUNK, is_plain, is_table, open_file, raw_chunks, rows
+from chargpt.data.decoding import BINARY_CHECK, Replaced, text_chunks
+from chargpt.data.formats import is_plain, is_table, open_file, rows
 from chargpt.data.texts import Source
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -228,19 +228,16 @@ def _lists_of(
         yield from ((some, True) for some in rows(source, config.text_column))
         return
     else:
-        texts = read_text(source, config, chunk)
+        texts = text_chunks(source, config.encoding, config.on_error, chunk)
     yield from split_text(texts, config.document_separator, unit.ends)
-
-
-def read_text(source: Source, config: DataConfig, chunk: int = CHUNK) -> Iterator[str]:
-    """Yield the text of a source that is no table, in pieces; errors as `decode_chunks`."""
-    return decode_chunks(source.name, raw_chunks(source, chunk), config.encoding, config.on_error)
 
 
 def refuse_wrong(source: Source, config: DataConfig) -> None:
     """Raise a UserError unless a source can be read to its end."""
-    is_rows = is_table(source, config.text_column)
-    for _ in rows(source, config.text_column) if is_rows else read_text(source, config):
+    texts: Iterator[Any] = text_chunks(source, config.encoding, config.on_error)
+    if is_table(source, config.text_column):
+        texts = rows(source, config.text_column)
+    for _ in texts:
         pass
 
 

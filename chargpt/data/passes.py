@@ -35,12 +35,11 @@ from chargpt.data.encoding import (
 )
 from chargpt.data.formats import raw_chunks
 from chargpt.data.texts import Source
-from chargpt.data.tokenizer import CharTokenizer
+from chargpt.data.tokenizer import REPLACEMENT, CharTokenizer
 from chargpt.data.workers import Workers
 
 _CODE_POINTS = 0x110000
 _SHOWN = 10  # files or characters in a line
-REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +65,6 @@ class EncodingPlan:
     mark: str  # see `Encoder`
     streamed: frozenset[str]  # names of sources that cannot be read in ranges
     left_out: frozenset[str]  # names of sources that are not text
-    rare: str  # characters that become U+FFFD
     notes: tuple[str, ...]  # lines for the user
     is_open: tuple[bool, ...]  # for each unit: whether a document with characters continues in it
     sizes: tuple[int, ...]  # token ids of each unit
@@ -92,11 +90,13 @@ class EncodingPlan:
         """What writes the ids."""
         if isinstance(self.tokenizer, ByteTokenizer):
             return ByteEncoder(self.tokenizer.byte_ids, self.mark, None)
-        points = [ord(c) for c in (*self.tokenizer.characters, *self.mark)]
-        rare = [ord(c) for c in self.rare]
-        table: Ids = np.zeros(max(points + rare) + 1, dtype=self.tokenizer.dtype)
-        table[points] = np.arange(len(points))
-        table[rare] = table[ord(REPLACEMENT)] if rare else 0
+        ids = self.tokenizer.ids_of_points
+        size = max(len(ids), *(ord(c) + 1 for c in self.mark), 128)
+        table: Ids = np.zeros(size, dtype=self.tokenizer.dtype)
+        table[: len(ids)] = np.maximum(ids, 0)
+        if self.mark:
+            assert self.tokenizer.end_of_text_id is not None
+            table[ord(self.mark)] = self.tokenizer.end_of_text_id
         short = table[:128].astype(np.uint8)
         is_short = bool((short == table[:128]).all())
         return Encoder(table, self.mark, short.tobytes().ljust(256) if is_short else None)
@@ -115,7 +115,6 @@ class EncodingPlan:
             "mark": self.mark,
             "streamed": sorted(self.streamed),
             "left_out": sorted(self.left_out),
-            "rare": self.rare,
             "notes": list(self.notes),
             "is_open": list(map(int, self.is_open)),
             "sizes": list(self.sizes),
@@ -131,7 +130,6 @@ class EncodingPlan:
             mark=values["mark"],
             streamed=frozenset(values["streamed"]),
             left_out=frozenset(values["left_out"]),
-            rare=values["rare"],
             notes=tuple(values["notes"]),
             is_open=tuple(map(bool, values["is_open"])),
             sizes=tuple(values["sizes"]),
@@ -210,7 +208,7 @@ def make_plan(
         names = ", ".join(source.name for source in sources[:3]) + (", …" if sources[3:] else "")
         raise UserError(f"{names} holds only document separators: give some text")
     several = tally.n_documents > 1
-    tokenizer, rare = _tokenizer(tally.counts, config, {*characters}, end_of_text=several)
+    tokenizer = _tokenizer(tally.counts, config, {*characters}, end_of_text=several)
     is_byte = isinstance(tokenizer, ByteTokenizer)
     unused = map(chr, np.flatnonzero(tally.counts == 0))
     mark = BYTE_MARK if is_byte else next(c for c in unused if c not in tokenizer.characters)
@@ -226,8 +224,7 @@ def make_plan(
         mark=mark if several else "",
         streamed=streamed,
         left_out=frozenset(left_out),
-        rare=rare,
-        notes=tuple(_notes(tally, left_out, rare, config)),
+        notes=tuple(_notes(tally, left_out, tokenizer.rare, config)),
         is_open=tuple(tally.is_open),
         sizes=tuple(
             n + several * ended
@@ -240,15 +237,15 @@ def make_plan(
 
 def _tokenizer(
     counts: Ints, config: DataConfig, characters: set[str], *, end_of_text: bool
-) -> tuple[CharTokenizer, str]:
-    """Return the tokenizer, and the characters that become U+FFFD."""
+) -> CharTokenizer:
+    """Return the tokenizer of a text, in which code points occur so often."""
     if config.tokenizer == "byte":
-        return ByteTokenizer(end_of_text=end_of_text), ""
+        return ByteTokenizer(end_of_text=end_of_text)
     present = {chr(i) for i in np.flatnonzero(counts).tolist()}
     common = {chr(i) for i in np.flatnonzero(counts >= config.min_count).tolist()} | characters
     rare = sorted(present - common - {REPLACEMENT})
     added = {REPLACEMENT} if rare else set()
-    return CharTokenizer(common | added, end_of_text=end_of_text), "".join(rare)
+    return CharTokenizer(common | added, end_of_text=end_of_text, rare="".join(rare))
 
 
 def _notes(tally: _Tally, left_out: dict[str, str], rare: str, config: DataConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ from chargpt.config import Unknown
 from chargpt.data.streaming import CharDecoder, Decoder
 
 FORMAT = 1
+REPLACEMENT = "\ufffd"
 _CHUNK = 1 << 20  # characters encoded at a time, with 12 bytes of scratch memory each
 _REPLACEMENTS = "\ufffd?_ "  # for unknown characters: the first of these in the vocabulary
 
@@ -26,12 +27,14 @@ class CharTokenizer:
     """Characters to ids: character ``characters[i]`` has id ``i``.
 
     `characters` are one or more distinct characters, in any order; `end_of_text` adds a token that
-    ends a document. Others are a UserError.
+    ends a document. `rare` are others, which become U+FFFD. Anything else is a UserError.
     """
 
-    unit = "char"  # what a token is, in tables
+    unit, units = "char", "characters"  # what a token is, in tables and in sentences
 
-    def __init__(self, characters: Iterable[str], *, end_of_text: bool = False) -> None:
+    def __init__(
+        self, characters: Iterable[str], *, end_of_text: bool = False, rare: str = ""
+    ) -> None:
         self.characters: tuple[str, ...] = tuple(sorted(characters))
         if not self.characters:
             raise UserError("the vocabulary is empty: give a text with at least one character")
@@ -40,10 +43,16 @@ class CharTokenizer:
         if len(set(self.characters)) != len(self.characters):
             raise UserError("the vocabulary has a character twice: give distinct characters")
         self.end_of_text_id: int | None = len(self.characters) if end_of_text else None
-        # Code point -> id, or -1 if unknown; the last entry stands for all higher code points.
+        self.rare = rare
+        if rare and (REPLACEMENT not in self.characters or {*rare} & {*self.characters}):
+            raise UserError("rare characters need U+FFFD, and must not be tokens: train again")
+        # Code point → id, or -1 if unknown; the last entry stands for all higher code points.
         points = np.array([ord(character) for character in self.characters])
-        self._ids = np.full(points.max() + 2, -1, dtype=np.int32)
-        self._ids[points] = np.arange(len(points))
+        others = [ord(character) for character in rare]
+        self.ids_of_points = np.full(max([*others, points.max()]) + 2, -1, dtype=np.int32)
+        self.ids_of_points[points] = np.arange(len(points))
+        if rare:
+            self.ids_of_points[others] = self.ids_of_points[ord(REPLACEMENT)]
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, end_of_text: bool = False) -> Self:
@@ -72,7 +81,8 @@ class CharTokenizer:
         for start in range(0, len(text), _CHUNK):
             piece = text[start : start + _CHUNK].encode("utf-32-le", "surrogatepass")
             points = np.frombuffer(piece, dtype=np.uint32)
-            ids[start : start + _CHUNK] = self._ids[np.minimum(points, len(self._ids) - 1)]
+            points = np.minimum(points, len(self.ids_of_points) - 1)
+            ids[start : start + _CHUNK] = self.ids_of_points[points]
         missing = ids < 0
         if missing.any():
             if unknown == "error":
@@ -112,6 +122,10 @@ class CharTokenizer:
         """Return the number of ids of a text without unknown characters."""
         return len(text)
 
+    def n_characters(self, ids: npt.NDArray[Any]) -> int:
+        """Return the number of characters of a text; the end of a document counts as one."""
+        return len(ids)
+
     def per_character(self, text: str, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the score of each character, (len(text),), from that of each token."""
         return scores
@@ -123,6 +137,7 @@ class CharTokenizer:
             "type": "character",
             "end_of_text": self.end_of_text_id is not None,
             "characters": list(self.characters),
+            **({"rare": self.rare} if self.rare else {}),
         }
         return json.dumps(fields, indent=1) + "\n"
 
@@ -132,23 +147,27 @@ class CharTokenizer:
         try:
             fields = json.loads(text)
             version, characters = fields["format"], fields["characters"]
-            end_of_text = bool(fields["end_of_text"])
-            "".join(characters)  # a TypeError, unless all are strings
+            end_of_text, rare = bool(fields["end_of_text"]), fields.get("rare", "")
+            "".join([*characters, rare])  # a TypeError, unless all are strings
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"not a tokenizer file ({error!r}): train the model again") from error
         if version != FORMAT:
             raise UserError(
                 f"the tokenizer has format {version!r:.20}, this chargpt reads {FORMAT}: upgrade"
             )
-        return cls(characters, end_of_text=end_of_text)
+        return cls(characters, end_of_text=end_of_text, rare=rare)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CharTokenizer):
             return NotImplemented
-        return (self.characters, self.end_of_text_id) == (other.characters, other.end_of_text_id)
+        return self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((self.characters, self.end_of_text_id))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return type(self), self.characters, self.end_of_text_id, self.rare
 
     def __repr__(self) -> str:
         end = ", end_of_text=True" if self.end_of_text_id is not None else ""

@@ -15,7 +15,7 @@ from chargpt.compute.world import ALONE, World
 from chargpt.data.mapped import Pages
 from chargpt.engine.scoring import BATCH_SIZE, check_stride, score_windows, windows
 
-_SUMS = 1000  # batches whose sums are kept apart
+_SUMS = 1000  # parts that are kept apart
 
 
 def evaluate(
@@ -42,39 +42,51 @@ def evaluate(
         batch_size: blocks per forward pass; changes speed and memory only.
         autocast: a reusable context for each forward pass, such as a `torch.autocast`.
         world: the processes that share the work; all must call this, and each gets the result.
-        advance: called with the number of tokens that were just scored here.
+        advance: called with about the number of tokens that all processes have just scored.
 
     Raises:
         UserError: a stride outside 0 … T.
     """
     check_stride(stride, block_size)
-    device = next(model.parameters()).device
-    sums: list[Tensor] = []  # on the device: copying each one to the CPU would make a GPU wait
-    scored = 0
-    exact = torch.float64 if device.type != "mps" else None  # which has none
+    total = _Sum(next(model.parameters()).device)
+    counts: list[int] = []  # of each batch, what is not padding
 
-    def add(nats: Tensor, count: int | None = None) -> None:
-        nonlocal scored
-        nats = nats[:count]
-        sums.append(nats.sum(dtype=exact))
-        if len(sums) == _SUMS:
-            sums[:] = [torch.stack(sums).sum()]
-        scored += len(nats)
-        advance(len(nats))
-
-    if stride:
-        score_windows(model, windows(tokens, block_size, stride, batch_size), add, autocast)
-    else:
-        counts: list[int] = []  # of each batch, what is not padding
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        if stride:
+            for inputs, targets in windows(tokens, block_size, stride, batch_size):
+                counts.append(targets.numel())
+                yield inputs, targets
+        else:
             for inputs, targets, count in _shares(tokens, block_size, most, batch_size, world):
                 counts.append(count)
                 yield inputs, targets
 
-        score_windows(model, batches(), lambda nats: add(nats, counts[-1]), autocast)
-    nats, n = world.total(float(torch.stack(sums).cpu().sum(dtype=torch.float64)), scored)
+    def take(nats: Tensor) -> None:
+        total.add(nats[: counts[-1]])
+        advance(counts[-1] * world.size)
+
+    score_windows(model, batches(), take, autocast)
+    nats, n = world.total(total.nats, total.count)
     return nats / n
+
+
+class _Sum:
+    """A sum in float64 that stays on the device: copying each part would make a GPU wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = 0
+        self._parts: list[Tensor] = []
+        self._dtype = torch.float64 if device.type != "mps" else None  # which has none
+
+    def add(self, values: Tensor) -> None:
+        self.count += len(values)
+        self._parts.append(values.sum(dtype=self._dtype))
+        if len(self._parts) == _SUMS:
+            self._parts = [torch.stack(self._parts).sum()]
+
+    @property
+    def nats(self) -> float:
+        return float(torch.stack(self._parts).cpu().sum(dtype=torch.float64))
 
 
 def scored_tokens(n_tokens: int, block_size: int, most: int | None) -> int:

@@ -54,6 +54,7 @@ class Forecast:
 
     device: str
     how: str  # where the speed comes from
+    units: str  # what tokens are: "characters" or "bytes"
     precision: str
     n_params: int
     operations_per_token: int
@@ -109,6 +110,7 @@ def forecast(
     return Forecast(
         device=speed.device,
         how=speed.how,
+        units=corpus.tokenizer.units,
         precision=speed.precision,
         n_params=n_params,
         operations_per_token=training_flops_per_token(config),
@@ -260,7 +262,7 @@ def table(figures: Forecast) -> str:
     memory = figures.memory
     parts = ", ".join(f"{name} {human_count(n)}B" for name, n in asdict(memory).items() if n)
     program = figures.program_bytes
-    total = memory.total + program
+    total, units = memory.total + program, figures.units
     libraries = f", program {human_count(program)}B" if program else ""
     rate, step = figures.tokens_per_second, figures.seconds_per_step
     rows = [
@@ -269,20 +271,20 @@ def table(figures: Forecast) -> str:
         ("memory", f"{human_count(total)}B: {parts}{libraries}{_too_much(figures)}"),
         (
             "operations",
-            f"{human_count(figures.operations_per_token)} per character, "
+            f"{human_count(figures.operations_per_token)} per {units[:-1]}, "
             f"{human_count(figures.operations_per_token * figures.steps * figures.tokens_per_step)}"
             " in all",
         ),
-        ("speed", f"{rate:,.0f} characters/s, {1000 * step:,.1f} ms a step"),
+        ("speed", f"{rate:,.0f} {units}/s, {1000 * step:,.1f} ms a step"),
         (
             "budget",
-            f"{figures.steps:,} steps, {figures.steps * figures.tokens_per_step:,} characters, "
+            f"{figures.steps:,} steps, {figures.steps * figures.tokens_per_step:,} {units}, "
             f"{figures.epochs:.1f} epochs of {figures.train_tokens:,}",
         ),
         ("time", f"{human_time(figures.seconds)} of training, evaluations up to a tenth more"),
     ]
     lines = [f"{name:<12}{text}" for name, text in rows]
-    titles = ("devices", "batch", "ms/step", "characters/s", "efficiency", "memory")
+    titles = ("devices", "batch", "ms/step", f"{units}/s", "efficiency", "memory")
     lines += ["", "{:>8}{:>8}{:>11}{:>15}{:>12}{:>11}".format(*titles)]
     block = figures.tokens_per_step
     for shared, n_bytes in zip(figures.devices, figures.bytes_per_device, strict=True):

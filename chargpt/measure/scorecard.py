@@ -38,12 +38,14 @@ class Scorecard:
 
     text: str  # its name
     n_tokens: int
+    n_characters: int  # fewer than tokens, if a token is a byte
     stride: int  # tokens that the model's window moves; 0: block_size
+    nats_per_token: float
     nats_per_char: float
     bits_per_char: float
-    perplexity: float
+    perplexity: float  # of a character
     baselines: tuple[Baseline, ...]
-    unit: str  # what a token is, "char" or "byte"; the figures are per token
+    unit: str  # what a token is, "char" or "byte"
     note: str  # why there are no baselines, or what part of the texts they saw; may be empty
 
 
@@ -98,17 +100,22 @@ def score_run(
     with progress("evaluating", len(tokens) - 1, unit="tokens", quiet=quiet) as advance:
         block_size = model.config.block_size
         loss = evaluate(model, tokens, block_size, stride=stride, advance=advance)
+    n_characters = tokenizer.n_characters(tokens)
+    per_character = len(tokens) / n_characters
     rows: Sequence[Baseline] = ()
     if with_baselines and corpus is not None and (files or split == "validation"):
         rows = baselines(corpus.train, tokens, corpus.tokenizer)
+        rows = [row._replace(bits_per_char=row.bits_per_char * per_character) for row in rows]
         note = describe_parts(corpus.train, tokens)
     return Scorecard(
         text=name,
         n_tokens=len(tokens),
+        n_characters=n_characters,
         stride=stride,
-        nats_per_char=loss,
-        bits_per_char=bits_per_char(loss),
-        perplexity=perplexity(loss),
+        nats_per_token=loss,
+        nats_per_char=loss * per_character,
+        bits_per_char=bits_per_char(loss * per_character),
+        perplexity=perplexity(loss * per_character),
         baselines=tuple(rows),
         unit=tokenizer.unit,
         note=note,

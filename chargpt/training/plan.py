@@ -307,7 +307,7 @@ def _describe(
         f"precision  {precision.name} ({precision.reason})",
         f"budget     {_describe_budget(trainer)}",
     ]
-    if head := _describe_head(model):
+    if corpus.tokenizer.unit == "char" and (head := _describe_head(model)):
         lines.append(head)
     if trainer.device.type == "cuda" or trainer.world.size > 1:
         lines.append(f"parallel   {trainer.parallel.reason}")

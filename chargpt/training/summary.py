@@ -28,7 +28,7 @@ class Summary:
     """What a run achieved; ``summary.json`` has the same fields."""
 
     verdict: str
-    val_loss: float | None  # the lowest, in nats a character; None: never evaluated
+    val_loss: float | None  # the lowest, in nats a token; None: never evaluated
     bits_per_char: float | None
     val_tokens: int | None  # that it was measured on, spread evenly; None: all but the first
     best_step: int | None
@@ -58,6 +58,7 @@ def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summ
     best = state.best_val_loss
     by_frequency = unigram_nats(corpus.train, corpus.validation, corpus.tokenizer.vocab_size)
     n = len(corpus.validation)
+    per_character = n / corpus.tokenizer.n_characters(corpus.validation)
     scored = scored_tokens(n, trainer.windows.block_size, state.eval_tokens)
     part = "" if scored == n - 1 else f" (on {scored:,} of {n:,} tokens, evenly spread)"
     return Summary(
@@ -67,10 +68,10 @@ def summarize(trainer: Trainer, corpus: Corpus, stop_reason: StopReason) -> Summ
             stop_reason,
             _budget_end(trainer),
             part=part,
-            unit=corpus.tokenizer.unit,
+            tokens=(corpus.tokenizer.unit, corpus.tokenizer.units),
         ),
         val_loss=best,
-        bits_per_char=None if best is None else bits_per_char(best),
+        bits_per_char=None if best is None else bits_per_char(best * per_character),
         val_tokens=scored if part else None,
         best_step=state.best_step,
         final_val_loss=state.val_loss,
@@ -104,15 +105,16 @@ def verdict(
     budget_end: str = "the budget ended",
     *,
     part: str = "",
-    unit: str = "char",
+    tokens: tuple[str, str] = ("char", "characters"),
 ) -> str:
     """Return how good the model is, and what would make it better.
 
-    `letter_frequency_loss` is that of guessing by letter frequency alone, in nats a character;
-    `budget_end` says what ended the run if its reason is "budget"; `part` says which part of the
-    validation text was scored, and `unit` what a token is.
+    `letter_frequency_loss` is that of guessing by frequency alone, in nats a token; `budget_end`
+    says what ended the run if its reason is "budget"; `part` says which part of the validation
+    text was scored, and `tokens` what a token and several are.
     """
-    best = state.best_val_loss
+    best, (unit, units) = state.best_val_loss, tokens
+    letter = "letter" if unit == "char" else unit
     if best is None:
         return (
             f"stopped at step {state.step:,}, before the first evaluation; the last state is kept"
@@ -120,7 +122,8 @@ def verdict(
     loss = f"val {best:.3f} nats/{unit} = {bits_per_char(best):.2f} bits/{unit}{part}"
     if best > 0.98 * letter_frequency_loss:
         return (
-            f"{loss}; no better than guessing by letter frequency: train longer, or give more text"
+            f"{loss}; no better than guessing by {letter} frequency: train longer, or give more "
+            "text"
         )
     if state.val_loss is not None and state.val_loss > best + OVERFIT_NATS:
         trend = f"overfitting since step {state.best_step:,}: best kept; more text would help"
@@ -131,7 +134,7 @@ def verdict(
     else:
         trend = f"still improving when {budget_end}: a longer one would help"
     return (
-        f"{loss}; like choosing among {perplexity(best):.1f} equally likely characters (letter "
+        f"{loss}; like choosing among {perplexity(best):.1f} equally likely {units} ({letter} "
         f"frequencies alone: {perplexity(letter_frequency_loss):.0f}); {trend}"
     )
 

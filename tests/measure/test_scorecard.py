@@ -11,6 +11,7 @@ from conftest import QUICK, SMALL, words
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig, Unknown
 from chargpt.engine.evaluation import evaluate
+from chargpt.measure.baselines import NgramModel
 from chargpt.measure.novelty import novelty_of_run
 from chargpt.measure.scorecard import score_run
 from chargpt.runs.folder import load
@@ -136,5 +137,34 @@ def test_a_run_of_an_archive_is_evaluated_on_it(tmp_path: Path) -> None:
         str(packed), data_config=DataConfig(tokenizer="byte"), out=tmp_path / "run", **options
     )
     card = score_run(run.run)
-    assert (card.unit, card.n_tokens) == ("byte", 300)
+    assert (card.unit, card.n_tokens, card.n_characters) == ("byte", 300, 300)
     assert card.nats_per_char == pytest.approx(run.summary.val_loss, rel=1e-6)
+
+
+def test_figures_of_a_byte_model_are_those_of_characters(tmp_path: Path) -> None:
+    """Each of the text's characters is two bytes, except the spaces and line ends."""
+    text = tmp_path / "greek.txt"
+    letters = {ord(a): chr(ord(a) - ord("a") + 0x3B1) for a in "abcdefghijklmnopqrstuvwxyz"}
+    text.write_text(words(3000).translate(letters), encoding="utf-8")
+    run = train_on(tmp_path / "run", text, tokenizer="byte")
+    card = score_run(run)
+    scored = text.read_bytes()[-card.n_tokens :]
+    n_characters = sum(byte & 0xC0 != 0x80 for byte in scored)
+    ratio = card.n_tokens / n_characters
+    assert 1.5 < ratio < 2 and card.n_characters == n_characters
+    assert card.nats_per_char == pytest.approx(card.nats_per_token * ratio)
+    by_letters = NgramModel.fit(np.frombuffer(text.read_bytes()[: -card.n_tokens], "u1"), 256)
+    ngram = by_letters.nats_per_char(np.frombuffer(scored, "u1"))
+    assert card.baselines[1].bits_per_char == pytest.approx(ngram / np.log(2) * ratio)
+
+
+def test_rare_characters_of_training_stay_known(tmp_path: Path) -> None:
+    """They are U+FFFD in a given file too, and after the tokenizer was saved and read."""
+    text, file = tmp_path / "hearts.txt", tmp_path / "other.txt"
+    text.write_text("é" + words(3000), encoding="utf-8")
+    run = train_on(tmp_path / "run", text, min_count=2)
+    file.write_text("the thé of hearts", encoding="utf-8")
+    _, tokenizer = load(run)
+    assert tokenizer.decode(tokenizer.encode("thé")) == "th\ufffd"
+    assert type(tokenizer).from_json(tokenizer.to_json()) == tokenizer
+    assert score_run(run, [str(file)], with_baselines=False).n_tokens == 17
