@@ -130,6 +130,7 @@ class DataConfig(_Config):
     """Share held out for validation: the last characters, or the last documents."""
 
 
+ORDER = Rule(lambda n: 1 <= n <= 20, "give a whole number from 1 to 20")
 BUDGETS = ("steps", "epochs", "minutes")  # beyond 10^12, numbers overflow
 BUDGET = Rule(lambda n: 0 < n <= 10**12, "give a positive number of at most 10^12")
 
@@ -174,6 +175,13 @@ class TrainConfig(_Config):
     """Decoupled weight decay of the embeddings under muon; no effect under adamw."""
     muon_momentum: ShareBelow1 = 0.95
     """Muon's momentum; no effect under adamw."""
+    ngram_weight: Share = 0.0
+    """Share of the loss, at the start, that compares with what an n-gram of the training text
+    expects, instead of with the one character that follows; 0: no n-gram."""
+    ngram_weight_floor: Share = 0.0
+    """The same share from 35 % of the budget on, to which it falls in a straight line."""
+    ngram_order: Annotated[int, ORDER] = 5
+    """Characters before a position from which the n-gram expects the next one."""
     beta1: ShareBelow1 = 0.9
     """AdamW's decay rate of the mean gradient."""
     beta2: ShareBelow1 = 0.99

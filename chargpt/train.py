@@ -12,11 +12,11 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from chargpt.compute.parallel import accumulating
 from chargpt.compute.step import clip_gradient, gradient_norm
 from chargpt.compute.world import joined_world, launch_id, recall, remember
 from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
+from chargpt.data.corpus import Corpus
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.evaluation import evaluate, scored_tokens
 from chargpt.generate import generate
@@ -42,8 +43,10 @@ from chargpt.runs.plot import plot_loss
 from chargpt.runs.report import Reporter, SilentReporter
 from chargpt.runs.reserve import Resume, free_folder, reserved
 from chargpt.training.plan import Plan, make_plan
+from chargpt.training.probe import choose_for
 from chargpt.training.saving import save_best, save_last, send_model
-from chargpt.training.start import start_config
+from chargpt.training.size import Choice, of_class
+from chargpt.training.start import fixed_shape, start_config
 from chargpt.training.summary import SUMMARY, StopReason, Summary, summarize
 from chargpt.training.trainer import Trainer
 
@@ -70,6 +73,7 @@ def train(
     model_config: GPT2Config | None = None,
     train_config: TrainConfig | None = None,
     data_config: DataConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     resume: Resume = False,
     start_from: str | Path | None = None,
@@ -79,9 +83,13 @@ def train(
 
     Args:
         texts: files, folders, globs, "-", names of data sets; see `chargpt.data.corpus`.
-        model_config: its shape; default: the preset ``tiny``. ``vocab_size`` 0 follows the text.
-        train_config: budget, optimizer, device; default: the preset ``tiny``.
+        model_config: its shape; ``vocab_size`` 0 follows the text.
+        train_config: budget, optimizer, device. Without both configurations, they are chosen for
+            the text, the minutes and this machine (see `chargpt.training.size`). One that is
+            missing is that of the preset ``tiny``.
         data_config: encoding, documents, split.
+        settings: fields of the two configurations by name, such as ``{"minutes": 10}``, that the
+            choice keeps; not beside configurations.
         out: the run folder; default: a new one below ``runs/``.
         resume: continue the run in `out`; "auto": start one if `out` has none.
         start_from: a run whose best model to start from, with its shape; dropout may differ, and
@@ -93,19 +101,22 @@ def train(
         TrainingError: training cannot continue; what was learned is in the run folder.
     """
     sources = (texts,) if isinstance(texts, str) else tuple(texts)
-    preset = tiny()
     start = Path(start_from) if start_from is not None else None
-    train_config = train_config or preset.train_config
+    if settings and (model_config or train_config):
+        raise UserError("settings are for a choice: give them, or configurations")
+    asked = _Asked(model_config, train_config, settings or {})
     with joined_world() as world:
         folder, resume = world.on_first(lambda: _folder(sources, out, resume))
-        sources, model_config, train_config, data_config = world.on_first(
-            lambda: (  # on another machine, the command may not have found the run to resume
-                sources,
-                model_config or (start_config(start) if start else preset.model_config),
-                train_config,
-                data_config or DataConfig(),
-            )
+        # On another machine, the command may not have found the run to resume.
+        sources, data_config, asked = world.on_first(
+            lambda: (sources, data_config or DataConfig(), _settle(asked, start, folder, resume))
         )
+        model_config, train_config, given = asked
+        assert model_config and train_config
+
+        def choose(corpus: Corpus) -> Choice:
+            return choose_for(corpus, given or {}, devices=world.size, report=report)
+
         report = Reporter(folder, quiet=quiet or not world.is_first).note
         with (
             world.entered_on_first(reserved(folder, resume)) as resuming,
@@ -121,6 +132,7 @@ def train(
                     out=folder,
                     resuming=resuming,
                     start_from=start,
+                    choose=None if given is None else choose,
                     quiet=quiet or not world.is_first,
                     report=report,
                     world=world,
@@ -133,6 +145,37 @@ def train(
                 report(f"resuming   nothing yet in {folder}: starting from step 0")
             report(f"run        {folder}")
             return _carry_out(plan, quiet=quiet)
+
+
+class _Asked(NamedTuple):
+    """The configurations of a run, and the settings that a choice in their place keeps."""
+
+    model_config: GPT2Config | None
+    train_config: TrainConfig | None
+    settings: Mapping[str, Any] | None  # None: nothing is chosen
+
+
+def _settle(asked: _Asked, start: Path | None, folder: Path, resume: Resume) -> _Asked:
+    """Return configurations, and settings if others are to be chosen once the text is known."""
+    model_config, train_config, settings = asked
+    preset = tiny()
+    shape = start_config(start) if start else preset.model_config
+    if not start and settings:
+        shape = shape.replace(vocab_size=settings.get("vocab_size", 0))
+    if model_config or train_config:
+        return _Asked(model_config or shape, train_config or preset.train_config, None)
+    assert settings is not None
+    if resume and (folder / CONFIG).is_file():
+        before = read_config(folder)
+        return _Asked(
+            before.model_config.replace(**of_class(GPT2Config, settings)),
+            before.train_config.replace(**of_class(TrainConfig, settings)),
+            None,
+        )
+    if start:
+        shape = shape.replace(**of_class(GPT2Config, settings))
+        settings = {**fixed_shape(shape), **settings}
+    return _Asked(shape, preset.train_config.replace(**of_class(TrainConfig, settings)), settings)
 
 
 def _folder(sources: Sequence[str], out: str | Path | None, resume: Resume) -> tuple[Path, Resume]:

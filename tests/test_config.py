@@ -49,6 +49,8 @@ OUT_OF_RANGE: list[tuple[type[Any], str, Any, str]] = [
         (TrainConfig, "learning_rate muon_learning_rate", 0.0, "give a positive number"),
         (TrainConfig, "learning_rate_floor warmup_fraction cooldown_fraction", 1.1, SHARE),
         (TrainConfig, "learning_rate_floor warmup_fraction cooldown_fraction", -0.1, SHARE),
+        (TrainConfig, "ngram_weight ngram_weight_floor", 1.1, SHARE),
+        (TrainConfig, "ngram_order", 21, "give a whole number from 1 to 20"),
         (TrainConfig, "muon_momentum beta1 beta2", 1.0, BELOW_1),
         (SampleConfig, "max_new_tokens num_samples", 0, "give a whole number of at least 1"),
         (SampleConfig, "top_k", -1, "give a whole number of at least 0"),

@@ -29,7 +29,7 @@ def make_flags(shown_preset: str) -> type:
         "of train.",
         [
             flag("texts", shared.Texts, (), texts_help, "[TEXT ...]"),
-            *shared.settings_flags(shown_preset),
+            *shared.settings_flags(shown_preset, auto=False),
             flag("rounds", int, 3, "Measurements of each contender. (3)"),
             flag("seconds", float, 5.0, "Duration of one measurement. (5.0)"),
             flag("peer", peers, (), peer_help, "nanogpt=FOLDER"),

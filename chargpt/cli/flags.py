@@ -17,6 +17,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -26,7 +27,10 @@ import tyro
 from chargpt.base.checks import check_names, did_you_mean
 from chargpt.base.errors import UserError
 from chargpt.config import BUDGETS, PRESETS, DataConfig, GPT2Config, TrainConfig
+from chargpt.training.size import CHOSEN, of_class
 
+AUTO = "auto"
+"""In place of a preset: `chargpt.training.size` chooses."""
 CONFIG_CLASSES = {
     "model_config": GPT2Config,
     "train_config": TrainConfig,
@@ -150,13 +154,33 @@ def merge_settings(
     A budget in the flags replaces any budget in the file. A value of the wrong type or range is a
     UserError.
     """
-    if flags.keys() & set(BUDGETS):
-        file = {name: value for name, value in file.items() if name not in BUDGETS}
-    settings = {**file, **flags}
+    settings = _joined(file, flags)
     return {
         name: config.replace(**{k: v for k, v in settings.items() if hasattr(config, k)})
         for name, config in configs.items()
     }
+
+
+def split_settings(
+    file: Mapping[str, Any], flags: Mapping[str, Any]
+) -> tuple[DataConfig, dict[str, Any]]:
+    """Return how texts are read, and the other settings by field name; else as `merge_settings`."""
+    settings = _joined(file, flags)
+    data = of_class(DataConfig, settings)
+    return DataConfig(**data), {k: v for k, v in settings.items() if k not in data}
+
+
+def _joined(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    if flags.keys() & set(BUDGETS):
+        file = {name: value for name, value in file.items() if name not in BUDGETS}
+    return {**file, **flags}
+
+
+def shown_values(preset: str) -> dict[str, dict[str, Any]]:
+    """Return the values that help shows, by the names of `CONFIG_CLASSES` and field."""
+    configs = preset_configs("tiny" if preset == AUTO else preset)
+    chosen = dict.fromkeys(CHOSEN, AUTO) if preset == AUTO else {}
+    return {name: asdict(config) | chosen for name, config in configs.items()}
 
 
 def preset_configs(name: str) -> dict[str, Any]:

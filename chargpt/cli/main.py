@@ -35,6 +35,7 @@ from chargpt.cli import (
     serve,
     train,
 )
+from chargpt.cli.flags import AUTO
 from chargpt.cli.shared import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -105,7 +106,7 @@ def _preset_in(arguments: Sequence[str]) -> str:
     """Return the preset given on the command line; help shows its values."""
     names = [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
     names += [b for a, b in pairwise(arguments) if a == "--preset"]
-    return names[-1] if names and names[-1] in PRESETS else "tiny"
+    return names[-1] if names and names[-1] in PRESETS else AUTO
 
 
 def _show_warning(others: Any, message: Any, category: type[Warning], *rest: Any) -> None:

@@ -45,24 +45,33 @@ def make_flags(shown_preset: str) -> type:
 def run(command: Any) -> int:
     """Measure, print a table or JSON, and return the exit code."""
     file, given = shared.given_settings(command)
-    chosen = command.preset or file.pop("preset", None) or "tiny"
-    configs = flags.merge_settings(flags.preset_configs(chosen), file, given)
+    chosen = command.preset or file.pop("preset", None) or flags.AUTO
+    data_config, settings = flags.split_settings(file, given)
     shared.check_positive(
         per_machine=command.per_machine, link=command.link, network=command.network
     )
 
     from chargpt.data.corpus import load_corpus
     from chargpt.measure.forecast import forecast, table
+    from chargpt.training.probe import choose_for
 
     texts = command.texts or ("tiny-shakespeare",)
-    corpus = load_corpus(texts, configs["data_config"], quiet=False, report=shared.print_progress)
+    corpus = load_corpus(texts, data_config, quiet=False, report=shared.print_progress)
+    if chosen == flags.AUTO:
+        choice = choose_for(corpus, settings, report=shared.print_progress)
+        model_config, train_config = choice.model_config, choice.train_config
+        for line in choice.reasons:
+            shared.print_progress(f"auto       {line}")
+    else:
+        configs = flags.merge_settings(flags.preset_configs(chosen), file, given)
+        model_config, train_config = configs["model_config"], configs["train_config"]
     cluster = Cluster(
         per_machine=command.per_machine, link=1e9 * command.link, network=1e9 * command.network
     )
     figures = forecast(
         corpus,
-        configs["model_config"],
-        configs["train_config"],
+        model_config,
+        train_config,
         gpu=command.gpu,
         gpu_share=command.gpu_share,
         cluster=cluster,

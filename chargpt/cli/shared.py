@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,17 +62,25 @@ MODEL_FLAGS = [
 JSON_FLAG = flag("json", bool, False, "Print one JSON object instead of a table.")
 
 
-def settings_flags(shown_preset: str) -> list[Any]:
-    """Return the flags of a run's settings: preset, file, and one flag per setting."""
-    presets = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
-    preset_help = f"Where all settings start ({shown_preset}); the values below are this preset's."
-    shown = {name: asdict(config) for name, config in flags.preset_configs(shown_preset).items()}
+def settings_flags(shown_preset: str, *, auto: bool = True) -> list[Any]:
+    """Return the flags of a run's settings: preset, file, and one flag per setting.
+
+    `auto`: whether the command can choose them.
+    """
+    names = (flags.AUTO, *PRESETS) if auto else tuple(PRESETS)
+    shown_preset = shown_preset if shown_preset in names else "tiny"
+    presets = Literal[names]  # type: ignore[valid-type]
+    preset_help = (
+        f"Where all settings start ({shown_preset}); the values below are this preset's."
+        + auto * " auto: what suits the text, the minutes and this machine."
+    )
+    shown = flags.shown_values(shown_preset)
     groups = [  # help has a box for each: model, train, data
         (name.removesuffix("_config"), flags.optional_flags(cls, shown[name]))
         for name, cls in flags.CONFIG_CLASSES.items()
     ]
     return [
-        flag("preset", presets | None, None, preset_help, "|".join(PRESETS)),
+        flag("preset", presets | None, None, preset_help, "|".join(names)),
         flag("config", Path | None, None, "Settings, a TOML file.", "FILE.toml"),
         *((name, kind, field(default_factory=dict)) for name, kind in groups),
     ]

@@ -42,8 +42,13 @@ def run(command: Any) -> int:
     """Train, print the verdict and a sample, and return the exit code."""
     file, given = shared.given_settings(command)
     chosen = command.preset or file.pop("preset", None)
+    chosen = None if chosen == flags.AUTO else chosen
     start, texts = _start(command, chosen)
-    configs = flags.merge_settings(start, file, given)
+    if start:
+        configs = flags.merge_settings(start, file, given)
+    else:
+        data_config, settings = flags.split_settings(file, given)
+        configs = {"data_config": data_config, "settings": settings}
 
     from chargpt.train import train
 
@@ -65,12 +70,15 @@ def run(command: Any) -> int:
 
 
 def _start(command: Any, chosen: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the configurations to start from, and the texts: a preset's, or a saved run's."""
+    """Return the configurations to start from, a preset's or a saved run's, and the texts.
+
+    There are none if neither is given: they are chosen once the text is known.
+    """
     if command.resume != "no" and command.out is None:
         raise UserError("--resume needs to know which run: give --out FOLDER")
     if command.resume == "no" or not (command.out / "config.json").is_file():
-        configs = flags.preset_configs(chosen or "tiny")
-        if command.start_from and is_first_process():  # others get rank 0's settings
+        configs = flags.preset_configs(chosen) if chosen else {}
+        if configs and command.start_from and is_first_process():  # others get rank 0's settings
             shape = flags.saved_configs(command.start_from)[0]["model_config"]
             configs |= {"model_config": shape}
         return configs, command.texts or ("tiny-shakespeare",)

@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "feed_forward_forward": (*(_Pointer,) * 7, *(_Long,) * 3),
     "feed_forward_backward": (*(_Pointer,) * 10, *(_Long,) * 3),
     "muon": (*(_Pointer,) * 5, _Long, _Float, _Float, _Pointer, _Int),
+    "ngram": (*(_Pointer,) * 8, _Long, _Long),
     "norm": (_Pointer, _Pointer, _Long, _Pointer),
     "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
     "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
@@ -450,6 +451,12 @@ def _cross_entropy(
     losses, mean = torch.empty(n), torch.empty(())
     load_kernels()("cross_entropy", logits.dtype, logits, targets, losses, mean, gradient, n, V)
     return losses, mean
+
+
+def mix_ngram(level: Sequence[Any], *arrays: Any) -> None:
+    """Compute `chargpt.training.ngram_targets._mix`, whose arguments and arrays these are."""
+    tensors = [torch.from_numpy(array) for array in (*level, *arrays)]
+    load_kernels()("ngram", torch.float32, *tensors, *tensors[-1].shape)
 
 
 def in_kernels_memory(*tensors: Tensor) -> bool:

@@ -11,6 +11,8 @@ from chargpt.compute.muon import MuonAdamW
 from chargpt.config import TrainConfig
 from chargpt.model import GPT2, CausalSelfAttention
 
+NGRAM_FALL = 0.35  # share of the budget
+
 
 def make_optimizer(
     model: GPT2, train_config: TrainConfig, *, muon_dtype: torch.dtype = torch.bfloat16
@@ -87,6 +89,12 @@ def schedule(progress: float, train_config: TrainConfig) -> float:
     linear = train_config.cooldown == "linear"
     factor = 1.0 - cooled if linear else (1.0 + math.cos(math.pi * cooled)) / 2.0
     return floor + (1.0 - floor) * factor
+
+
+def ngram_share(progress: float, train_config: TrainConfig) -> float:
+    """Return which share of the loss compares with the n-gram; see `TrainConfig.ngram_weight`."""
+    start, end = train_config.ngram_weight, train_config.ngram_weight_floor
+    return start + (end - start) * min(1.0, progress / NGRAM_FALL)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -29,6 +29,17 @@ def cross_entropy(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
+def toward(loss: Tensor, logits: Tensor, surplus: Tensor, share: float) -> Tensor:
+    """Return the same loss with another gradient: `share` of it goes to soft targets.
+
+    The gradient is that of (1 − share) · loss + share · cross-entropy to soft targets. `surplus`,
+    (B, T, V), is soft targets less one-hot targets. The two losses differ by its product with the
+    logits, (B, T, V): the normaliser of softmax cancels out.
+    """
+    change = -share / surplus[..., 0].numel() * (surplus * logits).sum()
+    return loss + (change - change.detach())
+
+
 def token_losses(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each target, (B × T,), without gradient; see `cross_entropy`."""
     if isinstance(model, FastGPT2) and native.supports(logits, widths=()):

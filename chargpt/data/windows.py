@@ -59,14 +59,15 @@ class Windows:
     def batch(self, first: int, count: int) -> Batch:
         """Return sequences `first` … `first + count - 1`, shapes (count, T)."""
         length = self.block_size + 1
-        starts = self._starts_of(np.arange(first, first + count))
+        starts = self.starts(first, count)
         windows = np.stack([self.tokens[start : start + length] for start in starts])  # (B, T + 1)
         self._pages.read(windows.nbytes, count)
         ids = torch.from_numpy(windows.astype(np.int64))
         return Batch(ids[:, :-1], ids[:, 1:])
 
-    def _starts_of(self, numbers: Ints) -> Ints:
-        """Return where sequences start in the text, (n,)."""
+    def starts(self, first: int, count: int) -> Ints:
+        """Return where sequences `first` … `first + count - 1` start in the text, (count,)."""
+        numbers = np.arange(first, first + count)
         starts = np.empty_like(numbers)
         epochs, places = np.divmod(numbers, self.per_epoch)
         for epoch in np.unique(epochs):

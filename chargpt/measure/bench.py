@@ -5,8 +5,6 @@ All contenders take turns, on one random text. Figures are medians over the roun
 
 from __future__ import annotations
 
-import random
-import string
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,12 +27,10 @@ from chargpt.measure.contenders import NANOGPT, OWN, PYTORCH
 from chargpt.measure.timing import median_seconds
 from chargpt.runs.report import read_metrics
 from chargpt.train import train
-from chargpt.training.plan import Plan, make_plan
+from chargpt.training.plan import Plan
+from chargpt.training.probe import synthetic_plan
 from chargpt.training.trainer import Trainer
 
-N_CHARACTERS = 200_000
-SYMBOLS = string.ascii_letters + string.digits + ".,\n"  # 65, as many as Shakespeare's
-ENDLESS = 1_000_000_000  # a budget in steps that no measurement reaches
 CHOICES = ("kernels", "attention", "compile")
 MISSING = "not installed: pip install transformers"
 _LOSS = Rule(lambda loss: loss > 0, "give a positive number, in nats per character")
@@ -107,35 +103,6 @@ def bench(
 def synthetic_trainer(model_config: GPT2Config, train_config: TrainConfig) -> Trainer:
     """Return a trainer, as `chargpt train` makes it, for a random text of 65 symbols."""
     return synthetic_plan(model_config, train_config).trainer
-
-
-def synthetic_plan(
-    model_config: GPT2Config,
-    train_config: TrainConfig,
-    report: Callable[[str], None] = lambda line: None,
-) -> Plan:
-    """Return a plan, as `chargpt train` makes it, for a random text of ``vocab_size`` symbols.
-
-    0: 65 of them.
-    """
-    rng = random.Random(train_config.seed)
-    # Each symbol once, so that the vocabulary has the size that the shape asks for.
-    symbols, size = SYMBOLS, model_config.vocab_size
-    if size not in (0, len(SYMBOLS)):
-        symbols = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "random.txt")
-        text = symbols + "".join(rng.choices(symbols, k=N_CHARACTERS))
-        path.write_text(text, encoding="utf-8", newline="")
-        return make_plan(
-            [str(path)],
-            model_config=model_config,
-            train_config=train_config.replace(steps=ENDLESS),
-            data_config=DataConfig(),
-            out=Path(folder, "run"),
-            resuming=False,
-            report=report,
-        )
 
 
 def _measure(

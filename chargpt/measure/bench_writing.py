@@ -26,10 +26,11 @@ from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.native_decoder import NativeDecoder
 from chargpt.generate import complete, make_decoder
 from chargpt.measure import contenders
-from chargpt.measure.bench import SYMBOLS, BenchConfig
+from chargpt.measure.bench import BenchConfig
 from chargpt.measure.contenders import NANOGPT, OWN, PYTORCH
 from chargpt.measure.timing import seconds_of
 from chargpt.model import GPT2
+from chargpt.training.probe import SYMBOLS
 
 BATCHES = (1, 32)
 TEMPERATURE = 0.8

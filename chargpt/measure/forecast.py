@@ -23,9 +23,9 @@ from chargpt.compute.counts import parameters_of, training_flops_per_token
 from chargpt.compute.device import describe_device
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.data.corpus import Corpus
-from chargpt.measure.bench import synthetic_plan
 from chargpt.measure.timing import own_step, peak_memory_bytes, seconds_of
 from chargpt.training.plan import Plan
+from chargpt.training.probe import synthetic_plan
 
 PROBE_LAYERS = (1, 3)
 PROBE_STEP_S = 0.5  # of the largest probe

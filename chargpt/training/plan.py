@@ -34,7 +34,9 @@ from chargpt.model import GPT2
 from chargpt.runs.checkpoint import MODEL
 from chargpt.runs.folder import RunConfig, read_config, read_tokenizer
 from chargpt.runs.weights import check_model_file
+from chargpt.training.ngram_targets import NgramTargets
 from chargpt.training.saving import restore_last, send_model
+from chargpt.training.size import Choice
 from chargpt.training.speed import SpeedChoices, accelerate, bf16_gain, has_same_bits
 from chargpt.training.start import Start, read_start, take_weights
 from chargpt.training.trainer import Trainer
@@ -68,6 +70,7 @@ def make_plan(
     out: Path,
     resuming: bool,
     start_from: Path | None = None,
+    choose: Callable[[Corpus], Choice] | None = None,
     quiet: bool = True,
     report: Callable[[str], None] = lambda line: None,
     world: World = ALONE,
@@ -76,8 +79,9 @@ def make_plan(
 
     A ``vocab_size`` of 0 follows the text. With `resuming`, the trainer is put where the run in
     `out` stopped; its ``last/`` must be whole. A new run takes the weights of the run `start_from`,
-    if one is given. `quiet` hides the progress of reading the text. The processes of `world` plan
-    together; rank 0 reads runs.
+    if one is given. `choose` replaces the configurations of a new run by those that suit its text;
+    until then they name the device, and the shape that `start_from` has. `quiet` hides the progress
+    of reading the text. The processes of `world` plan together; rank 0 reads runs.
 
     Raises:
         UserError: anything that cannot work.
@@ -90,9 +94,6 @@ def make_plan(
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     before = world.on_first(lambda: read_config(out)) if resuming else None
-    precision = world.on_first(  # which may measure this machine
-        lambda: _choose_precision(train_config, model_config, device, before)
-    )
     start = None
     if start_from and not before and world.is_first:
         start = read_start(start_from, model_config, data_config.tokenizer)
@@ -102,6 +103,23 @@ def make_plan(
     if before:  # before memory is taken for what a file asks for
         shape = before.model_config
         world.on_first(lambda: check_model_file(out / "last" / MODEL, shape))
+    measured: Any = before.environment.get("rates") if before else None
+    model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
+    if choose and not before:
+        choice = world.on_first(lambda: choose(corpus))
+        model_config, train_config, measured = (
+            choice.model_config,
+            choice.train_config,
+            choice.rates,
+        )
+        for line in choice.reasons:
+            report(f"auto       {line}")
+        parallel = choose_parallel(
+            train_config.parallel, device, world, model_config, train_config.batch_size
+        )
+    precision = world.on_first(  # which may measure this machine
+        lambda: _choose_precision(train_config, model_config, device, before)
+    )
     model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     torch.manual_seed(derive_seed(train_config.seed, INIT))
     model = GPT2(model_config).to(device)
@@ -121,7 +139,8 @@ def make_plan(
     if before:
         report(f"resuming   after step {trainer.state.step:,}")
     speed = accelerate(trainer, report)
-    environment = _environment(trainer, speed) | ({"from": origin} if origin else {})
+    environment = _environment(trainer, speed)
+    environment |= {k: v for k, v in {"from": origin, "rates": measured}.items() if v}
     if before:
         same_bits = has_same_bits(trainer, speed)
         _report_changes(before.environment, environment, report, same_bits=same_bits)
@@ -156,6 +175,7 @@ def _make_trainer(
         optimizer=make_optimizer(model, train_config, muon_dtype=muon_dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
         windows=Windows(corpus.train, model.config.block_size, train_config.seed),
+        ngram=_ngram(corpus, train_config),
         validation=corpus.validation,
         train_config=train_config,
         precision=precision,
@@ -163,6 +183,12 @@ def _make_trainer(
         out=out,
         world=world,
     )
+
+
+def _ngram(corpus: Corpus, train_config: TrainConfig) -> NgramTargets | None:
+    if not train_config.ngram_weight and not train_config.ngram_weight_floor:
+        return None
+    return NgramTargets.count(corpus.train, corpus.tokenizer.vocab_size, train_config.ngram_order)
 
 
 def _choose_precision(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,11 @@ class Start(NamedTuple):
 def start_config(run: Path) -> GPT2Config:
     """Return the shape of a run's model, for any vocabulary."""
     return read_config(run).model_config.replace(vocab_size=0)
+
+
+def fixed_shape(model_config: GPT2Config) -> dict[str, Any]:
+    """Return the settings of a shape that a model that starts from it must keep, by name."""
+    return {name: value for name, value in asdict(model_config).items() if name not in _FREE}
 
 
 def read_start(run: Path, model_config: GPT2Config, tokenizer_name: TokenizerName) -> Start:

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from chargpt.base.checks import check, check_fields
 from chargpt.compute.device import PrecisionChoice
+from chargpt.compute.fast_layers import FastGPT2
+from chargpt.compute.optimizers import ngram_share
 from chargpt.compute.parallel import ParallelChoice, seed_dropout
-from chargpt.compute.step import cross_entropy
+from chargpt.compute.step import cross_entropy, toward
 from chargpt.compute.world import ALONE, World
 from chargpt.config import TrainConfig
 from chargpt.data.windows import Batch, Windows
 from chargpt.model import GPT2
+from chargpt.training.ngram_targets import NgramTargets
 
 FIRST_PROGRESS = 1e-3  # of a first step on the clock, whose length is not known yet
 WHOLE_PART, USUAL_PART, MOST_PART = 2**17, 2**18, 10**6
@@ -68,6 +71,7 @@ class Trainer:
     precision: PrecisionChoice
     parallel: ParallelChoice
     out: Path  # the run folder
+    ngram: NgramTargets | None = None  # soft targets, if they have a weight
     world: World = ALONE  # the processes that train together
     state: TrainState = field(default_factory=TrainState)
     saved_step: int | None = None  # of the last checkpoint written or read
@@ -80,11 +84,15 @@ class Trainer:
         Its inputs and targets are on the device, (B, T) each. Of several processes, each gets its
         share of the ``batch_size`` sequences, whose numbers do not depend on how many there are.
         """
-        batch_size = self.train_config.batch_size
-        first = self.state.step * self.sequences_per_step + micro_step * batch_size
-        share = self.world.share(batch_size)
-        inputs, targets = self.windows.batch(first + share.start, len(share))
+        inputs, targets = self.windows.batch(*self._sequences(micro_step))
         return Batch(inputs.to(self.device), targets.to(self.device))
+
+    def _sequences(self, micro_step: int) -> tuple[int, int]:
+        """Return the first sequence of a batch for this process, and how many there are."""
+        batch_size = self.train_config.batch_size
+        share = self.world.share(batch_size)
+        first = self.state.step * self.sequences_per_step + micro_step * batch_size
+        return first + share.start, len(share)
 
     def loss(self, batch: Batch, micro_step: int) -> Tensor:
         """Return the mean loss of a batch in nats a token, a scalar.
@@ -97,8 +105,21 @@ class Trainer:
         with self.precision.autocast(self.device):
             logits = self.forward(batch.inputs)  # (B, T, V)
         loss = cross_entropy(self.model, logits, batch.targets)
+        if (share := ngram_share(self.progress, self.train_config)) and self.ngram:
+            loss = toward(loss, logits, self._surplus(batch, micro_step), share)
         weight = len(batch.inputs) * self.world.size / self.train_config.batch_size
         return loss if weight == 1 else loss * weight
+
+    def _surplus(self, batch: Batch, micro_step: int) -> Tensor:
+        """Return what the n-gram expects beyond the targets, (B, T, V); its rows sum to 0."""
+        assert self.ngram is not None
+        starts, fast = (
+            self.windows.starts(*self._sequences(micro_step)),
+            isinstance(self.model, FastGPT2),
+        )
+        expected = self.ngram.expected(starts, batch.targets.size(1), fast=fast).to(self.device)
+        targets = batch.targets[..., None]
+        return expected.scatter_add_(2, targets, torch.full_like(targets, -1, dtype=torch.float32))
 
     def trial_step(self) -> None:
         """Run a forward and a backward pass that change nothing, so that the model compiles."""

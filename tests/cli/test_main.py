@@ -41,7 +41,7 @@ MISTAKES = {
     "train missing.txt": "missing.txt.* give a text file, a folder, a pattern, - for standard",
     "train text.tx": "text.tx.* did you mean text.txt?",
     "train text.txt --n-head 3 --d-model 128": "n_head is 3, .* d_model 128: give --n-head 2",
-    "train short.txt": "the text is too short: .* or a --block-size below 45",
+    "train short.txt": "the text is too short: .*; give at least 200, or a preset with a lower --block-size",
     "train latin.txt": "latin.txt: byte 0xe9 at offset 4503 .line 301.* give --encoding",
     "train text.txt --n-heads 3": "n-heads, 3: did you mean --n-head?",
     "train text.txt --n-head x": "Error parsing --n-head: .*: see chargpt train --help",
@@ -95,11 +95,13 @@ def test_a_prompt_with_an_unknown_character(chargpt: Any, result: TrainResult) -
 
 
 def test_help_shows_types_choices_and_the_values_of_the_preset(chargpt: Any) -> None:
-    tiny = chargpt("train", "--help")
+    auto = chargpt("train", "--help")
+    tiny = chargpt("train", "--preset", "tiny", "--help")
     baby = chargpt("train", "--preset", "baby", "--help")
     assert tiny.code == baby.code == 0
     assert "--n-layer INT" in tiny.out
     assert "{pre,post,sandwich}" in tiny.out
+    assert "Transformer blocks. ('auto')" in auto.out and "(1337)" in auto.out
     assert "Transformer blocks. (4)" in tiny.out
     assert "Transformer blocks. (6)" in baby.out
     assert "(384)" in chargpt("train", "--preset=baby", "--help").out
@@ -185,7 +187,7 @@ def test_resume_keeps_the_settings_and_takes_a_longer_budget(chargpt: Any) -> No
     wider = chargpt("train", "--out", "run", "--resume", "--d-model", "32").mistake
     assert "d_model was 16 in this run and cannot become 32: leave it as it was" in wider
     faster = chargpt("train", "--out", "run", "--resume", "--learning-rate", "1").mistake
-    assert "learning_rate was 0.006 in this run and cannot become 1.0" in faster
+    assert "learning_rate was 0.004 in this run and cannot become 1.0" in faster
     for other_text in (words(3001), words(2999) + "ü"):
         write("text.txt", other_text)
         changed = chargpt("train", "--out", "run", "--resume").mistake

@@ -222,6 +222,12 @@ def _step(call: Caller, noise: Noise) -> None:
         logits, targets = noise(n, v, size=size), np.arange(n) * 5 % v
         for d_logits in (_room(logits), None):
             call("cross_entropy_fp32", logits, targets, noise(n), noise(1), d_logits, n, v)
+    v, keys = 7, np.array([1, 2, 9, 13, 20])  # contexts 0, 1 and 2; context 2 has one gram
+    counts, firsts = np.float32([2, 1, 3, 1, 1]), np.array([0, 2, 4, 5])
+    totals, contexts = np.float32([3, 4, 1]), np.array([0, 1, 2, -1] * 9)
+    targets, counted = np.array([2, 2, 6, 0] * 9), np.array([1, 1, 1, 0] * 9)
+    level = (keys, counts, firsts, totals)
+    call("ngram_fp32", *level, contexts, targets, counted, np.abs(noise(36, v)), 36, v)
     shapes = [(65, 48), (1,), (9000,), (7, 3)]  # 9000: more than a chunk
     weights, gradients, means, squares = ([noise(*shape) for shape in shapes] for _ in range(4))
     squares = [np.abs(square) for square in squares]

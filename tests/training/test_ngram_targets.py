@@ -1,0 +1,74 @@
+"""Soft targets: an n-gram without each position's own count, and the gradient toward it."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import words
+
+from chargpt.compute.library import why_not_tried
+from chargpt.compute.step import toward
+from chargpt.training.ngram_targets import PIECES, NgramTargets
+
+V, ORDER = 6, 3
+
+
+def by_hand(
+    tokens: npt.NDArray[np.uint8], place: int, pieces: list[range], order: int
+) -> npt.NDArray[np.float64]:
+    """Count every other place that follows the same context, by going through the whole text."""
+    p = np.full(V, 1 / V)
+    for size in range(min(order, place) + 1):
+        context = tokens[place - size : place].tolist()
+        counts = np.zeros(V)
+        for piece in pieces:
+            for i in piece[size:]:
+                if i != place and tokens[i - size : i].tolist() == context:
+                    counts[tokens[i]] += 1
+        distinct = np.count_nonzero(counts)
+        if distinct:
+            p = (counts + distinct * p) / (counts.sum() + distinct)
+    return p
+
+
+@pytest.mark.parametrize("most", [10**6, 400])
+def test_expectations_are_those_of_counting_by_hand(most: int) -> None:
+    """Also at both ends of the text, and where only pieces of it are counted."""
+    tokens = np.random.default_rng(0).integers(0, V - 1, 900).astype(np.uint8)
+    tokens[300:600] = tokens[:300]  # so that long contexts come back
+    ngram = NgramTargets.count(tokens, V, ORDER, most)
+    n_pieces = 1 if most > len(tokens) else PIECES
+    assert len(ngram.starts) == n_pieces
+    pieces = [range(start, start + ngram.length) for start in ngram.starts]
+    starts = np.array([0, 1, 289, 450, 879])
+    expected = ngram.expected(starts, 20).double().numpy()
+    assert np.allclose(expected.sum(-1), 1)
+    for row, start in zip(expected, starts, strict=True):
+        for t in range(20):
+            assert np.allclose(row[t], by_hand(tokens, start + t + 1, pieces, ORDER), atol=1e-6)
+
+
+def test_the_kernels_expect_the_same() -> None:
+    if reason := why_not_tried():
+        pytest.skip(reason)
+    tokens = np.frombuffer(words(3000).encode(), np.uint8)
+    ngram = NgramTargets.count(tokens, 128, 5)
+    starts = np.arange(0, 2900, 97)
+    slow, fast = (ngram.expected(starts, 64, fast=fast) for fast in (False, True))
+    assert torch.allclose(slow, fast, rtol=1e-5, atol=1e-7)
+
+
+def test_the_gradient_is_that_of_a_mixture_and_the_loss_stays() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    expected = torch.rand(2, 5, V, generator=generator, dtype=torch.float64)
+    expected /= expected.sum(-1, keepdim=True)
+    targets = torch.randint(V, (2, 5), generator=generator)
+    hard = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss = toward(hard, logits, expected - F.one_hot(targets, V), 0.3)
+    assert torch.equal(loss, hard)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    soft = F.cross_entropy(logits.flatten(0, 1), expected.flatten(0, 1))
+    (wanted,) = torch.autograd.grad(0.7 * hard + 0.3 * soft, logits)
+    assert torch.allclose(gradient, wanted, atol=1e-15)
