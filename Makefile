@@ -1,4 +1,4 @@
-# make train   set up and train on Tiny Shakespeare, for at most four minutes
+# make train   set up and train on Tiny Shakespeare, for three minutes
 # make test    set up and run the tests
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ PROMISES := tests/runs tests/reliability
 .PHONY: train test test-slow test-reliability test-kernels test-transformers4 check clean
 
 train: $(VENV)/installed
-	$(BIN)/chargpt train $(if $(filter --resume,$(subst --resume auto,,$(ARGS))),,--preset speedrun) $(ARGS)
+	$(BIN)/chargpt train $(ARGS)
 
 # One thread per process: the models are tiny, and two processes share two cores.
 test: $(VENV)/installed-dev

@@ -312,7 +312,7 @@ def speedrun() -> Preset:
         model_config=GPT2Config(dropout=0.0, bias=False),
         train_config=TrainConfig(
             batch_size=16,
-            steps=2600,
+            steps=2050,
             minutes=4.0,
             optimizer="muon",
             learning_rate=4e-3,
@@ -322,6 +322,8 @@ def speedrun() -> Preset:
             cooldown="linear",
             cooldown_fraction=0.6,
             embedding_decay=0.3,
+            ngram_weight=0.95,
+            ngram_weight_floor=0.3,
             eval_interval=100,
         ),
     )

@@ -26,13 +26,13 @@ CONTEXT, LONG_CONTEXT, SHORTEST_CONTEXT = 128, 256, 8
 SHORTEST_TEXT = 200
 CONTEXTS_IN_TEXT = 100  # at least so many windows
 USEFUL_PASSES = 15.4  # Muennighoff et al. 2023, arXiv 2305.16264: R*, what repeats are worth
-MOST_PASSES = 30.0  # more add little
+MOST_PASSES = 60.0  # more add little
 BATCH_TOKENS, BATCH_SEEN, BATCH_POWER = 2048, 5.3e6, 0.383  # arXiv 2505.13738
-DROPOUT = ((5.0, 0.0), (12.0, 0.1), (20.0, 0.2))  # by passes
+DROPOUT = ((6.0, 0.0), (25.0, 0.1), (60.0, 0.2))  # by passes × √(parameters per character)
 NGRAM = ((1e6, 0.5), (4e6, 0.3), (12e6, 0.2), (40e6, 0.0))  # weight by characters seen
 NGRAM_START = 0.95
 LEAST_BATCH = 2
-MOST_PER_TOKEN = 8.0  # parameters in matrices
+MOST_PER_TOKEN = 30.0  # parameters in matrices
 SIZE_COST, SIZE_POWER = 0.0181, 1.0  # nats that a million parameters in matrices cost
 DATA_COST, DATA_POWER = 0.292, 0.6  # nats that a million characters seen cost
 RECIPE: Mapping[str, Any] = {
@@ -122,11 +122,12 @@ def choose(
     runs = [_Run(shape, _seen(shape, text, rates, settings, devices)) for shape in shapes]
     shape, seen = _best(runs, text, is_long=bool(settings.get("steps") or settings.get("epochs")))
     passes = seen / text.n_tokens
-    model = {"dropout": _line(passes, DROPOUT, digits=2)}
+    exposure = passes * math.sqrt(_matrices(shape) / text.n_tokens)
+    model = {"dropout": _line(exposure, DROPOUT, digits=2)}
     if model["dropout"]:  # on the residual branches
         model |= {"embedding_dropout": 0.0, "attention_dropout": 0.0}
     train = {**RECIPE, "batch_size": _batch_size(seen, shape, settings, devices)}
-    if {"steps", "epochs"}.isdisjoint(settings) and passes > MOST_PASSES:
+    if {"steps", "epochs"}.isdisjoint(settings) and passes >= MOST_PASSES:
         train["epochs"] = MOST_PASSES
     floor = _line(math.log(seen), [(math.log(x), y) for x, y in NGRAM], digits=2)
     if floor and settings.get("optimizer") != "adamw":
@@ -177,13 +178,14 @@ def _seen(
     devices: int,
 ) -> float:
     """Return how many characters a run trains on."""
-    seen = math.inf
     if steps := settings.get("steps"):
         sequences = settings.get("batch_size") or BATCH_TOKENS / shape.block_size
         accumulation = settings.get("gradient_accumulation_steps", 1)
-        seen = steps * sequences * accumulation * shape.block_size
-    if epochs := settings.get("epochs"):
+        seen: float = steps * sequences * accumulation * shape.block_size
+    elif epochs := settings.get("epochs"):
         seen = epochs * text.n_tokens
+    else:  # more passes add little
+        seen = MOST_PASSES * text.n_tokens
     if minutes := settings.get("minutes"):
         assert rates is not None
         speed = devices * rates.at(shape.d_model) / training_flops_per_token(shape)

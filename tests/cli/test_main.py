@@ -41,7 +41,7 @@ MISTAKES = {
     "train missing.txt": "missing.txt.* give a text file, a folder, a pattern, - for standard",
     "train text.tx": "text.tx.* did you mean text.txt?",
     "train text.txt --n-head 3 --d-model 128": "n_head is 3, .* d_model 128: give --n-head 2",
-    "train short.txt": "the text is too short: .*; give at least 200, or a preset with a lower --block-size",
+    "train short.txt": "the text is too short: 45 tokens to train on; give at least 200, or a",
     "train latin.txt": "latin.txt: byte 0xe9 at offset 4503 .line 301.* give --encoding",
     "train text.txt --n-heads 3": "n-heads, 3: did you mean --n-head?",
     "train text.txt --n-head x": "Error parsing --n-head: .*: see chargpt train --help",
