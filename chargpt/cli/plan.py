@@ -52,13 +52,14 @@ def run(command: Any) -> int:
     )
 
     from chargpt.data.corpus import load_corpus
-    from chargpt.measure.forecast import forecast, table
+    from chargpt.measure.forecast import assumed_rates, forecast, table
     from chargpt.training.probe import choose_for
 
     texts = command.texts or ("tiny-shakespeare",)
     corpus = load_corpus(texts, data_config, quiet=False, report=shared.print_progress)
     if chosen == flags.AUTO:
-        choice = choose_for(corpus, settings, report=shared.print_progress)
+        rates = assumed_rates(command.gpu, command.gpu_share) if command.gpu else None
+        choice = choose_for(corpus, settings, rates=rates, report=shared.print_progress)
         model_config, train_config = choice.model_config, choice.train_config
         for line in choice.reasons:
             shared.print_progress(f"auto       {line}")

@@ -41,7 +41,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "feed_forward_forward": (*(_Pointer,) * 7, *(_Long,) * 3),
     "feed_forward_backward": (*(_Pointer,) * 10, *(_Long,) * 3),
     "muon": (*(_Pointer,) * 5, _Long, _Float, _Float, _Pointer, _Int),
-    "ngram": (*(_Pointer,) * 8, _Long, _Long),
+    "ngram_find": (_Pointer, _Long, *(_Pointer,) * 3, _Long, _Long),
+    "ngram_mix": (*(_Pointer,) * 8, _Long, _Long),
     "norm": (_Pointer, _Pointer, _Long, _Pointer),
     "residual_forward": (_Pointer, _Pointer, _Pointer, _Long, *_RANDOM),
     "residual_backward": (_Pointer, _Pointer, _Long, *_RANDOM),
@@ -403,17 +404,23 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, surplus: Tensor | None = None, share: float = 0.0
+) -> Tensor:
     """Return the mean cross-entropy in nats, a float32 scalar.
 
     Args:
         logits: float32 or bfloat16, (…, V).
         targets: (…), as many as rows of logits.
+        surplus: None, or float32, like the logits; see `chargpt.compute.step.cross_entropy`.
+        share: what of it the gradient takes.
 
     Raises:
         IndexError: a target is not in [0, V).
     """
-    out: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    out: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, targets, surplus, share
+    )
     return out
 
 
@@ -424,20 +431,25 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, surplus: Tensor | None, share: float
+    ) -> Tensor:
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         ctx.save_for_backward(gradient)
-        return _cross_entropy(logits, targets, gradient)[1]
+        mean = _cross_entropy(logits, targets, gradient)[1]
+        if surplus is not None:
+            gradient.sub_(surplus, alpha=share / targets.numel())
+        return mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mean: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         if d_mean == 1:
-            return gradient, None
+            return gradient, None, None, None
         scaled = torch.empty_like(gradient)
         _scale([gradient], [scaled], float(d_mean))
-        return scaled, None
+        return scaled, None, None, None
 
 
 def _cross_entropy(
@@ -456,7 +468,16 @@ def _cross_entropy(
 def mix_ngram(level: Sequence[Any], *arrays: Any) -> None:
     """Compute `chargpt.training.ngram_targets._mix`, whose arguments and arrays these are."""
     tensors = [torch.from_numpy(array) for array in (*level, *arrays)]
-    load_kernels()("ngram", torch.float32, *tensors, *tensors[-1].shape)
+    load_kernels()("ngram_mix", torch.float32, *tensors, *tensors[-1].shape)
+
+
+def find_grams(keys: Any, context: Any, token: Any, vocab_size: int) -> Any:
+    """Compute `chargpt.training.ngram_targets._find`, whose arguments these are."""
+    keys, context, token = (torch.from_numpy(a).contiguous() for a in (keys, context, token))
+    grams = torch.empty_like(context)
+    sizes = (len(keys), context, token, grams, context.numel(), vocab_size)
+    load_kernels()("ngram_find", torch.float32, keys, *sizes)
+    return grams.numpy()
 
 
 def in_kernels_memory(*tensors: Tensor) -> bool:

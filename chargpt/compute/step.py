@@ -22,21 +22,25 @@ from chargpt.compute.sharding import is_shared, own, whole
 # --- loss
 
 
-def cross_entropy(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss in nats, a scalar, for the model's logits (B, T, V), targets (B, T)."""
-    if isinstance(model, FastGPT2) and native.supports(logits, widths=()):
-        return native.cross_entropy(logits, targets)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def cross_entropy(
+    model: nn.Module,
+    logits: Tensor,
+    targets: Tensor,
+    surplus: Tensor | None = None,
+    share: float = 0.0,
+) -> Tensor:
+    """Return the mean loss in nats, a scalar, for the model's logits (B, T, V), targets (B, T).
 
-
-def toward(loss: Tensor, logits: Tensor, surplus: Tensor, share: float) -> Tensor:
-    """Return the same loss with another gradient: `share` of it goes to soft targets.
-
-    The gradient is that of (1 − share) · loss + share · cross-entropy to soft targets. `surplus`,
-    (B, T, V), is soft targets less one-hot targets. The two losses differ by its product with the
-    logits, (B, T, V): the normaliser of softmax cancels out.
+    With `surplus`, (B, T, V), which is soft targets less one-hot targets, the gradient is that of
+    (1 − share) · loss + share · cross-entropy to the soft targets; the loss stays as it is.
     """
-    change = -share / surplus[..., 0].numel() * (surplus * logits).sum()
+    if isinstance(model, FastGPT2) and native.supports(logits, widths=()):
+        return native.cross_entropy(logits, targets, surplus, share)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    if surplus is None:
+        return loss
+    # The two losses differ by this: the normaliser of softmax cancels out.
+    change = -share / targets.numel() * (surplus * logits).sum()
     return loss + (change - change.detach())
 
 

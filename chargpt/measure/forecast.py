@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 
 from chargpt.base.errors import UserError
 from chargpt.base.units import human_count, human_time
-from chargpt.compute.cost import GPU_SHARE, GPUS, Cluster, Memory, Shared, memory_of, shared_step
+from chargpt.compute.cost import (
+    GPU_SHARE,
+    GPUS,
+    Cluster,
+    Gpu,
+    Memory,
+    Shared,
+    memory_of,
+    shared_step,
+)
 from chargpt.compute.counts import parameters_of, training_flops_per_token
 from chargpt.compute.device import describe_device
 from chargpt.config import GPT2Config, TrainConfig
@@ -26,6 +35,7 @@ from chargpt.data.corpus import Corpus
 from chargpt.measure.timing import own_step, peak_memory_bytes, seconds_of
 from chargpt.training.plan import Plan
 from chargpt.training.probe import synthetic_plan
+from chargpt.training.size import Rates
 
 PROBE_LAYERS = (1, 3)
 PROBE_STEP_S = 0.5  # of the largest probe
@@ -166,16 +176,26 @@ def assume_speed(config: GPT2Config, name: str, share: float) -> Speed:
     Raises:
         UserError: an unknown GPU, or a share outside 0 … 1.
     """
-    if name not in GPUS:
-        raise UserError(f"the GPU {name!r} is not known: give one of {', '.join(GPUS)}")
-    if not 0 < share <= 1:
-        raise UserError(f"gpu_share is {share}: give --gpu-share above 0, at most 1")
-    gpu = GPUS[name]
+    gpu = _gpu(name, share)
     operations = training_flops_per_token(config) * config.block_size
     how = f"assumed: {share:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s"
     seconds = operations / (share * gpu.flops)
     facts = (gpu.precision, False, False, 0, gpu.memory)
     return Speed(name.upper(), how, *facts, fixed=0.0, sequence=seconds)
+
+
+def assumed_rates(name: str, share: float) -> Rates:
+    """Return how fast a GPU that is not at hand trains; errors as for `assume_speed`."""
+    speed = share * _gpu(name, share).flops
+    return Rates(speed, speed)
+
+
+def _gpu(name: str, share: float) -> Gpu:
+    if name not in GPUS:
+        raise UserError(f"the GPU {name!r} is not known: give one of {', '.join(GPUS)}")
+    if not 0 < share <= 1:
+        raise UserError(f"gpu_share is {share}: give --gpu-share above 0, at most 1")
+    return GPUS[name]
 
 
 def measure_speed(config: GPT2Config, train_config: TrainConfig) -> Speed:

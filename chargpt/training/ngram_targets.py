@@ -86,13 +86,13 @@ class NgramTargets:
         targets = ids[:, order + 1 :].ravel()
         offsets = self._offsets(places[:, order + 1 :].ravel())
         expected = np.full((len(targets), V), 1 / V, dtype=np.float32)
-        mix = native.mix_ngram if fast else _mix
+        mix, find = (native.mix_ngram, native.find_grams) if fast else (_mix, _find)
         gram = np.zeros_like(ids)  # that ends at each place, of `size` tokens; −1: never seen
         for size, level in enumerate(self.levels):
             context = gram[:, order:-1].ravel()
             mix(level, context, targets, (offsets >= size).astype(np.int64), expected)
             longer = np.full_like(gram, -1)
-            longer[:, 1:] = _find(level.keys, gram[:, :-1], ids[:, 1:], V)
+            longer[:, 1:] = find(level.keys, gram[:, :-1], ids[:, 1:], V)
             gram = longer
         return torch.from_numpy(expected).view(len(starts), block_size, V)
 

@@ -71,12 +71,15 @@ def choose_for(
     settings: Mapping[str, Any],
     *,
     devices: int = 1,
+    rates: Rates | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Choice:
-    """Return what suits a text on this machine as it is now; see `chargpt.training.size.choose`."""
+    """Return what suits a text, by default on this machine as it is now.
+
+    See `chargpt.training.size.choose`; `rates` are those of another machine.
+    """
     text = TextSize(len(corpus.train), corpus.tokenizer.vocab_size)
-    rates = None
-    if depends_on_speed(settings):
+    if rates is None and depends_on_speed(settings):
         choose(text, Rates(1e9, 1e9), settings, devices=devices)  # so that a mistake shows at once
         report("measuring  how fast this machine trains")
         rates = measure_rates(TrainConfig(**of_class(TrainConfig, settings)))

@@ -33,8 +33,8 @@ NGRAM = ((1e6, 0.5), (4e6, 0.3), (12e6, 0.2), (40e6, 0.0))  # weight by characte
 NGRAM_START = 0.95
 LEAST_BATCH = 2
 MOST_PER_TOKEN = 30.0  # parameters in matrices
-SIZE_COST, SIZE_POWER = 0.0181, 1.0  # nats that a million parameters in matrices cost
-DATA_COST, DATA_POWER = 0.292, 0.6  # nats that a million characters seen cost
+SIZE_COST, SIZE_POWER = 0.0961, 0.4  # nats that a million parameters in matrices cost
+DATA_COST, DATA_POWER = 0.2884, 0.6  # nats that a million characters seen cost
 RECIPE: Mapping[str, Any] = {
     "optimizer": "muon",
     "learning_rate": 4e-3,

@@ -16,7 +16,7 @@ from chargpt.compute.device import PrecisionChoice
 from chargpt.compute.fast_layers import FastGPT2
 from chargpt.compute.optimizers import ngram_share
 from chargpt.compute.parallel import ParallelChoice, seed_dropout
-from chargpt.compute.step import cross_entropy, toward
+from chargpt.compute.step import cross_entropy
 from chargpt.compute.world import ALONE, World
 from chargpt.config import TrainConfig
 from chargpt.data.windows import Batch, Windows
@@ -104,9 +104,9 @@ class Trainer:
         seed_dropout(seed, self.state.step, micro_step, self.world, self.parallel)
         with self.precision.autocast(self.device):
             logits = self.forward(batch.inputs)  # (B, T, V)
-        loss = cross_entropy(self.model, logits, batch.targets)
-        if (share := ngram_share(self.progress, self.train_config)) and self.ngram:
-            loss = toward(loss, logits, self._surplus(batch, micro_step), share)
+        share = ngram_share(self.progress, self.train_config)
+        surplus = self._surplus(batch, micro_step) if share else None
+        loss = cross_entropy(self.model, logits, batch.targets, surplus, share)
         weight = len(batch.inputs) * self.world.size / self.train_config.batch_size
         return loss if weight == 1 else loss * weight
 

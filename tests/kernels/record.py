@@ -227,7 +227,8 @@ def _step(call: Caller, noise: Noise) -> None:
     totals, contexts = np.float32([3, 4, 1]), np.array([0, 1, 2, -1] * 9)
     targets, counted = np.array([2, 2, 6, 0] * 9), np.array([1, 1, 1, 0] * 9)
     level = (keys, counts, firsts, totals)
-    call("ngram_fp32", *level, contexts, targets, counted, np.abs(noise(36, v)), 36, v)
+    call("ngram_find_fp32", keys, len(keys), contexts, targets, np.zeros(36, int), 36, v)
+    call("ngram_mix_fp32", *level, contexts, targets, counted, np.abs(noise(36, v)), 36, v)
     shapes = [(65, 48), (1,), (9000,), (7, 3)]  # 9000: more than a chunk
     weights, gradients, means, squares = ([noise(*shape) for shape in shapes] for _ in range(4))
     squares = [np.abs(square) for square in squares]

@@ -1,12 +1,27 @@
 // What an n-gram expects at each position of a batch; chargpt/training/ngram_targets.py has the
 // same in numpy, and says what the arrays hold.
 
+#include <algorithm>
+
 #include "products.h"
 
 namespace chargpt {
 namespace {
 
-constexpr Index ROWS = 32;  // per chunk of work
+constexpr Index ROWS = 32, LOOKUPS = 256;  // per chunk of work
+
+// For each of n contexts and the token after it, the index of this gram among ascending keys, or -1.
+void find(const Index* keys, Index n_keys, const Index* contexts, const Index* tokens, Index* grams,
+          Index n, Index v) {
+  parallel((n + LOOKUPS - 1) / LOOKUPS, [&](Index chunk, int) {
+    for (Index i = chunk * LOOKUPS; i < std::min(n, (chunk + 1) * LOOKUPS); i++) {
+      const Index wanted = contexts[i] * v + tokens[i];
+      const Index* place = std::lower_bound(keys, keys + n_keys, wanted);
+      const bool known = contexts[i] >= 0 && tokens[i] >= 0;
+      grams[i] = known && place < keys + n_keys && *place == wanted ? place - keys : -1;
+    }
+  });
+}
 
 // Mix what shorter contexts expect, n rows of v, with what one level's contexts were followed by. A
 // row that the level has counted leaves out its own target.
@@ -37,7 +52,11 @@ void interpolate(const Index* keys, const float* counts, const Index* firsts, co
 
 using namespace chargpt;
 
-EXPORT int ngram_fp32(const Index* keys, const float* counts, const Index* firsts,
+EXPORT int ngram_find_fp32(const Index* keys, Index n_keys, const Index* contexts,
+                           const Index* tokens, Index* grams, Index n, Index v) {
+  return out_of_memory([&] { find(keys, n_keys, contexts, tokens, grams, n, v); });
+}
+EXPORT int ngram_mix_fp32(const Index* keys, const float* counts, const Index* firsts,
                       const float* totals, const Index* contexts, const Index* targets,
                       const Index* counted, float* expected, Index n, Index v) {
   return out_of_memory([&] {
