@@ -263,7 +263,7 @@ def _reasons(
     speed = ""
     if rates:
         per_second = rates.at(model.d_model) / training_flops_per_token(model)
-        speed = f"about {human_count(per_second)} characters/s with this model (measured): "
+        speed = f"about {human_count(per_second)} characters/s with this model: "
     yield f"{speed}{human_count(seen)} characters, {passes:.1f} passes over the text"
     yield (
         f"{human_count(parameters_of(model))} parameters, {model.n_layer} layers of "

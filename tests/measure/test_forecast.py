@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from chargpt.cli.main import run
+from chargpt.compute.counts import parameters_of
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.data.corpus import load_corpus
 from chargpt.measure import forecast as forecasting
 from chargpt.measure.forecast import StepTime, fit_step, forecast
 from chargpt.training.plan import Plan
+from chargpt.training.size import Rates, TextSize, choose
 
 CONFIG = GPT2Config(block_size=16, vocab_size=0, n_layer=8, n_head=2, d_model=32)
 TRUE = StepTime(fixed=0.003, layer=0.002, sequence=0.001, both=0.004)
@@ -66,6 +68,17 @@ def test_a_gpu_that_is_not_at_hand_is_planned_from_its_speed(
     printed = capsys.readouterr().out
     assert "T4, fp16" in printed
     assert "more than the 16 GB of this GPU: give a lower --batch-size" in printed
+
+
+def test_without_a_preset_the_plan_is_for_what_train_would_choose(
+    text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--gpu a100 --gpu-share 0.1 --minutes 2"
+    assert run(["plan", str(text_file), *flags.split(), "--json"]) == 0
+    printed = capsys.readouterr()
+    choice = choose(TextSize(2700, 22), Rates(31.2e12, 31.2e12), {"minutes": 2.0})
+    assert json.loads(printed.out)["n_params"] == parameters_of(choice.model_config)
+    assert [f"auto {line}" for line in choice.reasons] == printed.err.splitlines()
 
 
 def test_this_machine_is_measured(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
