@@ -27,11 +27,12 @@ import torch
 from chargpt.base.errors import UserError
 from chargpt.compute.device import describe_device
 from chargpt.config import PRESETS, Preset
-from chargpt.measure.bench import SYMBOLS, synthetic_trainer
+from chargpt.measure.bench import synthetic_trainer
 from chargpt.measure.bench_writing import BATCHES, Write, nanogpt_writer, own_writer
 from chargpt.measure.contenders import NANOGPT, NANOGPT_SETTLING, OWN, NanoGPT, find_clone
 from chargpt.measure.timing import own_step
 from chargpt.model import GPT2
+from chargpt.training.probe import SYMBOLS
 from chargpt.training.trainer import Trainer
 
 NEIGHBOURS = (0, 1, 3)

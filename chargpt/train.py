@@ -159,10 +159,8 @@ def _settle(asked: _Asked, start: Path | None, folder: Path, resume: Resume) -> 
     """Return configurations, and settings if others are to be chosen once the text is known."""
     model_config, train_config, settings = asked
     preset = tiny()
-    shape = start_config(start) if start else preset.model_config
-    if not start and settings:
-        shape = shape.replace(vocab_size=settings.get("vocab_size", 0))
     if model_config or train_config:
+        shape = start_config(start) if start and not model_config else preset.model_config
         return _Asked(model_config or shape, train_config or preset.train_config, None)
     assert settings is not None
     if resume and (folder / CONFIG).is_file():
@@ -172,8 +170,9 @@ def _settle(asked: _Asked, start: Path | None, folder: Path, resume: Resume) -> 
             before.train_config.replace(**of_class(TrainConfig, settings)),
             None,
         )
+    shape = preset.model_config.replace(vocab_size=settings.get("vocab_size", 0))
     if start:
-        shape = shape.replace(**of_class(GPT2Config, settings))
+        shape = start_config(start).replace(**of_class(GPT2Config, settings))
         settings = {**fixed_shape(shape), **settings}
     return _Asked(shape, preset.train_config.replace(**of_class(TrainConfig, settings)), settings)
 

@@ -20,7 +20,19 @@ from chargpt.compute.library import CHOICE
 pytestmark = pytest.mark.reliability
 
 COMMAND = [
-    *(sys.executable, "-m", "chargpt", "train", "text.txt", "--resume", "auto", "--dropout", "0"),
+    *(
+        sys.executable,
+        "-m",
+        "chargpt",
+        "train",
+        "text.txt",
+        "--resume",
+        "auto",
+        "--preset",
+        "tiny",
+        "--dropout",
+        "0",
+    ),
     *("--n-layer", "2", "--n-head", "2", "--d-model", "32", "--block-size", "32"),
     *("--batch-size", "16", "--eval-interval", "100", "--log-interval", "1", "--patience", "0"),
     *("--sample-length", "0", "--device", "cpu", "--precision", "fp32"),
