@@ -22,8 +22,8 @@ SETTINGS = [
     for kind, optimizer, n in product(("ddp", "fsdp"), ("adamw", "muon"), (1, 2))
 ]
 TRAIN = """--preset tiny --n-layer 2 --n-head 2 --d-model 32 --block-size 32 --batch-size 8
---learning-rate 1e-3 --precision fp32 --device cpu --steps 30 --eval-interval 10 --save-interval 5 --log-interval 1
---sample-length 5""".split()
+--learning-rate 1e-3 --precision fp32 --device cpu --steps 30 --eval-interval 10
+--save-interval 5 --log-interval 1 --sample-length 5""".split()
 
 
 @pytest.fixture(scope="module")
