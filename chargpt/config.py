@@ -177,7 +177,7 @@ class TrainConfig(_Config):
     """Muon's momentum; no effect under adamw."""
     ngram_weight: Share = 0.0
     """Share of the loss, at the start, that compares with what an n-gram of the training text
-    expects, instead of with the one character that follows; 0: no n-gram."""
+    expects, instead of with the one character that follows. Both shares 0: no n-gram."""
     ngram_weight_floor: Share = 0.0
     """The same share from 35 % of the budget on, to which it falls in a straight line."""
     ngram_order: Annotated[int, ORDER] = 5

@@ -24,7 +24,7 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
 
 
 def stop(number: int) -> None:
-    """Raise `StopRequested` for the number of a signal; 0: there is none."""
+    """Raise `StopRequested` if `number` is a signal's; 0 means that none has come."""
     if number:
         raise StopRequested(_REASONS[number])
 

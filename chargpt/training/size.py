@@ -130,7 +130,8 @@ def choose(
     if {"steps", "epochs"}.isdisjoint(settings) and passes >= MOST_PASSES:
         train["epochs"] = MOST_PASSES
     floor = _line(math.log(seen), [(math.log(x), y) for x, y in NGRAM], digits=2)
-    if floor and settings.get("optimizer") != "adamw":
+    wants_ngram = settings.get("ngram_weight") != 0 and settings.get("optimizer") != "adamw"
+    if floor and wants_ngram:
         train |= {"ngram_weight": NGRAM_START, "ngram_weight_floor": floor}
     choice = Choice(
         shape.replace(**model | of_class(GPT2Config, settings)),

@@ -113,10 +113,8 @@ class Trainer:
     def _surplus(self, batch: Batch, micro_step: int) -> Tensor:
         """Return what the n-gram expects beyond the targets, (B, T, V); its rows sum to 0."""
         assert self.ngram is not None
-        starts, fast = (
-            self.windows.starts(*self._sequences(micro_step)),
-            isinstance(self.model, FastGPT2),
-        )
+        starts = self.windows.starts(*self._sequences(micro_step))
+        fast = isinstance(self.model, FastGPT2)
         expected = self.ngram.expected(starts, batch.targets.size(1), fast=fast).to(self.device)
         targets = batch.targets[..., None]
         return expected.scatter_add_(2, targets, torch.full_like(targets, -1, dtype=torch.float32))

@@ -66,6 +66,12 @@ def test_what_is_given_is_kept(settings: dict[str, Any]) -> None:
     assert choice.model_config.d_model % choice.model_config.n_head == 0
 
 
+def test_an_n_gram_can_be_refused() -> None:
+    assert choose(SHAKESPEARE, LAPTOP, {}).train_config.ngram_weight_floor > 0
+    refused = choose(SHAKESPEARE, LAPTOP, {"ngram_weight": 0.0}).train_config
+    assert refused.ngram_weight == refused.ngram_weight_floor == 0
+
+
 def test_a_given_width_changes_what_follows_from_it() -> None:
     narrow, wide = (choose(SHAKESPEARE, LAPTOP, {"d_model": d}).model_config for d in (64, 512))
     assert narrow.n_layer < wide.n_layer and narrow.n_head < wide.n_head
