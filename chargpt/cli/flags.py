@@ -72,8 +72,8 @@ def optional_flags(cls: type, shown: Mapping[str, Any], *, without: Sequence[str
         if typing.get_origin(hint) is types.UnionType:  # X | None: an absent flag means None
             hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
         shown_default = "" if default in (None, ()) else f"({default!r})"
-        text = docs[name].replace("%", "%%")
-        flags[name] = Annotated[hint, tyro.conf.arg(help=text, help_behavior_hint=shown_default)]
+        help_of = tyro.conf.arg(help=docs[name], help_behavior_hint=shown_default)
+        flags[name] = Annotated[hint, help_of]
     make: Any = TypedDict  # type checkers reject computed fields
     return Annotated[make(cls.__name__, flags, total=False), tyro.conf.OmitArgPrefixes]
 
