@@ -232,6 +232,11 @@ class TrainConfig(_Config):
         if not given:
             object.__setattr__(self, "minutes", 3.0)
 
+    @property
+    def has_ngram(self) -> bool:
+        """Whether targets of an n-gram have a weight at any time."""
+        return bool(self.ngram_weight or self.ngram_weight_floor)
+
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`; a budget among them replaces every old one."""
         if any(changes.get(name) is not None for name in BUDGETS):

@@ -31,7 +31,7 @@ from chargpt.compute.optimizers import schedule
 from chargpt.compute.parallel import accumulating
 from chargpt.compute.step import clip_gradient, gradient_norm
 from chargpt.compute.world import joined_world, launch_id, recall, remember
-from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig, tiny
+from chargpt.config import DataConfig, GPT2Config, SampleConfig, TrainConfig
 from chargpt.data.corpus import Corpus
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.evaluation import evaluate, scored_tokens
@@ -42,11 +42,11 @@ from chargpt.runs.folder import CONFIG, load, read_config, write_config, write_t
 from chargpt.runs.plot import plot_loss
 from chargpt.runs.report import Reporter, SilentReporter
 from chargpt.runs.reserve import Resume, free_folder, reserved
+from chargpt.training.asked import Asked, settle
 from chargpt.training.plan import Plan, make_plan
 from chargpt.training.probe import choose_for
 from chargpt.training.saving import save_best, save_last, send_model
-from chargpt.training.size import Choice, of_class
-from chargpt.training.start import fixed_shape, start_config
+from chargpt.training.size import Choice
 from chargpt.training.summary import SUMMARY, StopReason, Summary, summarize
 from chargpt.training.trainer import Trainer
 
@@ -104,12 +104,12 @@ def train(
     start = Path(start_from) if start_from is not None else None
     if settings and (model_config or train_config):
         raise UserError("settings are for a choice: give them, or configurations")
-    asked = _Asked(model_config, train_config, settings or {})
+    asked = Asked(model_config, train_config, settings or {})
     with joined_world() as world:
         folder, resume = world.on_first(lambda: _folder(sources, out, resume))
         # On another machine, the command may not have found the run to resume.
         sources, data_config, asked = world.on_first(
-            lambda: (sources, data_config or DataConfig(), _settle(asked, start, folder, resume))
+            lambda: (sources, data_config or DataConfig(), settle(asked, start, folder, resume))
         )
         model_config, train_config, given = asked
         assert model_config and train_config
@@ -145,36 +145,6 @@ def train(
                 report(f"resuming   nothing yet in {folder}: starting from step 0")
             report(f"run        {folder}")
             return _carry_out(plan, quiet=quiet)
-
-
-class _Asked(NamedTuple):
-    """The configurations of a run, and the settings that a choice in their place keeps."""
-
-    model_config: GPT2Config | None
-    train_config: TrainConfig | None
-    settings: Mapping[str, Any] | None  # None: nothing is chosen
-
-
-def _settle(asked: _Asked, start: Path | None, folder: Path, resume: Resume) -> _Asked:
-    """Return configurations, and settings if others are to be chosen once the text is known."""
-    model_config, train_config, settings = asked
-    preset = tiny()
-    if model_config or train_config:
-        shape = start_config(start) if start and not model_config else preset.model_config
-        return _Asked(model_config or shape, train_config or preset.train_config, None)
-    assert settings is not None
-    if resume and (folder / CONFIG).is_file():
-        before = read_config(folder)
-        return _Asked(
-            before.model_config.replace(**of_class(GPT2Config, settings)),
-            before.train_config.replace(**of_class(TrainConfig, settings)),
-            None,
-        )
-    shape = preset.model_config.replace(vocab_size=settings.get("vocab_size", 0))
-    if start:
-        shape = start_config(start).replace(**of_class(GPT2Config, settings))
-        settings = {**fixed_shape(shape), **settings}
-    return _Asked(shape, preset.train_config.replace(**of_class(TrainConfig, settings)), settings)
 
 
 def _folder(sources: Sequence[str], out: str | Path | None, resume: Resume) -> tuple[Path, Resume]:

@@ -6,7 +6,7 @@ The formulas are explained in docs/scaling.md, with the measurements that their 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from chargpt.compute.counts import parameters_of
@@ -27,6 +27,8 @@ PYTORCH = {"fp32": ActivationBytes(79.0, 8.0), "bf16": ActivationBytes(60.0, 4.0
 DROPOUT = {"fp32": ActivationBytes(22.0, 7.3), "bf16": ActivationBytes(10.0, 3.5)}
 """What dropout adds on PyTorch's layers: masks. The kernels draw them again."""
 LOGITS = 12.0  # bytes per token and entry of the vocabulary: logits, their gradient, log-softmax
+EXPECTED = 8.0  # the same for soft targets: what an n-gram expects, and its copy
+COUNTED = 75.0  # bytes per token that an n-gram counts, while it does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,11 +40,12 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    ngram: int  # for soft targets
 
     @property
     def total(self) -> int:
         """All of them; the program and its libraries come on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(asdict(self).values())
 
 
 def memory_of(
@@ -53,6 +56,7 @@ def memory_of(
     kernels: bool,
     pairs: bool,
     world: int = 1,
+    counted: int = 0,
 ) -> Memory:
     """Return the memory of one of `world` processes that share each batch.
 
@@ -63,6 +67,7 @@ def memory_of(
         kernels: whether the C++ kernels compute, or PyTorch's layers.
         pairs: whether attention keeps its (T, T) weights, as the backend ``matmul`` does.
         world: number of processes.
+        counted: tokens that an n-gram counts for soft targets; 0: there is none.
     """
     size = 4 * parameters_of(config)
     matrices = 4 * config.n_layer * (4 * config.d_model**2 + 2 * config.d_model * config.d_ff)
@@ -86,6 +91,7 @@ def memory_of(
         optimizer=momenta // shares,
         activations=round(tokens * config.n_layer * layer),
         logits=round(tokens * config.vocab_size * LOGITS),
+        ngram=round(counted * COUNTED + bool(counted) * tokens * config.vocab_size * EXPECTED),
     )
 
 

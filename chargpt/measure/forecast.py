@@ -33,6 +33,7 @@ from chargpt.compute.device import describe_device
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.data.corpus import Corpus
 from chargpt.measure.timing import own_step, peak_memory_bytes, seconds_of
+from chargpt.training.ngram_targets import MOST_TOKENS
 from chargpt.training.plan import Plan
 from chargpt.training.probe import synthetic_plan
 from chargpt.training.size import Rates
@@ -106,6 +107,7 @@ def forecast(
     step = speed.seconds_of(sequences)
     steps, seconds = _budget(train_config, corpus, tokens_per_step, step)
     n_params = parameters_of(config)
+    counted = min(len(corpus.train), MOST_TOKENS) if train_config.has_ngram else 0
     memory = [
         memory_of(
             config,
@@ -114,6 +116,7 @@ def forecast(
             kernels=speed.kernels,
             pairs=speed.pairs,
             world=world,
+            counted=counted,
         )
         for world in WORLDS
     ]

@@ -87,9 +87,7 @@ def make_plan(
         UserError: anything that cannot work.
     """
     device, device_reason = choose_device(train_config.device)
-    parallel = choose_parallel(
-        train_config.parallel, device, world, model_config, train_config.batch_size
-    )
+    parallel = _parallel(device, world, model_config, train_config)
     if device.type == "cuda" and world.size > 1:
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -103,26 +101,18 @@ def make_plan(
     if before:  # before memory is taken for what a file asks for
         shape = before.model_config
         world.on_first(lambda: check_model_file(out / "last" / MODEL, shape))
-    measured: Any = before.environment.get("rates") if before else None
+    rates: Any = before.environment.get("rates") if before else None
     model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
     if choose and not before:
         choice = world.on_first(lambda: choose(corpus))
-        model_config, train_config, measured = (
-            choice.model_config,
-            choice.train_config,
-            choice.rates,
-        )
+        model_config, train_config, rates = choice.model_config, choice.train_config, choice.rates
         for line in choice.reasons:
             report(f"auto       {line}")
-        parallel = choose_parallel(
-            train_config.parallel, device, world, model_config, train_config.batch_size
-        )
+        parallel = _parallel(device, world, model_config, train_config)
     precision = world.on_first(  # which may measure this machine
         lambda: _choose_precision(train_config, model_config, device, before)
     )
-    model_config = _with_vocabulary(model_config, corpus.tokenizer.vocab_size)
-    torch.manual_seed(derive_seed(train_config.seed, INIT))
-    model = GPT2(model_config).to(device)
+    model = _make_model(model_config, train_config, device)
     if start:
         report(take_weights(model, corpus.tokenizer, start))
     if start_from and not before:
@@ -140,7 +130,7 @@ def make_plan(
         report(f"resuming   after step {trainer.state.step:,}")
     speed = accelerate(trainer, report)
     environment = _environment(trainer, speed)
-    environment |= {k: v for k, v in {"from": origin, "rates": measured}.items() if v}
+    environment |= {k: v for k, v in {"from": origin, "rates": rates}.items() if v}
     if before:
         same_bits = has_same_bits(trainer, speed)
         _report_changes(before.environment, environment, report, same_bits=same_bits)
@@ -153,6 +143,18 @@ def make_plan(
         environment=environment,
     )
     return Plan(trainer=trainer, corpus=corpus, run_config=run_config, speed=speed)
+
+
+def _parallel(
+    device: torch.device, world: World, model_config: GPT2Config, train_config: TrainConfig
+) -> ParallelChoice:
+    batch_size = train_config.batch_size
+    return choose_parallel(train_config.parallel, device, world, model_config, batch_size)
+
+
+def _make_model(model_config: GPT2Config, train_config: TrainConfig, device: torch.device) -> GPT2:
+    torch.manual_seed(derive_seed(train_config.seed, INIT))
+    return GPT2(model_config).to(device)
 
 
 def _make_trainer(
@@ -186,7 +188,7 @@ def _make_trainer(
 
 
 def _ngram(corpus: Corpus, train_config: TrainConfig) -> NgramTargets | None:
-    if not train_config.ngram_weight and not train_config.ngram_weight_floor:
+    if not train_config.has_ngram:
         return None
     return NgramTargets.count(corpus.train, corpus.tokenizer.vocab_size, train_config.ngram_order)
 

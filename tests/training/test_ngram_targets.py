@@ -1,5 +1,8 @@
 """Soft targets: an n-gram without each position's own count, and the gradient toward it."""
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -7,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, words
 
+from chargpt.compute.cost import memory_of
 from chargpt.compute.fast_layers import use_kernels
 from chargpt.compute.library import why_not_tried
 from chargpt.compute.step import cross_entropy
+from chargpt.config import GPT2Config, TrainConfig
 from chargpt.model import GPT2
 from chargpt.training.ngram_targets import PIECES, NgramTargets
 
@@ -79,3 +84,19 @@ def test_the_gradient_is_that_of_a_mixture_and_the_loss_stays(kernels: str) -> N
     (gradient,) = torch.autograd.grad(2 * loss, logits)
     (wanted,) = torch.autograd.grad(2 * (0.7 * hard + 0.3 * soft), logits)
     assert torch.allclose(gradient, wanted, atol=1e-7)
+
+
+def test_counting_takes_about_the_memory_that_a_plan_says() -> None:
+    tokens = np.random.default_rng(0).zipf(1.5, 300_000) % 60
+    config = GPT2Config(vocab_size=60, n_layer=1, d_model=16, n_head=1)
+    hardware: Any = {"precision": "fp32", "kernels": False, "pairs": False}
+    train_config = TrainConfig(ngram_weight=0.9)
+    with_ngram, without = (
+        memory_of(config, train_config, **hardware, counted=counted).total
+        for counted in (len(tokens), 0)
+    )
+    tracemalloc.start()
+    NgramTargets.count(tokens, 60, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak == pytest.approx(with_ngram - without, rel=0.5)
