@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from chargpt.cli import flags, shared
 from chargpt.cli.shared import flag
 from chargpt.compute.cost import GPU_SHARE, GPUS, Cluster
+from chargpt.config import GPT2Config, TrainConfig
+
+if TYPE_CHECKING:
+    from chargpt.data.corpus import Corpus
 
 ASSUMPTIONS = (
     "devices that share a step: a ring all-reduce of the gradients over links of {link:.0f} GB/s "
@@ -44,39 +48,17 @@ def make_flags(shown_preset: str) -> type:
 
 def run(command: Any) -> int:
     """Measure, print a table or JSON, and return the exit code."""
-    file, given = shared.given_settings(command)
-    chosen = command.preset or file.pop("preset", None) or flags.AUTO
-    data_config, settings = flags.split_settings(file, given)
     shared.check_positive(
         per_machine=command.per_machine, link=command.link, network=command.network
     )
-
-    from chargpt.data.corpus import load_corpus
-    from chargpt.measure.forecast import assumed_rates, forecast, table
-    from chargpt.training.probe import choose_for
-
-    texts = command.texts or ("tiny-shakespeare",)
-    corpus = load_corpus(texts, data_config, quiet=False, report=shared.print_progress)
-    if chosen == flags.AUTO:
-        rates = assumed_rates(command.gpu, command.gpu_share) if command.gpu else None
-        choice = choose_for(corpus, settings, rates=rates, report=shared.print_progress)
-        model_config, train_config = choice.model_config, choice.train_config
-        for line in choice.reasons:
-            shared.print_progress(f"auto       {line}")
-    else:
-        configs = flags.merge_settings(flags.preset_configs(chosen), file, given)
-        model_config, train_config = configs["model_config"], configs["train_config"]
     cluster = Cluster(
         per_machine=command.per_machine, link=1e9 * command.link, network=1e9 * command.network
     )
-    figures = forecast(
-        corpus,
-        model_config,
-        train_config,
-        gpu=command.gpu,
-        gpu_share=command.gpu_share,
-        cluster=cluster,
-    )
+
+    from chargpt.measure.forecast import forecast, table
+
+    gpu, share = command.gpu, command.gpu_share
+    figures = forecast(*_subject(command), gpu=gpu, gpu_share=share, cluster=cluster)
     if command.json:
         values = asdict(figures)
         values["memory"]["total"] = figures.memory.total
@@ -93,3 +75,24 @@ def run(command: Any) -> int:
         )
     )
     return 0
+
+
+def _subject(command: Any) -> tuple[Corpus, GPT2Config, TrainConfig]:
+    """Return the text and the configurations to plan for."""
+    from chargpt.data.corpus import load_corpus
+    from chargpt.measure.forecast import assumed_rates
+    from chargpt.training.probe import choose_for
+
+    file, given = shared.given_settings(command)
+    preset = command.preset or file.pop("preset", None) or flags.AUTO
+    data_config, settings = flags.split_settings(file, given)
+    texts = command.texts or ("tiny-shakespeare",)
+    corpus = load_corpus(texts, data_config, quiet=False, report=shared.print_progress)
+    if preset != flags.AUTO:
+        configs = flags.merge_settings(flags.preset_configs(preset), file, given)
+        return corpus, configs["model_config"], configs["train_config"]
+    rates = assumed_rates(command.gpu, command.gpu_share) if command.gpu else None
+    choice = choose_for(corpus, settings, rates=rates, report=shared.print_progress)
+    for line in choice.reasons:
+        shared.print_progress(f"auto       {line}")
+    return corpus, choice.model_config, choice.train_config
