@@ -24,9 +24,9 @@ _BYTE_ORDER_MARKS = (  # the 32-bit marks start with the 16-bit ones: longest fi
 )
 
 
-def read_text(source: Source, encoding: str) -> str:
+def read_text(source: Source, encoding: str, on_error: OnError = "stop") -> str:
     """Return the whole text of a source; errors as `raw_chunks` and `decode_chunks`."""
-    return "".join(text_chunks(source, encoding))
+    return "".join(text_chunks(source, encoding, on_error))
 
 
 def text_chunks(

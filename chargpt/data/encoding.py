@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
-from chargpt.data.decoding import BINARY_CHECK, Replaced, text_chunks
+from chargpt.data.decoding import BINARY_CHECK, Replaced, read_text, text_chunks
 from chargpt.data.formats import is_plain, is_table, open_file, rows
 from chargpt.data.texts import Source
 
@@ -166,6 +167,15 @@ def split_documents(text: str, separator: str) -> Iterator[str]:
     """Yield the documents of a whole text, without empty ones; see `split_text`."""
     for parts, _ in split_text([text], separator, ends=True):
         yield from filter(None, parts)
+
+
+def documents(source: Source, config: DataConfig) -> Iterator[str]:
+    """Yield the documents of a source, without empty ones; errors as when a corpus is read."""
+    if is_table(source, config.text_column):
+        yield from filter(None, chain.from_iterable(rows(source, config.text_column)))
+    else:
+        text = read_text(source, config.encoding, config.on_error)
+        yield from split_documents(text, config.document_separator)
 
 
 def _unix_chunks(chunks: Iterable[str]) -> Iterator[str]:

@@ -14,12 +14,11 @@ from chargpt.base.errors import UserError
 from chargpt.base.progress import progress
 from chargpt.base.units import bits_per_char, perplexity
 from chargpt.compute.device import choose_device
-from chargpt.config import CheckpointName, Device, Unknown
+from chargpt.config import CheckpointName, DataConfig, Device, Unknown
 from chargpt.data import datasets
 from chargpt.data.archives import is_compressed
 from chargpt.data.corpus import Corpus, load_corpus
-from chargpt.data.decoding import read_text
-from chargpt.data.encoding import split_documents
+from chargpt.data.encoding import documents
 from chargpt.data.texts import STANDARD_INPUT, find_files, find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.evaluation import evaluate
@@ -90,8 +89,8 @@ def score_run(
                 raise UserError(f"{error}: name a file to evaluate on") from error
             note = f"no baselines: {error}"
     if files:
-        encoding, separator = encoding or data_config.encoding, data_config.document_separator
-        tokens = _read_tokens(files, tokenizer, separator, encoding, unknown)
+        as_in_training = data_config.replace(encoding=encoding or data_config.encoding)
+        tokens = _read_tokens(files, tokenizer, as_in_training, unknown)
         name = ", ".join(files)
     else:
         assert corpus is not None
@@ -123,13 +122,13 @@ def score_run(
 
 
 def _read_tokens(
-    files: Sequence[str], tokenizer: CharTokenizer, separator: str, encoding: str, unknown: Unknown
+    files: Sequence[str], tokenizer: CharTokenizer, config: DataConfig, unknown: Unknown
 ) -> npt.NDArray[Any]:
     """Return the token ids of all documents, each ended by end-of-text where the model has one."""
     end = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
     pieces = [np.array([], dtype=tokenizer.dtype)]
     for source in find_sources(files):
-        for document in split_documents(read_text(source, encoding), separator):
+        for document in documents(source, config):
             try:
                 ids = tokenizer.encode(document, unknown=unknown)
             except UserError as error:

@@ -1,6 +1,7 @@
 """`chargpt eval`: which files it opens, and that it encodes each text once."""
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,16 @@ def test_tokens_of_a_file_are_those_of_its_documents(
     card = score_run(run, [str(file)], unknown=unknown, with_baselines=False)
     assert card.n_tokens == len(tokens)
     assert card.nats_per_char == evaluate(model, tokens, SMALL.block_size)
+
+
+def test_a_table_is_read_by_the_column_of_the_run(tmp_path: Path) -> None:
+    table, other = tmp_path / "train.jsonl", tmp_path / "other.jsonl"
+    text = words(3000)
+    table.write_text("".join(json.dumps({"t": line}) + "\n" for line in text.splitlines()))
+    run = train_on(tmp_path / "run", table, text_column="t")
+    other.write_text('{"id": 7, "t": "the king"}\n{"t": "of hearts"}\n')
+    card = score_run(run, [str(other)], with_baselines=False)
+    assert card.n_tokens == len("the king") + 1 + len("of hearts") + 1
 
 
 def test_an_unknown_character_and_too_short_a_text_are_named(
