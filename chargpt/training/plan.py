@@ -329,14 +329,15 @@ def _describe(
     lines = [
         f"text       {corpus.summary()}",
         f"model      {human_count(count_parameters(model))} parameters; {_settings(model.config)}",
-        f"training   {_settings(trainer.train_config)}",
-        f"data       {_settings(data_config)}",
+        f"training   {_settings(trainer.train_config, TrainConfig())}",
         f"device     {describe_device(trainer.device)} ({device_reason})",
         f"precision  {precision.name} ({precision.reason})",
         f"budget     {_describe_budget(trainer)}",
     ]
     if corpus.tokenizer.unit == "char" and (head := _describe_head(model)):
         lines.append(head)
+    if data := _settings(data_config, DataConfig()):
+        lines.append(f"data       {data}")
     if trainer.device.type == "cuda" or trainer.world.size > 1:
         lines.append(f"parallel   {trainer.parallel.reason}")
     return lines
@@ -356,12 +357,13 @@ def _describe_head(model: GPT2) -> str:
     )
 
 
-def _settings(config: AnyConfig) -> str:
-    """Return every setting as ``name value``, except those that are None."""
+def _settings(config: AnyConfig, usual: AnyConfig | None = None) -> str:
+    """Return settings as ``name value``: those that are not None, and not as `usual`."""
+    known = asdict(usual) if usual else {}
     return ", ".join(
         f"{name} {value if str(value).strip() else repr(value)}"
         for name, value in asdict(config).items()
-        if value is not None
+        if value is not None and value != known.get(name)
     )
 
 

@@ -28,7 +28,7 @@ CONTEXTS_IN_TEXT = 100  # at least so many windows
 USEFUL_PASSES = 15.4  # Muennighoff et al. 2023, arXiv 2305.16264: R*, what repeats are worth
 MOST_PASSES = 60.0  # more add little
 BATCH_TOKENS, BATCH_SEEN, BATCH_POWER = 2048, 5.3e6, 0.383  # arXiv 2505.13738
-DROPOUT = ((6.0, 0.0), (25.0, 0.1), (60.0, 0.2))  # by passes × √(parameters per character)
+DROPOUT = ((6.0, 0.0), (25.0, 0.1), (90.0, 0.2))  # by passes × √(parameters per character)
 NGRAM = ((1e6, 0.5), (4e6, 0.3), (12e6, 0.2), (40e6, 0.0))  # weight by characters seen
 NGRAM_START = 0.95
 LEAST_BATCH = 2
@@ -119,27 +119,17 @@ def choose(
         settings = {**settings, "minutes": MINUTES}
     widths = [settings["d_model"]] if "d_model" in settings else _widths(settings)
     shapes = [_shape(width, text, settings) for width in widths]
-    runs = [_Run(shape, _seen(shape, text, rates, settings, devices)) for shape in shapes]
-    shape, seen = _best(runs, text, is_long=bool(settings.get("steps") or settings.get("epochs")))
-    passes = seen / text.n_tokens
-    exposure = passes * math.sqrt(_matrices(shape) / text.n_tokens)
-    model = {"dropout": _line(exposure, DROPOUT, digits=2)}
-    if model["dropout"]:  # on the residual branches
-        model |= {"embedding_dropout": 0.0, "attention_dropout": 0.0}
-    train = {**RECIPE, "batch_size": _batch_size(seen, shape, settings, devices)}
-    if {"steps", "epochs"}.isdisjoint(settings) and passes >= MOST_PASSES:
-        train["epochs"] = MOST_PASSES
-    floor = _line(math.log(seen), [(math.log(x), y) for x, y in NGRAM], digits=2)
-    wants_ngram = settings.get("ngram_weight") != 0 and settings.get("optimizer") != "adamw"
-    if floor and wants_ngram:
-        train |= {"ngram_weight": NGRAM_START, "ngram_weight_floor": floor}
+    runs = [_run(shape, text, rates, settings, devices) for shape in shapes]
+    is_long = bool(settings.get("steps") or settings.get("epochs"))
+    run = _best(runs, text, is_long=is_long)
+    model, train = _dropout(run, text), _recipe(run, text, settings)
     choice = Choice(
-        shape.replace(**model | of_class(GPT2Config, settings)),
+        run.shape.replace(**model | of_class(GPT2Config, settings)),
         TrainConfig(**train | of_class(TrainConfig, settings)),
         rates,
         (),
     )
-    return choice._replace(reasons=tuple(_reasons(choice, seen, text, settings)))
+    return choice._replace(reasons=tuple(_reasons(choice, run.seen, text, settings)))
 
 
 def _check(settings: Mapping[str, Any]) -> None:
@@ -171,32 +161,35 @@ def _shape(d_model: int, text: TextSize, settings: Mapping[str, Any]) -> GPT2Con
     return GPT2Config(**shape)
 
 
-def _seen(
+class _Run(NamedTuple):
+    shape: GPT2Config
+    seen: float  # characters that it trains on
+    batch_size: int
+
+
+def _run(
     shape: GPT2Config,
     text: TextSize,
     rates: Rates | None,
     settings: Mapping[str, Any],
     devices: int,
-) -> float:
-    """Return how many characters a run trains on."""
-    if steps := settings.get("steps"):
-        sequences = settings.get("batch_size") or BATCH_TOKENS / shape.block_size
-        accumulation = settings.get("gradient_accumulation_steps", 1)
-        seen: float = steps * sequences * accumulation * shape.block_size
-    elif epochs := settings.get("epochs"):
-        seen = epochs * text.n_tokens
-    else:  # more passes add little
-        seen = MOST_PASSES * text.n_tokens
+) -> _Run:
+    """Return the run of a shape: how long it is, and the batches that suit its length."""
+    limits = [(settings.get("epochs") or MOST_PASSES) * text.n_tokens]  # more passes add little
     if minutes := settings.get("minutes"):
         assert rates is not None
         speed = devices * rates.at(shape.d_model) / training_flops_per_token(shape)
-        seen = min(seen, 60 * minutes * speed)
-    return max(1.0, seen)
-
-
-class _Run(NamedTuple):
-    shape: GPT2Config
-    seen: float  # characters that it trains on
+        limits.append(60 * minutes * speed)
+    if steps := settings.get("steps"):
+        # Of this size are the batches that suit so many steps of themselves.
+        tokens = (BATCH_TOKENS * (steps / BATCH_SEEN) ** BATCH_POWER) ** (1 / (1 - BATCH_POWER))
+        batch_size = _batch_size(tokens, shape, settings, devices)
+        sequences = batch_size * settings.get("gradient_accumulation_steps", 1)
+        limits[0] = steps * sequences * shape.block_size
+        return _Run(shape, max(1.0, min(limits)), batch_size)
+    seen = max(1.0, min(limits))
+    tokens = BATCH_TOKENS * (seen / BATCH_SEEN) ** BATCH_POWER
+    return _Run(shape, seen, _batch_size(tokens, shape, settings, devices))
 
 
 def _best(runs: Sequence[_Run], text: TextSize, *, is_long: bool) -> _Run:
@@ -236,12 +229,33 @@ def _matrices(shape: GPT2Config) -> int:
     return parameters_of(shape) - (shape.vocab_size + shape.block_size) * shape.d_model
 
 
-def _batch_size(seen: float, shape: GPT2Config, settings: Mapping[str, Any], devices: int) -> int:
-    """Return the sequences of a batch: more for a longer run."""
-    tokens = BATCH_TOKENS * (seen / BATCH_SEEN) ** BATCH_POWER
+def _batch_size(tokens: float, shape: GPT2Config, settings: Mapping[str, Any], devices: int) -> int:
+    """Return the sequences of a batch, as given, or for about so many tokens a step."""
+    if given := settings.get("batch_size"):
+        return int(given)
     wanted = tokens / shape.block_size / settings.get("gradient_accumulation_steps", 1)
     sequences: int = max(LEAST_BATCH, 2 * round(wanted / 2))
     return -(-sequences // devices) * devices
+
+
+def _dropout(run: _Run, text: TextSize) -> dict[str, float]:
+    """Return dropout on the residual branches: more, the more a run can learn by heart."""
+    exposure = run.seen / text.n_tokens * math.sqrt(_matrices(run.shape) / text.n_tokens)
+    dropout = _line(exposure, DROPOUT, digits=2)
+    others = {"embedding_dropout": 0.0, "attention_dropout": 0.0} if dropout else {}
+    return {"dropout": dropout, **others}
+
+
+def _recipe(run: _Run, text: TextSize, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of the training."""
+    recipe = {**RECIPE, "batch_size": run.batch_size}
+    if {"steps", "epochs"}.isdisjoint(settings) and run.seen >= MOST_PASSES * text.n_tokens:
+        recipe["epochs"] = MOST_PASSES
+    floor = _line(math.log(run.seen), [(math.log(x), y) for x, y in NGRAM], digits=2)
+    wants_ngram = settings.get("ngram_weight") != 0 and settings.get("optimizer") != "adamw"
+    if floor and wants_ngram:
+        recipe |= {"ngram_weight": NGRAM_START, "ngram_weight_floor": floor}
+    return recipe
 
 
 def _line(x: float, points: Sequence[tuple[float, float]], *, digits: int) -> float:

@@ -8,6 +8,7 @@ import pytest
 from conftest import words
 
 from chargpt.base.errors import UserError
+from chargpt.base.units import human_count
 from chargpt.compute.counts import parameters_of, training_flops_per_token
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.runs.folder import read_config
@@ -64,6 +65,13 @@ def test_what_is_given_is_kept(settings: dict[str, Any]) -> None:
         owner = choice.model_config if hasattr(choice.model_config, name) else choice.train_config
         assert getattr(owner, name) == value
     assert choice.model_config.d_model % choice.model_config.n_head == 0
+
+
+@pytest.mark.parametrize("steps", [1, 30, 2_600, 1_000_000])
+def test_of_steps_the_characters_are_known(steps: int) -> None:
+    choice = choose(SHAKESPEARE, None, {"steps": steps})
+    tokens = steps * choice.train_config.batch_size * choice.model_config.block_size
+    assert f"{human_count(tokens)} characters" in choice.reasons[0]
 
 
 def test_an_n_gram_can_be_refused() -> None:
