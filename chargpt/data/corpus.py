@@ -13,7 +13,7 @@ from chargpt.base.errors import UserError
 from chargpt.config import DataConfig
 from chargpt.data.encoding import Sizes
 from chargpt.data.formats import standard_input_kept
-from chargpt.data.passes import TextFacts, encode_in_memory, make_plan
+from chargpt.data.passes import TextFacts, encode_in_memory, plan_encoding
 from chargpt.data.store import Entry, Store
 from chargpt.data.texts import find_sources
 from chargpt.data.tokenizer import CharTokenizer
@@ -92,7 +92,7 @@ def _encode_texts(store: Store) -> Entry:
     if store.n_bytes <= store.sizes.memory:
         with Workers(1) as workers:
             arguments = (store.sources, store.config, store.characters)
-            plan = make_plan(*arguments, workers=workers, sizes=store.sizes)
+            plan = plan_encoding(*arguments, workers=workers, sizes=store.sizes)
         if plan.n_bytes <= 4 * store.sizes.memory:  # more only if an archive grows
             tokens = encode_in_memory(plan, store.sources, store.config, store.sizes)
             return Entry(plan.facts, plan.tokenizer, tokens, plan.notes)

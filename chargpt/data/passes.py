@@ -176,7 +176,7 @@ class _Tally:
         self.n_documents += len(lengths)
 
 
-def make_plan(
+def plan_encoding(
     sources: Sequence[Source],
     config: DataConfig,
     characters: Iterable[str],
@@ -207,8 +207,30 @@ def make_plan(
     if not tally.n_documents:
         names = ", ".join(source.name for source in sources[:3]) + (", …" if sources[3:] else "")
         raise UserError(f"{names} holds only document separators: give some text")
+    return _plan(
+        tally,
+        config,
+        {*characters},
+        sha256=sha256,
+        layout=layout,
+        streamed=streamed,
+        left_out=left_out,
+    )
+
+
+def _plan(
+    tally: _Tally,
+    config: DataConfig,
+    characters: set[str],
+    *,
+    sha256: str,
+    layout: str,
+    streamed: frozenset[str],
+    left_out: dict[str, str],
+) -> EncodingPlan:
+    """Return how to encode what was counted."""
     several = tally.n_documents > 1
-    tokenizer = _tokenizer(tally.counts, config, {*characters}, end_of_text=several)
+    tokenizer = _tokenizer(tally.counts, config, characters, end_of_text=several)
     is_byte = isinstance(tokenizer, ByteTokenizer)
     unused = map(chr, np.flatnonzero(tally.counts == 0))
     mark = BYTE_MARK if is_byte else next(c for c in unused if c not in tokenizer.characters)

@@ -44,7 +44,7 @@ from chargpt.base.progress import progress
 from chargpt.config import DataConfig
 from chargpt.data.byte_tokenizer import tokenizer_from_json
 from chargpt.data.encoding import CHANGED, Ids, Sizes
-from chargpt.data.passes import EncodingPlan, TextFacts, encode_in_file, make_plan
+from chargpt.data.passes import EncodingPlan, TextFacts, encode_in_file, plan_encoding
 from chargpt.data.texts import Source
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.data.workers import Workers, available_cores
@@ -142,7 +142,7 @@ class Store:
         """Encode the sources, unless another start has done so; continue what a start left.
 
         Raises:
-            UserError: as `make_plan` and `encode_in_file` do, or the cache cannot be written.
+            UserError: as `plan_encoding` and `encode_in_file` do, or the cache cannot be written.
         """
         needed = self.n_bytes
         try:
@@ -197,7 +197,7 @@ class Store:
         shutil.rmtree(self._work, ignore_errors=True)
         with progress("reading", self.n_bytes, unit="B", quiet=self.quiet) as step:
             arguments = (self.sources, self.config, self.characters)
-            plan = make_plan(*arguments, workers=workers, sizes=self.sizes, advance=step)
+            plan = plan_encoding(*arguments, workers=workers, sizes=self.sizes, advance=step)
         self._check_unchanged()
         self._work.mkdir()
         write_json(file, seal({"plan": plan.to_dict(), "read_at": read_at}))

@@ -23,7 +23,7 @@ from chargpt.base.errors import UserError
 from chargpt.base.terminal import visible
 from chargpt.data.byte_tokenizer import ByteTokenizer
 from chargpt.data.decoding import read_text
-from chargpt.data.encoding import split_documents
+from chargpt.data.documents import split_documents
 from chargpt.data.texts import find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.measure.scorecard import training_corpus

@@ -18,7 +18,7 @@ from chargpt.config import CheckpointName, DataConfig, Device, Unknown
 from chargpt.data import datasets
 from chargpt.data.archives import is_compressed
 from chargpt.data.corpus import Corpus, load_corpus
-from chargpt.data.encoding import documents
+from chargpt.data.documents import documents
 from chargpt.data.texts import STANDARD_INPUT, find_files, find_sources
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.engine.evaluation import evaluate

@@ -21,7 +21,7 @@ from chargpt.config import DataConfig
 from chargpt.data import datasets
 from chargpt.data.corpus import Corpus, load_corpus, split_point
 from chargpt.data.decoding import decode_chunks
-from chargpt.data.encoding import split_documents
+from chargpt.data.documents import split_documents
 from chargpt.data.formats import raw_chunks
 from chargpt.data.permutation import ROUNDS, permuted
 from chargpt.data.texts import find_sources

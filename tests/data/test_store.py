@@ -249,7 +249,7 @@ def passes_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(store, name, spy)
 
-    watch("make_plan")
+    watch("plan_encoding")
     watch("encode_in_file")
     return made
 
@@ -259,7 +259,7 @@ def test_an_unchanged_text_is_not_read_again(tmp_path: Path, passes_made: list[s
     first = load(name)
     made = list(passes_made)
     second = load(name, config=LINES.replace(validation_fraction=0.5))
-    assert passes_made == made == ["make_plan", "encode_in_file"]
+    assert passes_made == made == ["plan_encoding", "encode_in_file"]
     assert second.facts == first.facts
     assert len(second.train) < len(first.train)
     assert len(second.train) + len(second.validation) == len(first.train) + len(first.validation)
@@ -276,7 +276,7 @@ def test_an_equal_text_finds_the_same_entry(
     else:
         name = write(tmp_path / "other", WAR)
     check(load(name), [WAR])
-    assert passes_made == ["make_plan", "encode_in_file", "make_plan"]
+    assert passes_made == ["plan_encoding", "encode_in_file", "plan_encoding"]
 
 
 @pytest.mark.parametrize("config", [DataConfig(), DataConfig(document_separator="\r\n\r\n")])
@@ -384,7 +384,7 @@ def test_encoding_continues_after_the_disk_was_full(
         load(name)
     assert not entries(cache)
     check(load(name), [WAR])
-    assert passes_made == ["make_plan", "encode_in_file", "encode_in_file"]
+    assert passes_made == ["plan_encoding", "encode_in_file", "encode_in_file"]
     assert len(set(done)) == len(done) - 1  # only the one that failed was tried again
 
 
@@ -412,7 +412,7 @@ def test_two_starts_encode_once(
     first = load(name)
     second.join(30)
     assert np.array_equal(results[0].train, first.train)
-    assert passes_made == ["make_plan", "encode_in_file"]
+    assert passes_made == ["plan_encoding", "encode_in_file"]
 
 
 KILLED = """

@@ -21,7 +21,7 @@ from chargpt.base.terminal import for_stream, visible
 from chargpt.compute.counts import count_parameters, parameters_of
 from chargpt.config import DataConfig, GPT2Config, NormPlacement, SampleConfig, TrainConfig
 from chargpt.data.corpus import load_corpus, split_point
-from chargpt.data.encoding import split_documents
+from chargpt.data.documents import split_documents
 from chargpt.data.tokenizer import CharTokenizer
 from chargpt.model import GPT2
 from chargpt.runs.folder import read_tokenizer, write_tokenizer
