@@ -23,7 +23,7 @@ from chargpt.compute.counts import training_flops_per_token
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import load_corpus
 from chargpt.train import train
-from chargpt.training.probe import measure_rates
+from chargpt.training.probe import measure_rates, text_size
 from chargpt.training.size import LAYERS, Rates, TextSize, choose
 from chargpt.training.summary import SUMMARY
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def row(text: str, minutes: float, rates: Rates, out: Path, *, sweep: bool) -> str:
     """Train what is missing for a text and some minutes, and return a line of the table."""
     corpus = load_corpus([text], DataConfig(), quiet=True)
-    size = TextSize(len(corpus.train), corpus.tokenizer.vocab_size)
+    size = text_size(corpus)
 
     def loss(name: str, configs: Configs) -> float:
         run = out / f"{rates.narrow:.0e}-{Path(text).stem}-{minutes:g}-{name}"

@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 MOST_TOKENS = 4_000_000  # of the text that are counted: some seconds, and half a gigabyte
 PIECES = 100  # evenly spread, of a longer text
+GAIN_TOKENS, GAIN_ORDER = 200_000, 3
 
 
 class Level(NamedTuple):
@@ -101,6 +102,28 @@ class NgramTargets:
         piece = np.searchsorted(self.starts, places, side="right") - 1
         offsets = places - self.starts[piece]
         return np.where(offsets < self.length, offsets, -1)
+
+
+def context_gain(tokens: npt.NDArray[Any], vocab_size: int) -> float:
+    """Return how many nats of a token the three tokens before it tell, in the middle of a text.
+
+    That is by how much the losses of two n-grams differ, each without the token's own count, as in
+    `NgramTargets`.
+    """
+    middle = max(0, (len(tokens) - GAIN_TOKENS) // 2)
+    part = np.asarray(tokens[middle : middle + GAIN_TOKENS]).astype(np.int64)
+    context, p, losses = np.zeros_like(part), np.full(len(part), 1 / vocab_size), []
+    for size in range(GAIN_ORDER + 1):
+        keys, gram, counts = np.unique(
+            context * vocab_size + part[size:], return_inverse=True, return_counts=True
+        )
+        contexts, others = keys // vocab_size, counts[gram] - 1
+        distinct = np.bincount(contexts)[context] - (others == 0)
+        total = np.bincount(contexts, counts)[context] - 1 + distinct
+        p = np.divide(others + distinct * p, total, out=p.copy(), where=total > 0)
+        losses.append(-np.log(p).mean())
+        context, p = gram[:-1], p[1:]
+    return float(max(0.0, losses[0] - losses[-1]))
 
 
 def _levels(pieces: Ints, vocab_size: int, order: int) -> Iterator[Level]:

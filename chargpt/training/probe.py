@@ -15,6 +15,7 @@ from chargpt.compute.counts import training_flops_per_token
 from chargpt.compute.device import synchronize
 from chargpt.config import DataConfig, GPT2Config, TrainConfig
 from chargpt.data.corpus import Corpus
+from chargpt.training.ngram_targets import context_gain
 from chargpt.training.plan import Plan, make_plan
 from chargpt.training.size import (
     PROBE_WIDTHS,
@@ -78,12 +79,19 @@ def choose_for(
 
     See `chargpt.training.size.choose`; `rates` are those of another machine.
     """
-    text = TextSize(len(corpus.train), corpus.tokenizer.vocab_size)
+    text = text_size(corpus)
     if rates is None and depends_on_speed(settings):
         choose(text, Rates(1e9, 1e9), settings, devices=devices)  # so that a mistake shows at once
         report("measuring  how fast this machine trains")
         rates = measure_rates(TrainConfig(**of_class(TrainConfig, settings)))
     return choose(text, rates, settings, devices=devices)
+
+
+def text_size(corpus: Corpus) -> TextSize:
+    """Return what of a text decides."""
+    vocab_size = corpus.tokenizer.vocab_size
+    gain = round(context_gain(corpus.train, vocab_size), 1)
+    return TextSize(len(corpus.train), vocab_size, gain)
 
 
 def measure_rates(train_config: TrainConfig) -> Rates:

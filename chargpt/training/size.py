@@ -33,7 +33,8 @@ NGRAM = ((1e6, 0.5), (4e6, 0.3), (12e6, 0.2), (40e6, 0.0))  # weight by characte
 NGRAM_START = 0.95
 LEAST_BATCH = 2
 MOST_PER_TOKEN = 30.0  # parameters in matrices
-SIZE_COST, SIZE_POWER = 0.0961, 0.4  # nats that a million parameters in matrices cost
+USUAL_GAIN = 1.7  # Tiny Shakespeare's
+SIZE_COST, SIZE_POWER = 0.0961, 0.4  # nats that a million parameters in matrices cost, there
 DATA_COST, DATA_POWER = 0.2884, 0.6  # nats that a million characters seen cost
 RECIPE: Mapping[str, Any] = {
     "optimizer": "muon",
@@ -59,6 +60,8 @@ class TextSize(NamedTuple):
 
     n_tokens: int  # to train on
     vocab_size: int
+    context_gain: float = USUAL_GAIN
+    """Nats of a token that the three before it tell: much in a text that takes much to model."""
 
 
 class Rates(NamedTuple):
@@ -201,27 +204,28 @@ def _best(runs: Sequence[_Run], text: TextSize, *, is_long: bool) -> _Run:
     fitting = [run for run in runs if _matrices(run.shape) <= MOST_PER_TOKEN * text.n_tokens]
     runs = fitting or runs[:1]
     if is_long:
-        balanced = (i for i, run in enumerate(runs) if _is_large_enough(run, text.n_tokens))
+        balanced = (i for i, run in enumerate(runs) if _is_large_enough(run, text))
         runs = runs[: next(balanced, len(runs)) + 1]
-    return min(runs, key=lambda run: sum(_excess(run, text.n_tokens)))
+    return min(runs, key=lambda run: sum(_excess(run, text)))
 
 
-def _excess(run: _Run, n_tokens: int) -> tuple[float, float]:
+def _excess(run: _Run, text: TextSize) -> tuple[float, float]:
     """Return what too small a model and too little text cost, in nats.
 
     The form is that of Hoffmann et al. 2022 (arXiv 2203.15556); a text that is seen again counts
     for less and less, as in `USEFUL_PASSES`.
     """
-    more = max(0.0, run.seen / n_tokens - 1)
+    more = max(0.0, run.seen / text.n_tokens - 1)
     worth = 1 + USEFUL_PASSES * (1 - math.exp(-more / USEFUL_PASSES))
-    new = min(run.seen, n_tokens) * worth
-    size = SIZE_COST * (1e6 / _matrices(run.shape)) ** SIZE_POWER
+    new = min(run.seen, text.n_tokens) * worth
+    cost = SIZE_COST * text.context_gain / USUAL_GAIN
+    size = cost * (1e6 / _matrices(run.shape)) ** SIZE_POWER
     return size, DATA_COST * (1e6 / new) ** DATA_POWER
 
 
-def _is_large_enough(run: _Run, n_tokens: int) -> bool:
+def _is_large_enough(run: _Run, text: TextSize) -> bool:
     """Return whether more parameters and fewer characters, as many operations, would cost more."""
-    size, data = _excess(run, n_tokens)
+    size, data = _excess(run, text)
     return SIZE_POWER * size <= DATA_POWER * data
 
 

@@ -16,7 +16,7 @@ from chargpt.compute.library import why_not_tried
 from chargpt.compute.step import cross_entropy
 from chargpt.config import GPT2Config, TrainConfig
 from chargpt.model import GPT2
-from chargpt.training.ngram_targets import PIECES, NgramTargets
+from chargpt.training.ngram_targets import GAIN_ORDER, PIECES, NgramTargets, context_gain
 
 V, ORDER = 6, 3
 
@@ -100,3 +100,16 @@ def test_counting_takes_about_the_memory_that_a_plan_says() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak == pytest.approx(with_ngram - without, rel=0.5)
+
+
+def test_what_context_tells_is_the_difference_of_two_n_grams() -> None:
+    rng = np.random.default_rng(1)
+    tokens = np.repeat(rng.integers(0, V, 200), rng.integers(1, 5, 200)).astype(np.uint8)
+    losses = []
+    for order in (0, GAIN_ORDER):
+        expected = NgramTargets.count(tokens, V, order).expected(np.zeros(1, int), len(tokens) - 1)
+        p = expected[0].numpy()[np.arange(len(tokens) - 1), tokens[1:]]
+        losses.append(-np.log(p[GAIN_ORDER:]).mean())
+    assert context_gain(tokens, V) == pytest.approx(losses[0] - losses[1], abs=0.02)
+    assert context_gain(rng.integers(0, V, 5000), V) < 0.05
+    assert context_gain(np.zeros(300, int), 1) == 0
