@@ -33,7 +33,7 @@ NGRAM = ((1e6, 0.5), (4e6, 0.3), (12e6, 0.2), (40e6, 0.0))  # weight by characte
 NGRAM_START = 0.95
 LEAST_BATCH = 2
 MOST_PER_TOKEN = 30.0  # parameters in matrices
-USUAL_GAIN = 1.7  # Tiny Shakespeare's
+USUAL_GAIN, GAIN_POWER = 1.7, 1.5  # Tiny Shakespeare's; texts with less need smaller models
 SIZE_COST, SIZE_POWER = 0.0961, 0.4  # nats that a million parameters in matrices cost, there
 DATA_COST, DATA_POWER = 0.2884, 0.6  # nats that a million characters seen cost
 RECIPE: Mapping[str, Any] = {
@@ -61,7 +61,7 @@ class TextSize(NamedTuple):
     n_tokens: int  # to train on
     vocab_size: int
     context_gain: float = USUAL_GAIN
-    """Nats of a token that the three before it tell: much in a text that takes much to model."""
+    """Nats of a token that the three before it tell; see `context_gain` of `ngram_targets`."""
 
 
 class Rates(NamedTuple):
@@ -218,7 +218,7 @@ def _excess(run: _Run, text: TextSize) -> tuple[float, float]:
     more = max(0.0, run.seen / text.n_tokens - 1)
     worth = 1 + USEFUL_PASSES * (1 - math.exp(-more / USEFUL_PASSES))
     new = min(run.seen, text.n_tokens) * worth
-    cost = SIZE_COST * text.context_gain / USUAL_GAIN
+    cost = SIZE_COST * min(1.0, text.context_gain / USUAL_GAIN) ** GAIN_POWER
     size = cost * (1e6 / _matrices(run.shape)) ** SIZE_POWER
     return size, DATA_COST * (1e6 / new) ** DATA_POWER
 
@@ -288,6 +288,11 @@ def _reasons(
         f"{human_count(parameters_of(model))} parameters, {model.n_layer} layers of "
         f"{model.d_model}: a larger one would see too little, a smaller one hold too little"
     )
+    if text.context_gain < USUAL_GAIN / 2:
+        yield (
+            f"three tokens tell {text.context_gain:.1f} nats of the next one (in English "
+            f"{USUAL_GAIN}): there is less to hold, so the model is smaller"
+        )
     yield f"context {model.block_size}, {train.batch_size} sequences a step"
     if model.dropout:
         yield f"dropout {model.dropout}: each character is seen {passes:.0f} times"

@@ -10,9 +10,11 @@ from conftest import words
 from chargpt.base.errors import UserError
 from chargpt.base.units import human_count
 from chargpt.compute.counts import parameters_of, training_flops_per_token
-from chargpt.config import GPT2Config, TrainConfig
+from chargpt.config import DataConfig, GPT2Config, TrainConfig
+from chargpt.data.corpus import load_corpus
 from chargpt.runs.folder import read_config
 from chargpt.train import train
+from chargpt.training.probe import text_size
 from chargpt.training.size import MOST_PASSES, Rates, TextSize, choose
 
 LAPTOP = Rates(2e11, 3e11)
@@ -39,6 +41,12 @@ def test_more_time_a_faster_machine_and_a_longer_text_never_give_a_smaller_model
         assert all(a <= b for a, b in pairwise(sizes)), sizes
     assert len({size for sizes in by_minutes for size in sizes}) > 4
     assert parameters(texts[0], LAPTOP, minutes=10) < parameters(texts[2], LAPTOP, minutes=10)
+
+
+def test_a_text_whose_context_tells_less_never_gets_a_larger_model() -> None:
+    texts = [SHAKESPEARE._replace(context_gain=gain) for gain in (0.0, 0.4, 0.8, 1.7, 2.8)]
+    sizes = [parameters(text, LAPTOP, minutes=10) for text in texts]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[3] == sizes[4]
 
 
 def test_the_same_inputs_give_the_same_choice_and_all_of_it_is_explained() -> None:
@@ -129,7 +137,7 @@ def test_a_run_records_the_choice_and_a_resumed_one_keeps_it(tmp_path: Path) -> 
     train(str(text), settings=settings, out=out, quiet=True)
     before = read_config(out)
     rates = Rates(*before.environment["rates"])
-    size = TextSize(2700, before.model_config.vocab_size)
+    size = text_size(load_corpus([str(text)], DataConfig()))
     choice = choose(size, rates, settings)
     assert choice.model_config == before.model_config
     assert choice.train_config == before.train_config
