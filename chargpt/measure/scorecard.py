@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,25 +99,34 @@ def score_run(
     with progress("evaluating", len(tokens) - 1, unit="tokens", quiet=quiet) as advance:
         block_size = model.config.block_size
         loss = evaluate(model, tokens, block_size, stride=stride, advance=advance)
-    n_characters = tokenizer.n_characters(tokens)
-    per_character = len(tokens) / n_characters
-    rows: Sequence[Baseline] = ()
+    card = _card(name, tokens, tokenizer, loss, stride=stride)
     if with_baselines and corpus is not None and (files or split == "validation"):
+        per_character = card.n_tokens / card.n_characters
         rows = baselines(corpus.train, tokens, corpus.tokenizer)
         rows = [row._replace(bits_per_char=row.bits_per_char * per_character) for row in rows]
         note = describe_parts(corpus.train, tokens)
+        card = replace(card, baselines=tuple(rows))
+    return replace(card, note=note)
+
+
+def _card(
+    text: str, tokens: npt.NDArray[Any], tokenizer: CharTokenizer, loss: float, *, stride: int
+) -> Scorecard:
+    """Return the card of a model alone; `loss` is in nats a token."""
+    n_characters = tokenizer.n_characters(tokens)
+    nats = loss * (len(tokens) / n_characters)
     return Scorecard(
-        text=name,
+        text=text,
         n_tokens=len(tokens),
         n_characters=n_characters,
         stride=stride,
         nats_per_token=loss,
-        nats_per_char=loss * per_character,
-        bits_per_char=bits_per_char(loss * per_character),
-        perplexity=perplexity(loss * per_character),
-        baselines=tuple(rows),
+        nats_per_char=nats,
+        bits_per_char=bits_per_char(nats),
+        perplexity=perplexity(nats),
+        baselines=(),
         unit=tokenizer.unit,
-        note=note,
+        note="",
     )
 
 
