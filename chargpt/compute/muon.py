@@ -25,13 +25,16 @@ Steps = tuple[tuple[float, float, float], ...]
 # Jordan et al. 2024 and torch.optim.Muon: one quintic, 5 times. Values above 0.015 reach 0.7 to 1.2
 JORDAN: Steps = ((3.4445, -4.7750, 2.0315),) * 5
 # Amsel et al. 2025, "The Polar Express": the best quintic for each step's input. Values above 0.004
-# reach 0.88 to 1.13. The first step divides x by 1.02: rounding may leave a value above 1, where
-# the quintic is steep.
-POLAR_EXPRESS: Steps = (
-    (8.28721201814563 / 1.02, -23.595886519098837 / 1.02**3, 17.300387312530933 / 1.02**5),
+# reach 0.88 to 1.13. Above its largest input a quintic is steep, and rounding to bfloat16 may leave
+# a value there, which the next steps make thousands. So all steps but the last divide x by 1.02.
+_QUINTICS: Steps = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+)
+POLAR_EXPRESS: Steps = (
+    *((a / 1.02, b / 1.02**3, c / 1.02**5) for a, b, c in _QUINTICS),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 EPS = 1e-7  # least norm to divide by: a gradient may be 0

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chargpt.compute import native
+from chargpt.compute.library import why_not_tried
 from chargpt.compute.muon import (
     JORDAN,
     POLAR_EXPRESS,
     MuonAdamW,
+    MuonSettings,
     Steps,
     newton_schulz,
     newton_schulz_gram,
@@ -191,6 +194,35 @@ def test_an_update_has_singular_values_of_about_one(
         assert values.max() < (1.4 if dtype == torch.bfloat16 else high)
         u, _, vh = torch.linalg.svd(before, full_matrices=False)
         assert (u * (after @ vh.T)).sum(0).min() > low  # along the same directions
+
+
+def concentrated(n: int, seed: int) -> Tensor:
+    """Return a matrix with one strong direction between a few rows and columns."""
+    rng = torch.Generator().manual_seed(seed)
+    weak = torch.randn(n, n, generator=rng) / n
+    strong = torch.zeros(n, n)
+    strong[: 1 + seed % 5, : 1 + seed % 4] = 1
+    share = torch.rand(1, generator=rng)
+    return share * strong / strong.norm() + 0.01 * (1 - share) * weak
+
+
+@pytest.mark.parametrize("on_kernels", [False, True])
+def test_rounding_never_makes_an_update_large(on_kernels: bool) -> None:
+    """bf16 rounds a value that few entries hold as a whole, perhaps to where quintics are steep."""
+    if on_kernels and why_not_tried():
+        pytest.skip("no kernels here")
+    dtype = torch.bfloat16
+    if on_kernels and dtype not in native.load_kernels().dtypes:
+        pytest.skip("no bf16 here")
+    matrices = [concentrated(64, seed) for seed in range(400)]
+    after = [torch.zeros(64, 64) for _ in matrices]
+    if on_kernels:
+        settings = MuonSettings(0.0, 1.0, dtype, POLAR_EXPRESS)
+        momenta = [matrix.clone() for matrix in matrices]
+        native.muon_update(after, matrices, momenta, [1.0] * len(after), settings)
+    else:
+        after = orthogonalize(matrices, dtype)
+    assert max(torch.linalg.matrix_norm(matrix, 2).item() for matrix in after) < 1.2
 
 
 def test_orthogonalizing_together_equals_orthogonalizing_separately() -> None:
