@@ -67,7 +67,7 @@ def memory_of(
         kernels: whether the C++ kernels compute, or PyTorch's layers.
         pairs: whether attention keeps its (T, T) weights, as the backend ``matmul`` does.
         world: number of processes.
-        counted: tokens that an n-gram counts for soft targets; 0: there is none.
+        counted: tokens that an n-gram counts for soft targets; 0: no n-gram.
     """
     size = 4 * parameters_of(config)
     matrices = 4 * config.n_layer * (4 * config.d_model**2 + 2 * config.d_model * config.d_ff)

@@ -108,18 +108,7 @@ def forecast(
     steps, seconds = _budget(train_config, corpus, tokens_per_step, step)
     n_params = parameters_of(config)
     counted = min(len(corpus.train), MOST_TOKENS) if train_config.has_ngram else 0
-    memory = [
-        memory_of(
-            config,
-            train_config,
-            precision=speed.precision,
-            kernels=speed.kernels,
-            pairs=speed.pairs,
-            world=world,
-            counted=counted,
-        )
-        for world in WORLDS
-    ]
+    memory = [_memory(config, train_config, speed, world, counted) for world in WORLDS]
     return Forecast(
         device=speed.device,
         how=speed.how,
@@ -149,6 +138,20 @@ def forecast(
             for world in WORLDS
         ),
         bytes_per_device=tuple(each.total for each in memory),
+    )
+
+
+def _memory(
+    config: GPT2Config, train_config: TrainConfig, speed: Speed, world: int, counted: int
+) -> Memory:
+    return memory_of(
+        config,
+        train_config,
+        precision=speed.precision,
+        kernels=speed.kernels,
+        pairs=speed.pairs,
+        world=world,
+        counted=counted,
     )
 
 

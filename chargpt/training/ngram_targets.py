@@ -1,8 +1,8 @@
 """Soft targets: what an n-gram of the training text expects at each position.
 
 One character says little about what could have come next; an n-gram says what came next wherever
-the text was alike. Learning from both is faster at first, and memorises less later (Huang et al.
-2024, "NgramGPT-2", arXiv 2407.02819). docs/sizing.md has measurements.
+the text was alike. Learning from both is faster at first, and memorises less later (Sathe &
+Sarawagi 2024, arXiv 2407.02819, with n-grams of a whole corpus). docs/sizing.md has measurements.
 
 The n-gram has seen each position that it is asked about. So the position's own count is taken out,
 or its target would leak.

@@ -184,7 +184,7 @@ def _run(
         speed = devices * rates.at(shape.d_model) / training_flops_per_token(shape)
         limits.append(60 * minutes * speed)
     if steps := settings.get("steps"):
-        # Of this size are the batches that suit so many steps of themselves.
+        # The batch follows the length of the run, which is steps × batch: this solves both.
         tokens = (BATCH_TOKENS * (steps / BATCH_SEEN) ** BATCH_POWER) ** (1 / (1 - BATCH_POWER))
         batch_size = _batch_size(tokens, shape, settings, devices)
         sequences = batch_size * settings.get("gradient_accumulation_steps", 1)

@@ -190,8 +190,7 @@ def test_an_update_has_singular_values_of_about_one(
         assert after.dtype == before.dtype
         values = torch.linalg.svdvals(after)
         assert values.min() > low
-        # Rounding to bf16 may leave a value where the sharper polynomials are steep.
-        assert values.max() < (1.4 if dtype == torch.bfloat16 else high)
+        assert values.max() < high + (0.06 if dtype == torch.bfloat16 else 0)  # it rounds
         u, _, vh = torch.linalg.svd(before, full_matrices=False)
         assert (u * (after @ vh.T)).sum(0).min() > low  # along the same directions
 
