@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+from chargpt.base.errors import UserError
 from chargpt.base.interrupts import Interruption
 from chargpt.cli.flags import preset_configs
 from chargpt.compute.counts import training_flops_per_token
@@ -44,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--no-sweep", action="store_true", help="only auto and the presets")
     given = parser.parse_args(arguments)
+    if min(given.minutes + (given.rates or [])) <= 0:
+        parser.error("--minutes, --rates: give positive numbers")
+    try:
+        print_table(given)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def print_table(given: argparse.Namespace) -> None:
+    """Train what is missing and print a line for each text and number of minutes."""
     rates = Rates(*given.rates) if given.rates else measure_rates(TrainConfig())
     print(f"rates: {rates.narrow:g} {rates.wide:g}")
     print("| text | minutes | auto | loss | " + " | ".join(PRESETS) + " | best of sweep | loss |")
