@@ -335,20 +335,20 @@ def speedrun() -> Preset:
 
 
 def best() -> Preset:
-    """4.8 M parameters and dropout: half an hour on two fast cores; 1.40 on Tiny Shakespeare."""
+    """4.9 M parameters and dropout: half an hour on two fast cores; 1.36 on Tiny Shakespeare."""
     return Preset(
         model_config=GPT2Config(
-            block_size=256,
+            block_size=512,
             n_layer=6,
             n_head=4,
             d_model=256,
-            dropout=0.2,
+            dropout=0.12,
             embedding_dropout=0.0,
             attention_dropout=0.0,
             bias=False,
         ),
         train_config=TrainConfig(
-            batch_size=16,
+            batch_size=8,
             steps=6000,
             optimizer="muon",
             learning_rate=4e-3,
@@ -358,6 +358,8 @@ def best() -> Preset:
             cooldown="linear",
             cooldown_fraction=0.6,
             embedding_decay=0.3,
+            ngram_weight=0.95,
+            ngram_weight_floor=0.3,
             eval_interval=500,
             patience=0,
         ),
