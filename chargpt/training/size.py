@@ -21,7 +21,7 @@ PROBE_WIDTHS = (128, 256)
 HEAD_UNIT = 16  # the kernels take widths that are multiples of it
 LAYERS = {64: 3, 96: 4, 128: 4, 160: 5, 192: 5, 256: 6, 384: 6, 512: 8, 768: 12}
 """Layers by d_model: the shapes to choose from."""
-LONG_CONTEXT_WIDTH = 256  # from which on the context is long
+LONG_CONTEXT_WIDTH, WIDE_HEAD_WIDTH = 160, 256  # from which on contexts are long, heads wide
 CONTEXT, LONG_CONTEXT, SHORTEST_CONTEXT = 128, 256, 8
 SHORTEST_TEXT = 200
 CONTEXTS_IN_TEXT = 100  # at least so many windows
@@ -29,7 +29,7 @@ USEFUL_PASSES = 15.4  # Muennighoff et al. 2023, arXiv 2305.16264: R*, what repe
 MOST_PASSES = 60.0  # more add little
 BATCH_TOKENS, BATCH_SEEN, BATCH_POWER = 2048, 5.3e6, 0.383  # arXiv 2505.13738
 DROPOUT = ((10.0, 0.0), (30.0, 0.06), (90.0, 0.2))  # by passes × √(parameters per character)
-NGRAM = ((1e6, 0.5), (4e6, 0.3), (12e6, 0.2), (40e6, 0.0))  # weight by characters seen
+NGRAM = ((1e6, 0.5), (4e6, 0.3), (25e6, 0.3), (60e6, 0.0))  # weight by characters seen
 NGRAM_START = 0.95
 LEAST_BATCH = 2
 MOST_PER_TOKEN = 9.0  # parameters in matrices; more learn the text by heart
@@ -151,7 +151,7 @@ def _widths(settings: Mapping[str, Any]) -> list[int]:
 def _shape(d_model: int, text: TextSize, settings: Mapping[str, Any]) -> GPT2Config:
     """Return the model of a width, with the settings that are given."""
     nearest = min(LAYERS, key=lambda width: abs(width - d_model))
-    head = 64 if d_model >= LONG_CONTEXT_WIDTH and d_model % 64 == 0 else 32
+    head = 64 if d_model >= WIDE_HEAD_WIDTH and d_model % 64 == 0 else 32
     context = LONG_CONTEXT if d_model >= LONG_CONTEXT_WIDTH else CONTEXT
     shape: dict[str, Any] = {
         "d_model": d_model,
