@@ -36,6 +36,7 @@ MOST_PER_TOKEN = 9.0  # parameters in matrices; more learn the text by heart
 USUAL_GAIN, GAIN_POWER = 1.7, 1.5  # Tiny Shakespeare's; texts with less need smaller models
 SIZE_COST, SIZE_POWER = 0.0961, 0.4  # nats that a million parameters in matrices cost, there
 DATA_COST, DATA_POWER = 0.2884, 0.6  # nats that a million characters seen cost
+BLOCK_START = 3.5  # nats that the first characters of a block cost more than the others, together
 RECIPE: Mapping[str, Any] = {
     "optimizer": "muon",
     "learning_rate": 4e-3,
@@ -206,7 +207,7 @@ def _best(runs: Sequence[_Run], text: TextSize, *, is_long: bool) -> _Run:
     if is_long:
         balanced = (i for i, run in enumerate(runs) if _is_large_enough(run, text))
         runs = runs[: next(balanced, len(runs)) + 1]
-    return min(runs, key=lambda run: sum(_excess(run, text)))
+    return min(runs, key=lambda run: sum(_excess(run, text)) + BLOCK_START / run.shape.block_size)
 
 
 def _excess(run: _Run, text: TextSize) -> tuple[float, float]:
